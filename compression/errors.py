@@ -1,0 +1,31 @@
+"""The errors people see. Each says what is wrong, where, and what would be right."""
+
+
+class EdgepressError(Exception):
+    """Base of every error that is the user's to mend: printed as one message, without a traceback.
+
+    `key` names the parameter at fault (`group_size`, `model`), where one is, so that a recipe error can point to its line.
+    """
+
+    def __init__(self, message: str, *, key: str | None = None):
+        super().__init__(message)
+        self.key = key
+
+
+class UnusableModel(EdgepressError):
+    """A model directory that cannot be opened, or a model that edgepress does not take."""
+
+
+class UnusableData(EdgepressError):
+    """A data file that is missing, empty or of another shape than needed."""
+
+
+class Incompatible(EdgepressError):
+    """A method, format or runtime that does not take this checkpoint."""
+
+
+class MissingExtra(EdgepressError):
+    """An optional package that is not installed."""
+
+    def __init__(self, package: str, extra: str, needed_for: str):
+        super().__init__(f"{needed_for} needs the package {package}; install it with: pip install 'edgepress[{extra}]'")

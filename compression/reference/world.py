@@ -1,0 +1,199 @@
+"""A seeded closed world: small English-like passages, stories and multiple-choice questions.
+
+Everything that edgepress measures out of the box is written here, so that a machine without a network can
+run the whole road. A *scene* ties people to things and things to places, colours or prices (or people to
+friends and friends to homes). A question joins two facts of its scene ("Where is the thing that Dalo owns?" needs
+who owns what, and what stands where), and its five choices all occur in the scene in the same role, so neither a
+single fact nor a prior answers it: chance is 20%.
+
+Splits are disjoint twice over: people's names are divided among train, validation and test, and so are the
+combinations (which thing may stand in which place, ...). A model can therefore not answer from memory.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+SPLITS = ("train", "validation", "test")
+VERSION = 1  # part of the data's fingerprint through the text itself; bump when the generator changes
+
+_ONSETS = (
+    "Ba Be Bi Bo Da De Di Do Fa Fe Fi Fo Ga Ge Gi Go Ka Ke Ki Ko La Le Li Lo Ma Me Mi Mo "
+    "Na Ne Ni No Pa Pe Pi Po Ra Re Ri Ro Sa Se Si So Ta Te Ti To Va Ve Vi Vo Za Ze Zi Zo"
+).split()
+_ENDINGS = "len mir dan rix sol bek tun gar vin lus nor fey zek pol hart wyn".split()
+_THINGS = (
+    "lamp clock drum kettle ladder basket mirror saddle wagon barrel anchor candle carpet chair helmet "
+    "hammer bottle pillow violin whistle compass kite bell broom"
+).split()
+_PLACES = (
+    "mill barn tower cellar harbor garden chapel market stable library kitchen bakery forge cabin "
+    "orchard temple castle tavern"
+).split()
+_COLOURS = "red blue green yellow white black brown purple orange silver golden grey".split()
+_PRICES = "two three four five six seven eight nine ten eleven twelve twenty".split()
+_WEATHER = "rain snow wind fog sunshine thunder".split()
+_TIMES = ("in the morning", "at noon", "in the evening", "after lunch", "before dawn", "late at night")
+
+
+def names(split: str) -> list[str]:
+    """Every person of a split. Names share their syllables, so none of them is an unknown word."""
+    return [a + b for a in _ONSETS for b in _ENDINGS if _bucket(a + b) == split]
+
+
+def _bucket(key: str) -> str:
+    """Split of a name or combination: 70% train, 15% validation, 15% test, by a stable hash."""
+    share = hashlib.sha256(key.encode()).digest()[0] / 256
+    return "train" if share < 0.7 else "validation" if share < 0.85 else "test"
+
+
+def _pairs(rng: random.Random, split: str, left: tuple[str, ...] | list[str], right: tuple[str, ...] | list[str], count: int) -> list[tuple[str, str]]:
+    """`count` combinations of the split, no two of which share a member."""
+    while True:
+        free, chosen = list(right), []
+        for item in rng.sample(left, len(left)):
+            allowed = [r for r in free if _bucket(f"{item}+{r}") == split]
+            if allowed:
+                chosen.append((item, rng.choice(allowed)))
+                free.remove(chosen[-1][1])
+            if len(chosen) == count:
+                return chosen
+
+
+def _people(rng: random.Random, split: str, count: int) -> list[str]:
+    """Distinct people, no two with the same initial."""
+    by_initial: dict[str, list[str]] = {}
+    for name in names(split):
+        by_initial.setdefault(name[0], []).append(name)
+    return [rng.choice(by_initial[initial]) for initial in rng.sample(sorted(by_initial), count)]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A kind of scene: how its second fact is told and asked, forwards and backwards."""
+
+    second: tuple[str, ...]  # templates of the second fact, over {mid} and {end}
+    ask_end: str  # two facts joined, from the person to the end
+    ask_person: str  # two facts joined, from the end to the person
+    ask_single: str  # one fact only: training text, never in the task
+    ends: tuple[str, ...] | list[str]
+
+
+_OWNS = ("{person} owns the {mid}.", "The {mid} belongs to {person}.", "{person} has the {mid}.")
+_RELATIONS = (
+    Relation(
+        ("The {mid} is in the {end}.", "The {mid} stands in the {end}.", "In the {end} is the {mid}."),
+        "Where is the thing that {person} owns? Answer: in the {end}",
+        "Who owns the thing in the {end}? Answer: {person}",
+        "Where is the {mid}? Answer: in the {end}",
+        _PLACES,
+    ),
+    Relation(
+        ("The {mid} is {end}.", "The colour of the {mid} is {end}.", "Somebody painted the {mid} {end}."),
+        "What colour is the thing that {person} owns? Answer: {end}",
+        "Who owns the {end} thing? Answer: {person}",
+        "What colour is the {mid}? Answer: {end}",
+        _COLOURS,
+    ),
+    Relation(
+        ("The {mid} costs {end} coins.", "For {end} coins you can buy the {mid}.", "The price of the {mid} is {end} coins."),
+        "What is the price of the thing that {person} owns? Answer: {end} coins",
+        "Who owns the thing that costs {end} coins? Answer: {person}",
+        "What is the price of the {mid}? Answer: {end} coins",
+        _PRICES,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One multiple-choice item. `choices` has five texts, `answer` is the index of the right one."""
+
+    passage: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    passage: str
+    joined: tuple[Question, ...]  # questions that need two facts
+    single: tuple[tuple[str, str], ...]  # (question, answer) that need one
+
+    @staticmethod
+    def draw(rng: random.Random, split: str, people: int = 5) -> "Scene":
+        relation = rng.choice(_RELATIONS)
+        pairs = _pairs(rng, split, _THINGS, relation.ends, people)
+        chains = [(person, mid, end) for person, (mid, end) in zip(_people(rng, split, people), pairs, strict=True)]
+        told = [(rng.choice(_OWNS), chain) for chain in chains] + [(rng.choice(relation.second), chain) for chain in chains]
+        rng.shuffle(told)
+        passage = " ".join(t.format(person=p, mid=m, end=e) for t, (p, m, e) in told)
+        joined, single = [], []
+        for ask in (relation.ask_end, relation.ask_person):
+            filled = [ask.format(person=p, mid=m, end=e).split(" Answer: ") for p, m, e in chains]
+            answers = [answer for _, answer in filled]
+            for question, answer in filled:
+                choices = tuple(rng.sample(answers, people))
+                joined.append(Question(passage, question, choices, choices.index(answer)))
+        for p, m, e in chains:
+            question, answer = relation.ask_single.format(person=p, mid=m, end=e).split(" Answer: ")
+            single += [(question, answer), (f"Who owns the {m}?", p), (f"What does {p} own?", f"the {m}")]
+        rng.shuffle(joined)
+        return Scene(passage, tuple(joined), tuple(rng.sample(single, len(single))))
+
+    def text(self, rng: random.Random, questions: int) -> str:
+        """The scene as a training document: the passage, then questions of both kinds with their answers."""
+        asked = [(q.question, q.choices[q.answer]) for q in self.joined[:questions]]
+        asked += self.single[:questions]
+        rng.shuffle(asked)
+        return "\n".join([self.passage, *(f"Question: {q}\nAnswer: {a}" for q, a in asked)])
+
+
+def _story(rng: random.Random, split: str) -> str:
+    """A day in the village. What is told at the end follows from what happened before."""
+    hero, friend, other = _people(rng, split, 3)
+    ((thing, here),) = _pairs(rng, split, _THINGS, _PLACES, 1)
+    there, away = rng.sample([p for p in _PLACES if p != here], 2)
+    weather, when = rng.choice(_WEATHER), rng.choice(_TIMES)
+    lines = [
+        f"{when.capitalize()} {hero} went to the {here} to look for the {thing}.",
+        rng.choice(
+            (
+                f"There was {weather} over the {there}, so {hero} asked {friend} to come along.",
+                f"{friend} was already there and waited because of the {weather}.",
+                f"{friend} came too, although there was {weather} over the {away}.",
+            )
+        ),
+        rng.choice((f"{hero} found the {thing} and was glad.", f"{friend} saw the {thing} first and showed it to {hero}.")),
+    ]
+    taker = hero
+    if rng.random() < 0.5:
+        lines.append(rng.choice((f"Then {hero} gave the {thing} to {friend}.", f"{friend} asked for the {thing}, and {hero} gave it away.")))
+        taker = friend
+    lines.append(f"{taker} carried it to the {there}, where {other} was working.")
+    if rng.random() < 0.4:
+        lines.append(f"{other} liked the {thing} so much that {taker} sold it.")
+        taker = other
+    lines.append(rng.choice((f"That is how the {thing} came from the {here} to the {there}.", f"Since then the {thing} is in the {there} and no longer in the {here}.")))
+    lines.append(f"Today {taker} owns the {thing}.")
+    return " ".join(lines)
+
+
+def documents(split: str, seed: int = 0) -> Iterator[str]:
+    """Endless documents of a split for language modelling: about three scenes with questions to one story."""
+    rng = random.Random(f"world-{VERSION}-text-{split}-{seed}")
+    while True:
+        if rng.random() < 0.25:
+            yield _story(rng, split)
+        else:
+            people = rng.randint(2, 5)
+            yield Scene.draw(rng, split, people).text(rng, questions=2 * people)
+
+
+def questions(split: str, seed: int = 0) -> Iterator[Question]:
+    """Endless multiple-choice items of a split, two of each scene, every one joining two facts."""
+    rng = random.Random(f"world-{VERSION}-task-{split}-{seed}")
+    while True:
+        yield from Scene.draw(rng, split).joined[:2]

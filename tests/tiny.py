@@ -1,0 +1,49 @@
+"""Tiny random models for tests: built in milliseconds, of every shape that matters."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SENTENCES = [
+    "The lamp is in the mill.", "Dalo owns the lamp and the red kettle.", "Question: Where is the kettle?\nAnswer: in the barn",
+    "def add(a, b):\n    return a + b  # 12345", "Ünïcödé — “quotes”, 日本語, emoji 🙂 and\ttabs", "At noon Pemir went to the tower to look for the bell.",
+]  # fmt: skip
+
+
+def tiny_tokenizer(vocab_size: int = 320, *, bos: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with <s> (0) and </s> (1), which adds <s> in front when `bos`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def tiny_checkpoint(
+    path: Path, model_type: str = "llama", *, layers: int = 2, hidden: int = 64, intermediate: int = 128, heads: int = 4, kv_heads: int = 2,
+    tied: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0, **config: object,
+) -> Path:  # fmt: skip
+    """Write a random checkpoint with a tokenizer into `path` and return it. Weights are large enough that logits differ clearly."""
+    tokenizer = tiny_tokenizer()
+    settings = AutoConfig.for_model(
+        model_type, vocab_size=320, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=hidden // heads, max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.15,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1, **config,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(settings).to(dtype)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def tiny_windows(count: int = 8, length: int = 32, seed: int = 0) -> torch.Tensor:
+    """Random token windows, int64 [count, length]."""
+    return torch.randint(2, 320, (count, length), generator=torch.Generator().manual_seed(seed))

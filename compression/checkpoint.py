@@ -32,7 +32,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory that has been looked at (`open_checkpoint`) or is planned (`path` does not exist yet)."""
+    """A checkpoint directory that has been looked at (`open_checkpoint`), or one that is planned.
+
+    A planned one has the config and layout it will have, and the `path` of the checkpoint whose tokenizer it will carry.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -164,12 +167,11 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
     return {name: TensorInfo(t["dtype"], tuple(t["shape"])) for name, t in header.items()}
 
 
-def digest_directory(path: Path) -> str:
-    """sha256 over the names and bytes of every file below `path`: the content identity of a checkpoint or artifact."""
-    total = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        total.update(f"{file.relative_to(path).as_posix()}\0{digest_file(file)}\n".encode())
-    return total.hexdigest()
+def file_digests(path: Path) -> dict[str, str]:
+    """sha256 of every file below `path`, by its relative path: what content identities are made of."""
+    if not path.is_dir():
+        raise FileNotFoundError(path)
+    return {p.relative_to(path).as_posix(): digest_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def digest_file(path: Path) -> str:

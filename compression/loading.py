@@ -2,12 +2,22 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoint import Checkpoint, open_checkpoint
 from compression.errors import UnusableModel
+from compression.quantization.layouts import read_quantized_linears
+from compression.shards import read_tensors
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
@@ -21,11 +31,37 @@ def load_model(path: Path, *, dtype: torch.dtype | None = torch.float32, device:
     dtype  of the weights; None keeps the checkpoint's own
     Raises UnusableModel for a directory that `open_checkpoint` refuses.
     """
+    path = Path(path)
     checkpoint = open_checkpoint(path)
     if checkpoint.layout != "dense":
-        raise UnusableModel(f"{path}: layout {checkpoint.layout} cannot be opened yet", key="model")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, trust_remote_code=False)
-    return model.to(device).eval()
+        model = _load_dequantized(checkpoint, dtype or getattr(torch, checkpoint.dtype))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    torch.nn.Module.to(model, device)
+    return model.eval()
+
+
+def _load_dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The dense model that a GPTQ or AWQ checkpoint stands for, opened by transformers as any other."""
+    weights: dict[str, torch.Tensor] = {}
+    quantized: set[str] = set()
+    for module, layer in read_quantized_linears(checkpoint.path):
+        weights[f"{module}.weight"] = layer.dequantize().to(dtype)
+        quantized |= {f"{module}.{suffix}" for suffix in ("qweight", "qzeros", "scales", "g_idx")}
+    weights |= read_tensors(checkpoint.path, [name for name in checkpoint.tensors if name not in quantized])
+    config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    del config.quantization_config
+    models: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    model, found = models[type(config)].from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
+    if found["missing_keys"] or found["unexpected_keys"]:
+        raise UnusableModel(
+            f"{checkpoint.path}: its tensors are not those of {type(model).__name__}: missing {sorted(found['missing_keys'])}, "
+            f"unknown {sorted(found['unexpected_keys'])}",
+            key="model",
+        )
+    return model
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 SPLITS = ("train", "validation", "test")
 VERSION = 1  # part of the data's fingerprint through the text itself; bump when the generator changes
@@ -23,32 +24,38 @@ _ONSETS = (
     "Na Ne Ni No Pa Pe Pi Po Ra Re Ri Ro Sa Se Si So Ta Te Ti To Va Ve Vi Vo Za Ze Zi Zo"
 ).split()
 _ENDINGS = "len mir dan rix sol bek tun gar vin lus nor fey zek pol hart wyn".split()
-_THINGS = (
-    "lamp clock drum kettle ladder basket mirror saddle wagon barrel anchor candle carpet chair helmet "
-    "hammer bottle pillow violin whistle compass kite bell broom"
-).split()
-_PLACES = (
-    "mill barn tower cellar harbor garden chapel market stable library kitchen bakery forge cabin "
-    "orchard temple castle tavern"
-).split()
-_COLOURS = "red blue green yellow white black brown purple orange silver golden grey".split()
-_PRICES = "two three four five six seven eight nine ten eleven twelve twenty".split()
+_THINGS = tuple(
+    (
+        "lamp clock drum kettle ladder basket mirror saddle wagon barrel anchor candle carpet chair helmet "
+        "hammer bottle pillow violin whistle compass kite bell broom"
+    ).split()
+)
+_PLACES = tuple(
+    (
+        "mill barn tower cellar harbor garden chapel market stable library kitchen bakery forge cabin "
+        "orchard temple castle tavern"
+    ).split()
+)
+_COLOURS = tuple("red blue green yellow white black brown purple orange silver golden grey".split())
+_PRICES = tuple("two three four five six seven eight nine ten eleven twelve twenty".split())
 _WEATHER = "rain snow wind fog sunshine thunder".split()
 _TIMES = ("in the morning", "at noon", "in the evening", "after lunch", "before dawn", "late at night")
 
 
-def names(split: str) -> list[str]:
+@lru_cache
+def names(split: str) -> tuple[str, ...]:
     """Every person of a split. Names share their syllables, so none of them is an unknown word."""
-    return [a + b for a in _ONSETS for b in _ENDINGS if _bucket(a + b) == split]
+    return tuple(a + b for a in _ONSETS for b in _ENDINGS if _bucket(a + b) == split)
 
 
+@lru_cache(maxsize=None)
 def _bucket(key: str) -> str:
     """Split of a name or combination: 70% train, 15% validation, 15% test, by a stable hash."""
     share = hashlib.sha256(key.encode()).digest()[0] / 256
     return "train" if share < 0.7 else "validation" if share < 0.85 else "test"
 
 
-def _pairs(rng: random.Random, split: str, left: tuple[str, ...] | list[str], right: tuple[str, ...] | list[str], count: int) -> list[tuple[str, str]]:
+def _pairs(rng: random.Random, split: str, left: tuple[str, ...], right: tuple[str, ...], count: int) -> list[tuple[str, str]]:
     """`count` combinations of the split, no two of which share a member."""
     while True:
         free, chosen = list(right), []
@@ -71,36 +78,40 @@ def _people(rng: random.Random, split: str, count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Relation:
-    """A kind of scene: how its second fact is told and asked, forwards and backwards."""
+    """A kind of scene: how its second fact is told and asked for."""
 
     second: tuple[str, ...]  # templates of the second fact, over {mid} and {end}
-    ask_end: str  # two facts joined, from the person to the end
-    ask_person: str  # two facts joined, from the end to the person
-    ask_single: str  # one fact only: training text, never in the task
-    ends: tuple[str, ...] | list[str]
+    both: str  # both facts in one sentence
+    ask_joined: str  # two facts joined, from the person to the end
+    ask_single: str  # the second fact alone: training text, never in the task
+    answer: str
+    ends: tuple[str, ...]
 
 
-_OWNS = ("{person} owns the {mid}.", "The {mid} belongs to {person}.", "{person} has the {mid}.")
+_OWNS = ("{person} owns the {mid}.", "{person} has the {mid}.")
 _RELATIONS = (
     Relation(
-        ("The {mid} is in the {end}.", "The {mid} stands in the {end}.", "In the {end} is the {mid}."),
-        "Where is the thing that {person} owns? Answer: in the {end}",
-        "Who owns the thing in the {end}? Answer: {person}",
-        "Where is the {mid}? Answer: in the {end}",
+        ("The {mid} is in the {end}.", "The {mid} stands in the {end}."),
+        "{person} owns the {mid}, and the {mid} is in the {end}.",
+        "Where is the thing that {person} owns?",
+        "Where is the {mid}?",
+        "in the {end}",
         _PLACES,
     ),
     Relation(
-        ("The {mid} is {end}.", "The colour of the {mid} is {end}.", "Somebody painted the {mid} {end}."),
-        "What colour is the thing that {person} owns? Answer: {end}",
-        "Who owns the {end} thing? Answer: {person}",
-        "What colour is the {mid}? Answer: {end}",
+        ("The {mid} is {end}.", "The {mid} was painted {end}."),
+        "{person} owns the {mid}, and the {mid} is {end}.",
+        "What colour is the thing that {person} owns?",
+        "What colour is the {mid}?",
+        "{end}",
         _COLOURS,
     ),
     Relation(
-        ("The {mid} costs {end} coins.", "For {end} coins you can buy the {mid}.", "The price of the {mid} is {end} coins."),
-        "What is the price of the thing that {person} owns? Answer: {end} coins",
-        "Who owns the thing that costs {end} coins? Answer: {person}",
-        "What is the price of the {mid}? Answer: {end} coins",
+        ("The {mid} costs {end} coins.", "The {mid} was sold for {end} coins."),
+        "{person} owns the {mid}, and the {mid} costs {end} coins.",
+        "What is the price of the thing that {person} owns?",
+        "What is the price of the {mid}?",
+        "{end} coins",
         _PRICES,
     ),
 )
@@ -121,6 +132,7 @@ class Scene:
     passage: str
     joined: tuple[Question, ...]  # questions that need two facts
     single: tuple[tuple[str, str], ...]  # (question, answer) that need one
+    told: tuple[str, ...]  # both facts of a chain in one sentence
 
     @staticmethod
     def draw(rng: random.Random, split: str, people: int = 5) -> "Scene":
@@ -130,25 +142,23 @@ class Scene:
         told = [(rng.choice(_OWNS), chain) for chain in chains] + [(rng.choice(relation.second), chain) for chain in chains]
         rng.shuffle(told)
         passage = " ".join(t.format(person=p, mid=m, end=e) for t, (p, m, e) in told)
-        joined, single = [], []
-        for ask in (relation.ask_end, relation.ask_person):
-            filled = [ask.format(person=p, mid=m, end=e).split(" Answer: ") for p, m, e in chains]
-            answers = [answer for _, answer in filled]
-            for question, answer in filled:
-                choices = tuple(rng.sample(answers, people))
-                joined.append(Question(passage, question, choices, choices.index(answer)))
-        for p, m, e in chains:
-            question, answer = relation.ask_single.format(person=p, mid=m, end=e).split(" Answer: ")
-            single += [(question, answer), (f"Who owns the {m}?", p), (f"What does {p} own?", f"the {m}")]
+        answers = [relation.answer.format(end=e) for _, _, e in chains]
+        joined, single, told = [], [], []
+        for (p, m, e), answer in zip(chains, answers, strict=True):
+            choices = tuple(rng.sample(answers, people))
+            joined.append(Question(passage, relation.ask_joined.format(person=p), choices, choices.index(answer)))
+            single += [(relation.ask_single.format(mid=m), answer), (f"What does {p} own?", f"the {m}")]
+            told.append(relation.both.format(person=p, mid=m, end=e))
         rng.shuffle(joined)
-        return Scene(passage, tuple(joined), tuple(rng.sample(single, len(single))))
+        return Scene(passage, tuple(joined), tuple(single), tuple(told))
 
-    def text(self, rng: random.Random, questions: int) -> str:
-        """The scene as a training document: the passage, then questions of both kinds with their answers."""
-        asked = [(q.question, q.choices[q.answer]) for q in self.joined[:questions]]
-        asked += self.single[:questions]
-        rng.shuffle(asked)
-        return "\n".join([self.passage, *(f"Question: {q}\nAnswer: {a}" for q, a in asked)])
+    def text(self, rng: random.Random) -> str:
+        """The scene as a training document: the passage, then what follows from it, as statements and as answered questions."""
+        lines = [f"Question: {q.question}\nAnswer: {q.choices[q.answer]}" for q in self.joined]
+        lines += [f"Question: {question}\nAnswer: {answer}" for question, answer in self.single]
+        lines += self.told
+        rng.shuffle(lines)
+        return "\n".join([self.passage, *lines])
 
 
 def _story(rng: random.Random, split: str) -> str:
@@ -181,15 +191,17 @@ def _story(rng: random.Random, split: str) -> str:
     return " ".join(lines)
 
 
-def documents(split: str, seed: int = 0) -> Iterator[str]:
-    """Endless documents of a split for language modelling: about three scenes with questions to one story."""
+def documents(split: str, seed: int = 0, people: tuple[int, int] = (2, 5)) -> Iterator[str]:
+    """Endless documents of a split for language modelling: about four scenes with questions to one story.
+
+    people  fewest and most people of a scene; the reference model is trained on small scenes first
+    """
     rng = random.Random(f"world-{VERSION}-text-{split}-{seed}")
     while True:
-        if rng.random() < 0.25:
+        if rng.random() < 0.2:
             yield _story(rng, split)
         else:
-            people = rng.randint(2, 5)
-            yield Scene.draw(rng, split, people).text(rng, questions=2 * people)
+            yield Scene.draw(rng, split, rng.randint(*people)).text(rng)
 
 
 def questions(split: str, seed: int = 0) -> Iterator[Question]:

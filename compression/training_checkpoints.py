@@ -1,0 +1,93 @@
+"""Directories that are whole or not there: what a training loop leaves for the process that takes over from it. Imports no torch.
+
+A checkpoint is `checkpoint-<step>` below the work directory. It is written beside as `.partial-<step>`, every file is
+fsynced, `complete.json` (sha256 per file) is written last, and the directory is renamed. A process killed at any moment
+leaves either the checkpoint or something that is not taken for one.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from compression.checkpoint import digest_file
+from compression.errors import EdgepressError
+
+MARKER = "complete.json"
+KEEP = 2  # the newest, and the one to fall back on where the newest turns out to be damaged
+
+
+def write_checkpoint(workdir: Path, step: int, fill: Callable[[Path], None], *, run: str) -> None:
+    """Write `checkpoint-<step>` through `fill(directory)`; older ones but the last are removed.
+
+    run  names the training that the state belongs to; `latest_checkpoint` refuses another's
+    """
+    partial, final = workdir / f".partial-{step}", workdir / f"checkpoint-{step}"
+    _remove(partial)
+    partial.mkdir(parents=True)
+    fill(partial)
+    files = sorted(path for path in partial.iterdir() if path.is_file())
+    for file in files:
+        _sync(file)
+    (partial / MARKER).write_text(json.dumps({"run": run, "files": {file.name: digest_file(file) for file in files}}))
+    _sync(partial / MARKER)
+    _sync(partial)
+    _remove(final)  # an incomplete one, or this process would have started from it
+    partial.rename(final)
+    _sync(workdir)
+    for old in _checkpoints(workdir)[KEEP:]:
+        shutil.rmtree(old)
+
+
+def latest_checkpoint(workdir: Path, *, run: str, warn: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint, or None. Incomplete and damaged ones are named to `warn` and passed over.
+
+    Raises EdgepressError when it belongs to another training than `run`.
+    """
+    for partial in workdir.glob(".partial-*"):
+        shutil.rmtree(partial)
+    for path in _checkpoints(workdir):
+        damage = _damage(path)
+        if damage is None:
+            if json.loads((path / MARKER).read_text())["run"] != run:
+                raise EdgepressError(f"{path} belongs to a training with other data or settings; give this one a work directory of its own")
+            return path
+        warn(f"{path} is not complete ({damage}); training continues from the checkpoint before it")
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        digests = json.loads((path / MARKER).read_text())["files"]
+    except FileNotFoundError:
+        return f"no {MARKER}"
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        return f"{MARKER} is damaged"
+    for name, digest in digests.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if digest_file(path / name) != digest:
+            return f"{name} is damaged"
+    return None
+
+
+def _checkpoints(workdir: Path) -> list[Path]:
+    """Newest first."""
+    found = [path for path in workdir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def _sync(path: Path) -> None:
+    """fsync a file, or a directory's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,77 @@
+"""Calls into llama.cpp from a process of their own, since native code can abort, and proof that its tokenizer agrees with ours."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from compression.errors import EdgepressError, Incompatible, MissingExtra
+from export.gguf.tokenizer import FastTokenizer, Vocabulary
+from export.gguf.torture import torture_texts
+
+
+def require_llama() -> None:
+    """Raises MissingExtra when llama-cpp-python is not installed."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise MissingExtra("llama-cpp-python", "llamacpp", "GGUF export, which proves its files in llama.cpp,")
+
+
+def prove_tokenizer(file: Path, tokenizer: FastTokenizer, vocabulary: Vocabulary) -> int:
+    """Tokenize the torture texts in llama.cpp and in transformers; returns how many texts agreed (all of them).
+
+    Raises Incompatible with the first text whose token ids differ.
+    """
+    texts = torture_texts(vocabulary)
+    answers = _call("tokenize", model=str(file), texts=texts)
+    for text, theirs in zip(texts, answers, strict=True):
+        ours = tokenizer.backend_tokenizer.encode(text, add_special_tokens=True).ids
+        if ours != theirs:
+            raise Incompatible(_first_difference(text, ours, theirs, vocabulary), key="model")
+    return len(texts)
+
+
+def _first_difference(text: str, ours: list[int], theirs: list[int], vocabulary: Vocabulary) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    show = [f"{ids[at : at + 4]} {[vocabulary.tokens[id] for id in ids[at : at + 4]]}" for ids in (ours, theirs)]
+    kind = f"tokenizer.ggml.model {vocabulary.definition.model}, pre {vocabulary.definition.pre}"
+    return (
+        f"llama.cpp would tokenize otherwise ({kind}): in the text {text!r}, from token {at}, transformers has {show[0]}, "
+        f"llama.cpp {show[1]}; the model would run on other tokens than it was trained on"
+    )
+
+
+def quantize(source: Path, target: Path, type: str, *, embedding_type: str, head_type: str, threads: int) -> None:
+    """Write `target` from the float32 GGUF file `source` with llama.cpp's quantizer, embedding and head as given.
+
+    type  one of export.gguf.check.QUANTIZED
+    Raises EdgepressError when llama.cpp fails, with its last words.
+    """
+    ggml = gguf.GGMLQuantizationType
+    _call(
+        "quantize", source=str(source), target=str(target), file_type=file_type(type), threads=threads,
+        embedding_type=int(ggml[embedding_type.upper()]), head_type=int(ggml[head_type.upper()]),
+    )  # fmt: skip
+
+
+def file_type(type: str) -> int:
+    """GGUF's general.file_type."""
+    return int(gguf.LlamaFileType["ALL_F32" if type == "f32" else f"MOSTLY_{type.upper()}"])
+
+
+def _call(command: str, **arguments: Any) -> Any:
+    child = Path(__file__).with_name("llama_child.py")
+    done = subprocess.run(
+        [sys.executable, "-P", str(child), command],
+        input=json.dumps(arguments),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    if done.returncode:
+        raise EdgepressError(f"llama.cpp failed to {command} (exit code {done.returncode}): {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout)

@@ -1,0 +1,136 @@
+"""Tensors as GGUF wants them: names, row order, bytes."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+import numpy as np
+
+from compression.checkpoint import Checkpoint
+from compression.errors import Incompatible
+from compression.quantization.layouts import QuantizedLinear, read_quantized_linears
+from compression.shards import read_tensors
+from export.gguf.carry import pack
+from export.gguf.check import ARCHITECTURES, CARRY, rope_settings
+
+PACKED = ("qweight", "qzeros", "scales", "g_idx")  # what stands for a quantized layer's weight
+
+
+def tensor_name(name: str, names: gguf.TensorNameMap) -> str:
+    """transformers' parameter name -> GGUF's. Raises Incompatible for a tensor that the architecture has no place for."""
+    mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if mapped is None:
+        raise Incompatible(f"the tensor {name} has no place in llama.cpp's graph of this architecture", key="uses")
+    return mapped
+
+
+def interleave_rope_rows(array: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of a q or k projection, [heads * head_dim, ...], for llama.cpp's llama graph.
+
+    transformers rotates row i of a head with row i + head_dim / 2, llama.cpp row 2i with row 2i + 1 (GGML_ROPE_TYPE_NORMAL).
+    """
+    return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def llama3_rope_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
+    """What llama.cpp divides each rotary frequency by, float32 [head_dim / 2], for Llama 3.1's scaling (its `rope_freqs` tensor).
+
+    Wavelengths under original / high_freq_factor stay, those over original / low_freq_factor are stretched by `factor`, between them
+    both are mixed (Llama 3.1's `apply_scaling`).
+    """
+    original, factor = rope["original_max_position_embeddings"], rope["factor"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    wavelength = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    kept = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
+    return (1 / (kept + (1 - kept) / factor)).astype(np.float32)
+
+
+def encode(array: np.ndarray, type: str, name: str) -> np.ndarray:
+    """float32 [..., width] -> the array in the GGUF type f32, f16, bf16 or q8_0 (the last two as bytes).
+
+    Raises Incompatible when f16 cannot hold a value.
+    """
+    with np.errstate(over="ignore"):
+        encoded = gguf.quantize(np.ascontiguousarray(array, dtype=np.float32), gguf.GGMLQuantizationType[type.upper()])
+    if type == "f16" and not np.isfinite(encoded).all():
+        raise Incompatible(f"{name} holds {np.abs(array).max():g}, more than f16 can hold (65504); choose bf16 or f32", key="type")
+    return encoded
+
+
+@dataclass(frozen=True)
+class Types:
+    """GGUF types of a model's matrices; `linear` may be "carry"."""
+
+    linear: str
+    embedding: str
+    head: str
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as it goes into the file.
+
+    array       float32, float16 or bytes, rows first
+    linear      a matrix of a decoder block
+    difference  largest distance of a carried weight to the checkpoint's, and the same in steps of its scale
+    """
+
+    name: str
+    type: str
+    array: np.ndarray
+    linear: bool = False
+    difference: float = 0.0
+    difference_in_steps: float = 0.0
+
+
+def model_tensors(checkpoint: Checkpoint, types: Types) -> Iterator[Tensor]:
+    """Every tensor of the file, one at a time: embedding, head (unless it is the embedding), norms, biases, linear layers, rope factors."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[checkpoint.model_type].upper()], checkpoint.num_layers)
+    family = checkpoint.family
+    matrices = {f"{family.embed}.weight": types.embedding, f"{family.head}.weight": types.head}
+    packed = {f"{name.removesuffix('.qweight')}.{part}" for name in checkpoint.tensors if name.endswith(".qweight") for part in PACKED}
+    for name, info in checkpoint.tensors.items():
+        if name in packed or name.endswith("rotary_emb.inv_freq") or (checkpoint.tied and name == f"{family.head}.weight"):
+            continue
+        type = "f32" if len(info.shape) == 1 else matrices.get(name, types.linear)
+        array = _reorder(read_tensors(checkpoint.path, [name])[name].float().numpy(), name, checkpoint)
+        linear = len(info.shape) == 2 and name not in matrices
+        if type == CARRY:
+            raise Incompatible(
+                f"{name} is not quantized, so there are no codes of it to carry; quantize every linear layer or choose a float type",
+                key="type",
+            )
+        yield Tensor(tensor_name(name, names), type, encode(array, type, name), linear)
+    if checkpoint.layout != "dense":
+        for module, layer in read_quantized_linears(checkpoint.path):
+            yield _quantized(f"{module}.weight", tensor_name(f"{module}.weight", names), layer, types, checkpoint)
+    rope = rope_settings(checkpoint.config)
+    if rope["rope_type"] == "llama3":
+        yield Tensor("rope_freqs.weight", "f32", llama3_rope_factors(rope, checkpoint.head_dim))
+
+
+def _quantized(name: str, mapped: str, layer: QuantizedLinear, types: Types, checkpoint: Checkpoint) -> Tensor:
+    weight = _reorder(layer.dequantize().numpy(), name, checkpoint)
+    if types.linear != CARRY:
+        return Tensor(mapped, types.linear, encode(weight, types.linear, name), True)
+    if not layer.storage_ordered:
+        raise Incompatible(
+            f"the groups of {name} are out of storage order (act-order), and GGUF's are in order; quantize with static groups", key="type"
+        )
+    codes, scales, zeros = (_reorder(part.numpy(), name, checkpoint) for part in (layer.codes, layer.scales, layer.zeros))
+    type, array = pack(codes, scales, zeros, layer.bits)
+    difference = np.abs(gguf.dequantize(array, gguf.GGMLQuantizationType[type.upper()]) - weight)
+    step = np.repeat(scales.astype(np.float32), layer.group_size, axis=1)
+    return Tensor(mapped, type, array, True, float(difference.max()), float((difference / step).max()))
+
+
+def _reorder(array: np.ndarray, name: str, checkpoint: Checkpoint) -> np.ndarray:
+    if ARCHITECTURES[checkpoint.model_type] != "llama":
+        return array
+    heads = checkpoint.config["num_attention_heads"]
+    q, k = (f"{path}." for path in checkpoint.family.attention[:2])
+    if q in name:
+        return interleave_rope_rows(array, heads)
+    return interleave_rope_rows(array, checkpoint.config.get("num_key_value_heads") or heads) if k in name else array

@@ -1,0 +1,210 @@
+"""The command line. Imports no torch: planning and help stay fast."""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import urllib.request
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from compression.errors import EdgepressError
+
+RECIPES = Path(__file__).parent / "recipes"
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown", help="Compress language models for the edge: prune, distil, fine-tune, quantize, export; one resumable graph, measured at every step.")
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe file, or the name of a shipped recipe (demo).")]
+Overrides = Annotated[list[str], typer.Option("--set", help="Put a value over the recipe: --set stages.distilled.temperature=4")]
+StoreFolder = Annotated[Path, typer.Option("--store", envvar="EDGEPRESS_STORE", help="Where results are kept by identity.")]
+OutputsFolder = Annotated[Path, typer.Option("--outputs", help="Where results are linked by name.")]
+DEFAULT_STORE, DEFAULT_OUTPUTS = Path(".edgepress"), Path("outputs")
+
+
+def main() -> None:
+    """Entry of the console script: errors people can mend become one message and exit code 2."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    signal.signal(signal.SIGTERM, _interrupt)
+    error_console = Console(stderr=True, soft_wrap=True)
+    try:
+        app()
+    except EdgepressError as error:
+        if debug:
+            raise
+        error_console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        error_console.print("interrupted: the same command goes on from here", markup=False)
+        sys.exit(130)
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@app.command()
+def run(recipe: RecipeFile, overrides: Overrides = [], store: StoreFolder = DEFAULT_STORE, outputs: OutputsFolder = DEFAULT_OUTPUTS) -> None:  # noqa: B006
+    """Run a recipe. What is in the store already is not computed again.
+
+    Example: `edgepress run demo --set stages.distilled.steps=100`
+    """
+    from flows.pipeline import run_pipeline
+    from flows.planning import make_plan
+    from flows.recipe import load_recipe
+    from flows.report import render_report
+    from flows.screen import Screen, print_summary
+    from tasks.store import Store
+
+    opened = Store(store)
+    plan = make_plan(load_recipe(_find(recipe), tuple(overrides)), opened)
+    console = _console()
+    with Screen(console) as screen:
+        outcome = run_pipeline(plan, opened, outputs, screen.update, render_report)
+    print_summary(console, outcome.summary)
+    folder = outputs / plan.parsed.recipe.name
+    console.print(f"results: {folder}/   report: {folder / 'report.html'}   MLflow: edgepress ui", markup=False)
+    if not outcome.succeeded:
+        raise typer.Exit(1)
+
+
+@app.command()
+def validate(recipe: RecipeFile, overrides: Overrides = [], store: StoreFolder = DEFAULT_STORE) -> None:  # noqa: B006
+    """Check a recipe whole, against the model's config and the data, without running anything.
+
+    Example: `edgepress validate recipe.yaml`
+    """
+    from flows.planning import make_plan
+    from flows.recipe import load_recipe
+    from tasks.store import Store
+
+    plan = make_plan(load_recipe(_find(recipe), tuple(overrides)), Store(store))
+    print(f"{recipe}: valid, {len(plan.assignments) - 1} stages on {plan.base.source}")
+
+
+@app.command()
+def plan(recipe: RecipeFile, overrides: Overrides = [], store: StoreFolder = DEFAULT_STORE) -> None:  # noqa: B006
+    """Show the graph: what is in the store already, and the estimated size, memory and disk of the rest.
+
+    Example: `edgepress plan demo`
+    """
+    from flows.planning import check_disk, make_plan
+    from flows.recipe import load_recipe
+    from flows.screen import plan_table
+    from tasks.store import Store
+
+    opened = Store(store)
+    made = make_plan(load_recipe(_find(recipe), tuple(overrides)), opened)
+    _console().print(plan_table(made, opened))
+    check_disk(made, opened)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors.
+
+    Example: `edgepress schema > recipe.schema.json`
+    """
+    from flows.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
+    prefect: Annotated[bool, typer.Option("--prefect", help="Start Prefect's UI as well, on port 4200.")] = False,
+    store: StoreFolder = DEFAULT_STORE,
+) -> None:
+    """Start the MLflow UI (and Prefect's) and print the address. Ctrl-C ends it.
+
+    Example: `edgepress ui --prefect`
+    """
+    from tasks.tracking import Tracking
+
+    tracking = Tracking()
+    tracking.end_orphans()
+    servers = [[sys.executable, "-P", "-m", "mlflow", "ui", "--backend-store-uri", tracking.uri, "--port", str(port)]]
+    print(f"MLflow: http://127.0.0.1:{port}", flush=True)
+    environment = {**os.environ, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    if prefect:
+        environment.setdefault("PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{store.absolute() / 'prefect' / 'prefect.db'}")
+        servers.append([sys.executable, "-P", "-m", "prefect", "server", "start"])
+        print("Prefect: http://127.0.0.1:4200", flush=True)
+    processes = [subprocess.Popen(command, env=environment) for command in servers]
+    try:
+        for process in processes:
+            process.wait()
+    finally:
+        for process in processes:
+            process.terminate()
+
+
+@app.command()
+def doctor() -> None:
+    """List versions, devices, runtimes and servers, and what is missing for which stage.
+
+    Example: `edgepress doctor`
+    """
+    from export.runtimes import installed_runtimes
+    from tasks.extras import EXTRAS, missing
+    from tasks.measure import machine_fingerprint
+    from tasks.stage import stage_kinds
+    from tasks.tracking import tracking_uri
+
+    table = Table(title=f"edgepress {metadata.version('edgepress')}", show_header=False)
+    table.add_row("python", platform.python_version())
+    for package in ("torch", "transformers", "peft", "datasets", "prefect", "mlflow"):
+        table.add_row(package, metadata.version(package))
+    table.add_row("machine", ", ".join(f"{key} {value}" for key, value in machine_fingerprint().items()))
+    table.add_row("devices", _devices())
+    for name, version in installed_runtimes().items():
+        table.add_row(f"runtime {name}", version or "[red]not installed[/]")
+    for extra in EXTRAS:
+        absent = missing(extra)
+        stages = ", ".join(uses for uses, kind in stage_kinds().items() if kind.extra == extra)
+        table.add_row(f"extra {extra}", "complete" if not absent else f"[red]missing {', '.join(absent)}[/]: pip install 'edgepress\\[{extra}]' (for {stages})")
+    table.add_row("MLflow", _reached(tracking_uri()))
+    table.add_row("Prefect", _reached(os.environ["PREFECT_API_URL"] + "/health") if "PREFECT_API_URL" in os.environ else "embedded (no PREFECT_API_URL)")
+    _console().print(table)
+
+
+def _console() -> Console:
+    """The terminal; wide enough for the tables where the output goes into a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _devices() -> str:
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", "import torch; print(*(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())), sep=', ')"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return ", ".join(filter(None, ["cpu", found.stdout.strip()])) if found.returncode == 0 else f"torch fails: {found.stderr.strip().splitlines()[-1]}"
+
+
+def _reached(uri: str) -> str:
+    if not uri.startswith("http"):
+        return uri
+    try:
+        with urllib.request.urlopen(uri, timeout=3) as answer:
+            return f"{uri}: reached ({answer.status})"
+    except OSError as error:
+        return f"[red]{uri}: not reached ({error})[/]"
+
+
+def _find(recipe: Path) -> Path:
+    """A file as given, or a shipped recipe by its name."""
+    shipped = RECIPES / f"{recipe}.yaml"
+    return shipped if not recipe.exists() and shipped.is_file() else recipe
+
+
+if __name__ == "__main__":
+    main()

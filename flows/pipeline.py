@@ -1,0 +1,194 @@
+"""Running a plan as a Prefect flow, from the first process to the summary. Prefect and MLflow are imported here, after the server was started."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flows.planning import Plan, check_disk
+from flows.recipe import BASE
+from flows.server import prefect_server
+from tasks.children import Children
+from tasks.files import write_json
+from tasks.measure import machine_fingerprint
+from tasks.owner import is_dead, owner_tag
+from tasks.perform import Pipeline, Result
+from tasks.store import Store
+from tasks.tracking import Tracking
+
+Progress = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished pipeline: its summary as written to `outputs/<recipe>/run.json`, and whether everything held."""
+
+    summary: dict[str, Any]
+    succeeded: bool
+
+
+def run_pipeline(plan: Plan, store: Store, outputs: Path, progress: Progress, render: Callable[[dict[str, Any]], str]) -> Outcome:
+    """Run every stage of the plan; `render` turns the summary into the report page.
+
+    Stages that do not depend on a failed one go on. On Ctrl-C the children are ended, the runs are closed, KeyboardInterrupt goes on.
+    """
+    check_disk(plan, store)
+    started = time.time()
+    recipe = plan.parsed.recipe
+    children = Children(recipe.execution.cores or os.cpu_count() or 1)
+    with prefect_server(store.root / "prefect"):
+        children.preload()
+        tracking = Tracking()
+        tracking.end_orphans()
+        run = _open_parent(tracking, plan)
+        pipeline = Pipeline(
+            name=recipe.name, store=store, children=children, tracking=tracking, run=run, data=recipe.data, machine=plan.machine,
+            base=plan.base, outputs=outputs, documents={a.name: (a.identity, a.document) for a in plan.assignments}, progress=progress,
+        )  # fmt: skip
+        finished = False
+        try:
+            _run_flow(pipeline, plan)
+            finished = True
+        finally:
+            children.close()
+            summary = summarize(pipeline, plan, started)
+            if not finished:
+                _close_interrupted(pipeline)
+            else:
+                _finish(pipeline, plan, summary, render)
+    return Outcome(summary, all(row["state"] in {"Completed", "Cached"} for row in summary["rows"]))
+
+
+def _open_parent(tracking: Tracking, plan: Plan) -> str:
+    recipe = plan.parsed.recipe
+    tags = {"edgepress.kind": "pipeline", "edgepress.recipe": recipe.name, "edgepress.base": plan.base.source, "edgepress.device": plan.machine.device}
+    params = {"model": recipe.model.path, "revision": plan.base.revision, "seed": recipe.seed, "stages": ", ".join(n.name for n in plan.parsed.nodes)}
+    run = tracking.open_run(recipe.name, tags=tags, params=params)
+    tracking.log_file(run, plan.parsed.source.file, "recipe")
+    tracking.log_data(run, "recipe data", plan.assignments[0].document["data"], recipe.data.model_dump_json(), "evaluation")
+    return run
+
+
+def _run_flow(pipeline: Pipeline, plan: Plan) -> None:
+    """Submit every stage to Prefect, which starts each one as the graph allows, and wait for all."""
+    _quiet_prefect(pipeline.store.root / "prefect")
+    from prefect import flow
+    from prefect.futures import PrefectFuture
+    from prefect.logging.handlers import APILogHandler
+    from prefect.states import Completed, Failed
+    from prefect.task_runners import ThreadPoolTaskRunner
+
+    from tasks.task import stage_task
+
+    _end_orphan_flows()
+
+    @flow(name=pipeline.name, task_runner=ThreadPoolTaskRunner(max_workers=32), persist_result=False, log_prints=False)
+    def compress() -> Any:
+        _tag_flow_run()
+        futures: dict[str, PrefectFuture[Any]] = {}
+        for task in plan.assignments:
+            needed = [futures[name] for name in dict.fromkeys(task.inputs.values())]
+            if task.stage is not None and BASE not in task.inputs.values():
+                needed.append(futures[BASE])  # every stage is compared with the base model
+            futures[task.name] = stage_task(pipeline, task).submit(wait_for=needed)
+        try:
+            states = {name: _wait(future) for name, future in futures.items()}
+        except BaseException:  # Ctrl-C: the runner's threads wait for the children, so these go first
+            pipeline.children.close()
+            raise
+        broken = [name for name, state in states.items() if not state.is_completed()]
+        return Failed(message=f"failed: {', '.join(broken)}") if broken else Completed(message="all stages done")
+
+    try:
+        compress(return_state=True)
+    finally:
+        APILogHandler().flush()  # before the server goes
+
+
+def _wait(future: Any) -> Any:
+    future.wait()
+    return future.state
+
+
+def _quiet_prefect(home: Path) -> None:
+    """Prefect's console messages go to a file; its API keeps them too."""
+    import logging
+
+    from prefect.logging.configuration import ensure_logging_setup
+    from prefect.logging.handlers import PrefectConsoleHandler
+
+    ensure_logging_setup()
+    home.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(home / "prefect.log")
+    for name in [None, *logging.root.manager.loggerDict]:
+        logger = logging.getLogger(name)
+        for console in [h for h in logger.handlers if isinstance(h, PrefectConsoleHandler)]:
+            logger.removeHandler(console)
+            logger.addHandler(file)
+
+
+def _tag_flow_run() -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.context import get_run_context
+
+    run = get_run_context().flow_run  # type: ignore[union-attr]
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(run.id, tags={"edgepress", f"owner:{owner_tag()}"})
+
+
+def _end_orphan_flows() -> None:
+    """Mark flow runs, and their task runs, whose process is dead as crashed."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.states import Crashed
+
+    running = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING"]}}, "tags": {"all_": ["edgepress"]}})
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=running):
+            owner = next((tag.removeprefix("owner:") for tag in run.tags if tag.startswith("owner:")), None)
+            if owner and is_dead(owner):
+                client.set_flow_run_state(run.id, Crashed(message="its process was killed"), force=True)
+
+
+def _close_interrupted(pipeline: Pipeline) -> None:
+    for result in pipeline.results.values():
+        if result.run and result.state in {"Running", "Failed"}:
+            pipeline.tracking.end(result.run, "KILLED", "interrupted")
+    pipeline.tracking.end(pipeline.run, "KILLED", "interrupted")
+
+
+def _finish(pipeline: Pipeline, plan: Plan, summary: dict[str, Any], render: Callable[[dict[str, Any]], str]) -> None:
+    """Write the summary and the report, log both, end the parent run."""
+    folder = pipeline.outputs / pipeline.name
+    write_json(folder / "run.json", summary)
+    (folder / "report.html").write_text(render(summary))
+    for file in ("run.json", "report.html"):
+        pipeline.tracking.log_file(pipeline.run, folder / file)
+    failed = [row for row in summary["rows"] if row["state"] in {"Failed", "Skipped"}]
+    reason = "; ".join(f"{row['stage']}: {row['reason']}" for row in failed if row["state"] == "Failed")
+    pipeline.tracking.end(pipeline.run, "FAILED" if failed else "FINISHED", reason or None)
+
+
+def summarize(pipeline: Pipeline, plan: Plan, started: float) -> dict[str, Any]:
+    """Everything the table and the report show, as JSON."""
+    rows = []
+    for task in plan.assignments:
+        result = pipeline.results.get(task.name)
+        if result is None:
+            broken = next((name for name in task.ancestors if pipeline.results.get(name) is None or pipeline.results[name].state == "Failed"), BASE)
+            uses = task.stage.uses if task.stage else "base"
+            result = Result(task.name, uses, list(dict.fromkeys(task.inputs.values())), "Skipped", task.identity, reason=f"{broken} failed")
+        rows.append({**asdict(result), "stage": result.name, "size_bytes": result.metrics.get("size_mb", 0) * 1e6})
+    return {
+        "recipe": json.loads(plan.parsed.recipe.model_dump_json()), "name": pipeline.name, "started": started, "seconds": time.time() - started,
+        "rows": rows, "gates": [{"stage": row["stage"], **verdict} for row in rows for verdict in row["verdicts"]], "run": pipeline.run,
+        "environment": {
+            "edgepress": version("edgepress"), "machine": machine_fingerprint(), "device": plan.machine.device, "threads": plan.machine.threads,
+            "base": {"source": plan.base.source, "revision": plan.base.revision, "license": plan.base.license, "content": plan.base.content},
+        },
+    }  # fmt: skip

@@ -1,0 +1,104 @@
+"""What a person sees in the terminal: bars while stages work, one table at the end. Imports no torch."""
+
+import threading
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from flows.planning import Plan, estimate
+from tasks.store import Store
+
+COLUMNS = (  # (metric, heading, format)
+    ("accuracy", "accuracy", "{:.3f}"),
+    ("accuracy_stderr", "±", "{:.3f}"),
+    ("perplexity", "perplexity", "{:.3f}"),
+    ("kl_to_base", "KL to base", "{:.2g}"),
+    ("top1_agreement", "top-1", "{:.3f}"),
+    ("size_mb", "size MB", "{:.2f}"),
+    ("parameters", "params M", "{:.2f}"),
+    ("sparsity", "sparsity", "{:.2f}"),
+    ("tokens_per_second", "decode t/s", "{:.0f}"),
+    ("prefill_tokens_per_second", "prefill t/s", "{:.0f}"),
+    ("peak_memory_mb", "memory MB", "{:.0f}"),
+)
+_STATE = {"Completed": "green", "Cached": "cyan", "Failed": "bold red", "Skipped": "yellow"}
+
+
+class Screen:
+    """Live progress of the stages: one line each, from the first sign of life to the state it ended in."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._lock = threading.Lock()
+        self._lines: dict[str, TaskID] = {}
+        self._bars = Progress(
+            SpinnerColumn(finished_text="•"), TextColumn("{task.fields[stage]:<16}"), BarColumn(bar_width=24), TextColumn("{task.description}"),
+            TimeElapsedColumn(), console=console, transient=not console.is_terminal,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Screen":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def update(self, stage: str, event: dict[str, Any]) -> None:
+        """Called from the stages' threads: {"progress": [done, total, what]} or {"ended": state}."""
+        with self._lock:
+            line = self._lines.get(stage)
+            if line is None:
+                line = self._lines[stage] = self._bars.add_task("starting", total=None, stage=stage)
+            if "ended" in event:
+                state = event["ended"]
+                self._bars.update(line, total=1, completed=1, description=f"[{_STATE.get(state, 'white')}]{state.lower()}[/]")
+                if not self.console.is_terminal:
+                    self.console.print(f"{stage}: {state.lower()}")
+            else:
+                done, total, what = event["progress"]
+                self._bars.update(line, total=total, completed=done, description=what)
+
+
+def results_table(summary: dict[str, Any]) -> Table:
+    """The table of a finished run: the base first, each stage a row, only columns that something was measured in."""
+    rows = summary["rows"]
+    shown = [c for c in COLUMNS if any(c[0] in row["metrics"] for row in rows)]
+    table = Table(title=f"{summary['name']}: {summary['seconds']:.0f} s")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("runtime", no_wrap=True)
+    for _, heading, _ in shown:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("s", justify="right")
+    table.add_column("state", no_wrap=True)
+    for row in rows:
+        figures = [form.format(row["metrics"][metric] / (1e6 if metric == "parameters" else 1)) if metric in row["metrics"] else "" for metric, _, form in shown]
+        table.add_row(row["stage"], row["runtime"], *figures, f"{row['seconds']:.1f}", f"[{_STATE.get(row['state'], 'white')}]{row['state'].lower()}[/]")
+    return table
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """The table, then what a person must know: warnings, broken gates, failures."""
+    console.print(results_table(summary))
+    for row in summary["rows"]:
+        for warning in row["warnings"]:
+            console.print(f"[yellow]warning[/] {row['stage']}: {warning}", highlight=False)
+        for verdict in row["verdicts"]:
+            if verdict["outcome"] != "PASS":
+                console.print(f"[bold red]{verdict['outcome']}[/] {row['stage']}: {verdict['message']}", highlight=False)
+        if row["state"] == "Failed":
+            console.print(f"[bold red]failed[/] {row['stage']}: {row['reason']}", highlight=False)
+
+
+def plan_table(plan: Plan, store: Store) -> Table:
+    """The graph in order, what is in the store already, and what the rest will take."""
+    table = Table(title=f"{plan.parsed.recipe.name}: {len(plan.assignments) - 1} stages, estimates from shapes")
+    for heading in ("stage", "uses", "needs", "identity", "state", "size", "memory", "disk"):
+        table.add_column(heading, justify="right" if heading in {"size", "memory", "disk"} else "left")
+    for task in plan.assignments:
+        needed = estimate(task, plan)
+        state = "measured only" if task.stage is None else "[cyan]in the store[/]" if store.has(task.identity) else "to run"
+        sizes = [f"{n / 1e6:,.1f} MB" for n in (needed.size, needed.memory, needed.disk)]
+        table.add_row(task.name, task.stage.uses if task.stage else "base", ", ".join(dict.fromkeys(task.inputs.values())), task.identity[:12], state, *sizes)
+    return table

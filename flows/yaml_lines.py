@@ -1,0 +1,59 @@
+"""YAML that remembers on which line each key stands, so that an error can point to it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compression.errors import EdgepressError
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Located:
+    """A parsed document and the line (from 1) of every key path in it."""
+
+    file: Path
+    value: Any
+    lines: dict[KeyPath, int] = field(repr=False)
+
+    def where(self, path: KeyPath) -> str:
+        """`file:line` of a key path, or of its nearest ancestor that stands in the file."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.file}:{self.lines.get(path, 1)}"
+
+
+def read_yaml(file: Path) -> Located:
+    """Parse one YAML document. Raises EdgepressError for a missing file, wrong syntax or a key given twice."""
+    try:
+        root = yaml.compose(file.read_text(), Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        raise EdgepressError(f"there is no recipe {file}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EdgepressError(f"{file} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise EdgepressError(f"{file}:{line}: not YAML: {getattr(error, 'problem', error)}") from None
+    if root is None:
+        raise EdgepressError(f"{file}: the recipe is empty")
+    lines: dict[KeyPath, int] = {}
+    _locate(root, (), lines, file)
+    return Located(file, yaml.safe_load(file.read_text()), lines)
+
+
+def _locate(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], file: Path) -> None:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, key.value)
+            if here in lines:
+                raise EdgepressError(f"{file}:{key.start_mark.line + 1}: the key {key.value!r} stands twice (first on line {lines[here]})")
+            lines[here] = key.start_mark.line + 1
+            _locate(value, here, lines, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            _locate(value, (*path, number), lines, file)

@@ -1,0 +1,174 @@
+"""Starting, watching and ending the children that work. Imports no torch; the fork server does, once."""
+
+import fcntl
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compression.errors import EdgepressError
+from tasks.files import write_json
+from tasks.worker import PRELOAD, forked
+
+EventSink = Callable[[dict[str, Any]], None]
+
+
+class JobFailed(Exception):
+    """A child that did not bring a result. `transient` says whether trying again can help."""
+
+    def __init__(self, message: str, *, transient: bool, log: Path | None = None):
+        super().__init__(message)
+        self.transient = transient
+        self.log = log
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of `module:function(**arguments, threads=, context=)` in a child."""
+
+    call: str
+    arguments: dict[str, Any]
+    threads: int
+    seed: int = 0
+    device: str = "cpu"
+    timeout: float | None = None
+    alone: bool = False  # timing: nothing else of edgepress may run on this machine meanwhile
+
+
+class Children:
+    """All children of one flow: started from a fork server, limited by a budget of cores, ended together."""
+
+    def __init__(self, cores: int):
+        self._cores = cores
+        self._free = cores
+        self._changed = threading.Condition()
+        self._running: set[int] = set()
+        self._closed = False
+
+    @staticmethod
+    def preload() -> None:
+        """Start the fork server, which imports torch while the caller goes on. Call from the main thread, before any other."""
+        os.environ["PYTHONSAFEPATH"] = "1"  # a user's own tasks.py or flows/ in the current directory must not shadow ours
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOAD))
+        multiprocessing.forkserver.ensure_running()
+
+    def run(self, job: Job, folder: Path, sink: EventSink) -> dict[str, float]:
+        """Run a job to its end and return its metrics; events reach `sink` as they come.
+
+        Raises EdgepressError (a cause the user can mend), JobFailed (a crash, a kill, a timeout).
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("result.json", "error.json", "events.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+        spec = {"call": job.call, "arguments": job.arguments, "threads": job.threads, "seed": job.seed, "device": job.device}
+        write_json(folder / "job.json", spec)
+        cores = self._cores if job.alone else min(job.threads, self._cores)
+        with self._cores_taken(cores), machine_lock(alone=job.alone):
+            process = multiprocessing.get_context("forkserver").Process(target=forked, args=(str(folder / "job.json"),))
+            with self._changed:
+                if self._closed:
+                    raise JobFailed("stopped", transient=False)
+                process.start()
+                assert process.pid is not None
+                self._running.add(process.pid)
+            try:
+                timed_out = _watch(process, folder / "events.jsonl", sink, job.timeout)
+            finally:
+                _end_group(process.pid)
+                process.join()
+                self._running.discard(process.pid)
+        if self._closed:
+            raise JobFailed("stopped", transient=False)
+        return _outcome(folder, process.exitcode, job.timeout if timed_out else None)
+
+    def close(self) -> None:
+        """Kill whatever runs; nothing can be started afterwards."""
+        with self._changed:
+            self._closed = True
+            for pid in list(self._running):
+                _end_group(pid)
+            self._changed.notify_all()
+
+    @contextmanager
+    def _cores_taken(self, count: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= count or self._closed)
+            self._free -= count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += count
+                self._changed.notify_all()
+
+
+@contextmanager
+def machine_lock(*, alone: bool) -> Iterator[None]:
+    """Hold this machine, shared with other work or alone, among all edgepress processes of all users. Dies with its owner."""
+    path = Path(tempfile.gettempdir()) / "edgepress-machine.lock"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _watch(process: Any, events: Path, sink: EventSink, timeout: float | None) -> bool:
+    """Forward events until the child ends; returns whether it ran past the timeout (and was killed)."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    position = 0
+    while True:
+        process.join(0.05)
+        ended = process.exitcode is not None
+        position = _forward(events, position, sink)
+        if ended:
+            return False
+        if deadline is not None and time.monotonic() > deadline:
+            return True
+
+
+def _forward(events: Path, position: int, sink: EventSink) -> int:
+    """Pass on the whole lines after `position`; returns where to go on."""
+    if not events.exists():
+        return position
+    with events.open("rb") as stream:
+        stream.seek(position)
+        whole, newline, _ = stream.read().rpartition(b"\n")
+    for line in whole.splitlines():
+        sink(json.loads(line))
+    return position + len(whole) + len(newline)
+
+
+def _end_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return  # it has ended already, with all its children
+
+
+def _outcome(folder: Path, exitcode: int | None, timeout: float | None) -> dict[str, float]:
+    log = folder / "log.txt"
+    if timeout is not None:
+        raise JobFailed(f"ran past its timeout of {timeout:g} s and was stopped", transient=True, log=log)
+    if (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text())["metrics"]
+    if (folder / "error.json").exists():
+        error = json.loads((folder / "error.json").read_text())
+        if error["kind"] == "user":
+            raise EdgepressError(error["message"], key=error["key"])
+        raise JobFailed(f"{error['type']}: {error['message']}", transient=error["type"] in {"OutOfMemoryError", "MemoryError"}, log=folder / "error.json")
+    name = signal.Signals(-exitcode).name if exitcode is not None and exitcode < 0 else f"exit status {exitcode}"
+    hint = " (most often the kernel, because memory ran out)" if name == "SIGKILL" else ""
+    raise JobFailed(f"the process of this stage was killed by {name}{hint}", transient=True, log=log)

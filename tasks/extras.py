@@ -1,0 +1,22 @@
+"""Which optional packages belong to which extra of edgepress, and what is missing. Imports none of them."""
+
+from importlib.util import find_spec
+
+from compression.errors import MissingExtra
+
+EXTRAS: dict[str, dict[str, str]] = {  # extra -> distribution -> module
+    "onnx": {"onnx": "onnx", "onnxruntime": "onnxruntime", "onnxscript": "onnxscript"},
+    "genai": {"onnxruntime-genai": "onnxruntime_genai", "onnx": "onnx", "onnxruntime": "onnxruntime"},
+    "llamacpp": {"gguf": "gguf", "llama-cpp-python": "llama_cpp"},
+}
+
+
+def missing(extra: str) -> list[str]:
+    """Distributions of an extra that are not installed."""
+    return [distribution for distribution, module in EXTRAS[extra].items() if find_spec(module) is None]
+
+
+def require(extra: str, needed_for: str) -> None:
+    """Raises MissingExtra naming the first package that is not installed."""
+    for distribution in missing(extra):
+        raise MissingExtra(distribution, extra, needed_for)

@@ -1,0 +1,41 @@
+"""Writing so that a crash leaves the old or the new, never a half. Imports no torch."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write beside, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w") as stream:
+        json.dump(document, stream, indent=1, sort_keys=True)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(path)
+    fsync_directory(path.parent)
+
+
+def fsync_tree(root: Path) -> None:
+    """Bring every file and directory below `root` to disk."""
+    for folder, _, files in os.walk(root):
+        for name in files:
+            with Path(folder, name).open("rb") as stream:
+                os.fsync(stream.fileno())
+        fsync_directory(Path(folder))
+
+
+def fsync_directory(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def size_of(root: Path) -> int:
+    """Bytes of all files below a directory, links followed."""
+    return sum(f.stat().st_size for f in root.rglob("*") if f.is_file())

@@ -1,0 +1,62 @@
+"""Identity: the digest of everything that decides a stage's bytes, and of nothing else. Imports no torch.
+
+The seed of every random draw of a stage derives from this digest, never from the stage's name.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from compression.data import DataSpec, fingerprint
+from tasks.stage import Stage
+
+
+def digest(document: Any) -> str:
+    """sha256 of a JSON document in canonical form (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where stages run, as far as it decides bytes: device type and the fixed number of threads of a stage."""
+
+    device: str = "cpu"
+    threads: int = 1
+
+
+def library_versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions; "absent" for an optional distribution that is not here."""
+
+    def one(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "absent"
+
+    return {name: one(name) for name in names}
+
+
+def identity_document(stage: Stage, inputs: Mapping[str, str], data: DataSpec, seed: int, machine: Machine) -> dict[str, Any]:
+    """The document that is digested, kept in the store beside the content so that a person can compare two identities.
+
+    inputs  identity by role: {"parent": ..., "teacher": ...}
+    """
+    return {
+        "uses": stage.uses,
+        "version": stage.version,
+        "parameters": stage.model_dump(mode="json"),
+        "inputs": dict(inputs),
+        "data": None if stage.reads == "nothing" else fingerprint(data, stage.reads),
+        "seed": seed,
+        "device": machine.device.split(":")[0],
+        "threads": machine.threads,
+        "libraries": library_versions(stage.libraries),
+    }
+
+
+def seed_of(identity: str) -> int:
+    """The 31-bit seed of a stage's random draws."""
+    return int(identity[:8], 16) & 0x7FFFFFFF

@@ -1,0 +1,53 @@
+"""What a child can be asked to do: run a stage, measure quality, measure speed. The only place in tasks/ that works with torch."""
+
+from pathlib import Path
+from typing import Any
+
+from compression.context import Context
+from compression.data import DataSpec
+from tasks.stage import Inputs, Workplace, stage_kinds
+
+
+def run_stage(
+    *, stage: dict[str, Any], parent: str, others: dict[str, str], out: str, work: str, data: dict[str, Any], threads: int, context: Context
+) -> dict[str, float]:
+    """Run a stage into `out`; returns the metrics of its method."""
+    kind = stage_kinds()[stage["uses"]]
+    inputs = Inputs(Path(parent), {role: Path(path) for role, path in others.items()})
+    return kind.model_validate(stage).run(inputs, Workplace(Path(out), Path(work)), DataSpec.model_validate(data), context)
+
+
+def measure_quality(
+    *, target: str, references: dict[str, str], tokenizer: str, data: dict[str, Any], threads: int, context: Context
+) -> dict[str, float]:
+    """Perplexity, accuracy, and divergence from each reference checkpoint, in the runtime that opens `target`."""
+    from compression.data import evaluation_windows, questions
+    from compression.evaluation.scorers import evaluate_quality
+    from compression.evaluation.transformers_runtime import TransformersRuntime
+    from compression.loading import load_tokenizer
+    from export.runtimes import open_runtime
+
+    spec = DataSpec.model_validate(data)
+    encoder = load_tokenizer(Path(tokenizer))
+    runtime = open_runtime(Path(target), device=context.device, threads=threads)
+    by_path = {path: TransformersRuntime(Path(path), device=context.device, threads=threads) for path in set(references.values())}
+    items = questions(spec, "test") if spec.questions is not None else []
+    try:
+        others = {name: by_path[path] for name, path in references.items()}
+        return evaluate_quality(runtime, encoder, evaluation_windows(spec, encoder), items, references=others, context=context)
+    finally:
+        for opened in (runtime, *by_path.values()):
+            opened.close()
+
+
+def measure_speed(*, target: str, tokenizer: str, data: dict[str, Any], threads: int, context: Context) -> dict[str, float]:
+    """Tokens/s of prefill and decode, load time and peak memory, on one window of the evaluation text as the prompt."""
+    from compression.data import evaluation_windows
+    from compression.evaluation.speed import measure_speed as measure
+    from compression.loading import load_tokenizer
+    from export.runtimes import open_runtime
+
+    spec = DataSpec.model_validate(data)
+    window = evaluation_windows(spec, load_tokenizer(Path(tokenizer)))[0].tolist()
+    prompt = window[: len(window) // 2]
+    return measure(lambda: open_runtime(Path(target), device=context.device, threads=threads), prompt, new_tokens=len(window) // 2)

@@ -1,0 +1,254 @@
+"""What happens to one stage, whoever schedules it: ask the store, compute in a child, measure, judge, publish, log. Imports no torch."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compression.data import DataSpec
+from compression.errors import EdgepressError
+from tasks.artifact import complete_artifact
+from tasks.base import Base
+from tasks.children import Children, Job
+from tasks.files import size_of
+from tasks.gates import Bound, Verdict, judge
+from tasks.identity import Machine, seed_of
+from tasks.measure import Reference, measure
+from tasks.stage import Artifact, Planned, Stage
+from tasks.store import Entry, Store, publish
+from tasks.tracking import Tracking
+
+
+class GateFailed(Exception):
+    """A stage whose bounds or gates do not hold: its content is kept, but neither published nor built upon."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One stage of a planned pipeline. `stage` is None for the base model, which is only measured."""
+
+    name: str
+    index: int  # topological, 0 is the base model
+    stage: Stage | None
+    identity: str
+    document: dict[str, Any]  # what the identity is the digest of
+    inputs: Mapping[str, str]  # names by role
+    ancestors: tuple[str, ...]  # every stage it descends from, base first
+    planned: Planned
+    bounds: Mapping[str, Bound] = field(default_factory=dict)
+    gates: Mapping[str, Bound] = field(default_factory=dict)
+    retries: int = 0
+    timeout: float | None = None
+
+
+@dataclass
+class Result:
+    """What is known about a stage when it is done, or failed."""
+
+    name: str
+    uses: str
+    needs: list[str]
+    state: str  # Completed, Cached, Failed, Skipped
+    identity: str = ""
+    path: str = ""
+    content: str = ""
+    runtime: str = ""
+    seconds: float = 0.0
+    measure_seconds: float = 0.0
+    computed: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    curves: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    reason: str = ""
+    run: str = ""
+
+
+@dataclass
+class Pipeline:
+    """Everything the stages of one run share."""
+
+    name: str
+    store: Store
+    children: Children
+    tracking: Tracking
+    run: str  # the parent run in MLflow
+    data: DataSpec
+    machine: Machine
+    base: Base
+    outputs: Path
+    documents: dict[str, tuple[str, dict[str, Any]]]  # identity and its document, by stage
+    progress: Callable[[str, dict[str, Any]], None]
+    results: dict[str, Result] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def perform(pipeline: Pipeline, task: Assignment) -> Result:
+    """Bring a stage to its end and return its result. Raises what made it fail, after logging the reason."""
+    result = _open(pipeline, task)
+    started = time.monotonic()
+    try:
+        if task.stage is None:
+            entry = Reference(pipeline.base.path, pipeline.base.content)
+            result.state, result.path, result.content = "Cached", str(entry.path), entry.content
+        else:
+            _compute(pipeline, task, task.stage, result)
+        _measure(pipeline, task, result)
+        _judge(pipeline, task, result)
+        if task.stage is not None:
+            publish(Path(result.path), pipeline.outputs, pipeline.name, task.name)
+    except BaseException as error:
+        result.state, result.reason = "Failed", str(error) or type(error).__name__
+        pipeline.tracking.log(result.run, result.metrics, tags={"edgepress.state": "Failed"})
+        pipeline.tracking.end(result.run, "FAILED", result.reason)
+        raise
+    finally:
+        result.seconds = result.seconds or time.monotonic() - started
+        pipeline.progress(task.name, {"ended": result.state})
+    _log(pipeline, task, result)
+    return result
+
+
+def _open(pipeline: Pipeline, task: Assignment) -> Result:
+    """The stage's result and MLflow run; a stage that is tried again continues its run."""
+    with pipeline.lock:
+        before = pipeline.results.get(task.name)
+        uses = task.stage.uses if task.stage else "base"
+        result = Result(task.name, uses, list(dict.fromkeys(task.inputs.values())), "Running", identity=task.identity)
+        pipeline.results[task.name] = result
+    if before is not None and before.run:
+        result.run = before.run
+        pipeline.tracking.reopen(result.run)
+    else:
+        tags = {"edgepress.kind": "stage", "edgepress.stage": task.name, "edgepress.uses": uses, "edgepress.identity": task.identity, "edgepress.recipe": pipeline.name}
+        params = {"uses": uses, **(task.stage.model_dump(mode="json", exclude={"uses"}) if task.stage else {}), "seed": task.document.get("seed")}
+        result.run = pipeline.tracking.open_run(task.name, parent=pipeline.run, tags=tags, params=params)
+        if task.document.get("data"):
+            pipeline.tracking.log_data(result.run, "recipe data", task.document["data"], pipeline.data.model_dump_json(), task.stage.reads if task.stage else "")
+    return result
+
+
+def _compute(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result) -> None:
+    """The stage's content: from the store, or computed in a child and committed."""
+    store = pipeline.store
+    with store.lock(task.identity):
+        entry = store.get(task.identity)
+        result.state = "Cached" if entry else "Completed"
+        if entry is None:
+            result.computed = True
+            entry = _run_child(pipeline, task, stage, result)
+    result.path, result.content = str(entry.path), entry.content
+    result.metrics |= entry.manifest["metrics"] | {"seconds": entry.manifest["seconds"]}
+    result.warnings = list(entry.manifest["warnings"])
+    result.curves = [(step, values) for step, values in entry.manifest["curves"]]
+    result.seconds = entry.manifest["seconds"]
+
+
+def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result) -> Entry:
+    paths = {role: pipeline.results[name].path for role, name in task.inputs.items()}
+    home = pipeline.store.workplace(task.identity)
+    arguments = {
+        "stage": stage.model_dump(mode="json"), "parent": paths.pop("parent"), "others": paths, "out": str(home / "out"),
+        "work": str(home / "work"), "data": pipeline.data.model_dump(mode="json"),
+    }  # fmt: skip
+    job = Job(
+        "tasks.jobs:run_stage", arguments, pipeline.machine.threads, seed_of(task.identity), pipeline.machine.device, task.timeout
+    )  # fmt: skip
+    curves: list[tuple[int, dict[str, float]]] = []
+
+    def sink(event: dict[str, Any]) -> None:
+        if "warning" in event:
+            result.warnings.append(event["warning"])
+        elif "metrics" in event:
+            curves.append((event["step"], event["metrics"]))
+        else:
+            pipeline.progress(task.name, event)
+
+    started = time.monotonic()
+    metrics = pipeline.children.run(job, home, sink)
+    if isinstance(task.planned, Artifact):
+        ancestors = {name: pipeline.documents[name] for name in task.ancestors}
+        complete_artifact(home / "out", task.planned, task.document, task.identity, ancestors, pipeline.base)
+    seconds = time.monotonic() - started
+    pipeline.tracking.log_curve(result.run, curves)
+    return pipeline.store.commit(
+        task.identity, task.document, metrics=metrics, seconds=seconds, warnings=result.warnings, curves=curves
+    )
+
+
+def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
+    base = Reference(pipeline.base.path, pipeline.base.content)
+    references = {"base": base} if task.stage else {}
+    parent = task.inputs.get("parent")
+    if isinstance(task.planned, Artifact) and parent is not None:
+        references["parent"] = Reference(Path(pipeline.results[parent].path), pipeline.results[parent].content)
+    folder = pipeline.store.root / "work" / f"measure-{task.identity}"
+    started = time.monotonic()
+
+    def sink(event: dict[str, Any]) -> None:
+        if "warning" in event:
+            result.warnings.append(event["warning"])
+        elif "progress" in event:
+            pipeline.progress(task.name, event)
+
+    measured = measure(
+        Reference(Path(result.path), result.content), references, pipeline.base.path, pipeline.data, pipeline.machine, pipeline.store, pipeline.children, folder, sink
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    result.metrics |= measured.metrics | _static(result.path, task.planned)
+    result.measure_seconds = time.monotonic() - started
+    if measured.fresh and task.stage is None:
+        result.state = "Completed"
+    if isinstance(task.planned, Artifact) and parent is not None:
+        _compare_speed(result, pipeline.results[parent])
+
+
+def _static(path: str, planned: Planned) -> dict[str, float]:
+    """What the files alone say."""
+    metrics = {"size_mb": size_of(Path(path)) / 1e6}
+    if not isinstance(planned, Artifact):
+        metrics["parameters"] = float(planned.num_parameters)
+    return metrics
+
+
+def _compare_speed(result: Result, parent: Result) -> None:
+    mine, theirs = result.metrics.get("tokens_per_second"), parent.metrics.get("tokens_per_second")
+    if mine and theirs and mine < theirs:
+        result.warnings.append(f"slower than its parent {parent.name}: {mine:.0f} against {theirs:.0f} tokens/s")
+
+
+def _judge(pipeline: Pipeline, task: Assignment, result: Result) -> None:
+    """Judge the bounds of an export's proof and the recipe's gates; raises GateFailed for what does not hold."""
+    others = {name: done.metrics for name, done in pipeline.results.items()}
+    if "parent" in task.inputs:
+        others["parent"] = pipeline.results[task.inputs["parent"]].metrics
+    result.verdicts = judge(task.bounds, result.metrics, others) + judge(task.gates, result.metrics, others)
+    broken = [verdict.message for verdict in result.verdicts if verdict.outcome == "FAIL"]
+    if broken:
+        raise GateFailed("; ".join(broken))
+
+
+def _log(pipeline: Pipeline, task: Assignment, result: Result) -> None:
+    """Metrics on the stage's run, and on the parent with step = the stage's index; then end the run."""
+    tags = {
+        "edgepress.state": result.state, "edgepress.cached": str(result.state == "Cached").lower(), "edgepress.path": result.path,
+        "edgepress.content": result.content, "mlflow.note.content": _description(task, result),
+    }  # fmt: skip
+    pipeline.tracking.log(result.run, result.metrics, tags=tags)
+    pipeline.tracking.log(pipeline.run, result.metrics, step=task.index)
+    if task.stage is not None and result.state == "Cached":
+        pipeline.tracking.log_curve(result.run, result.curves)
+    pipeline.tracking.end(result.run, "FINISHED")
+
+
+def _description(task: Assignment, result: Result) -> str:
+    lines = [f"`{result.uses}` after {', '.join(result.needs) or 'nothing'} — {result.state.lower()}.", *(f"- warning: {w}" for w in result.warnings)]
+    return "\n".join([*lines, *(f"- {v.outcome}: {v.message}" for v in result.verdicts)])
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again can help: a lost process, never a mistake of the recipe or a broken bound."""
+    return bool(getattr(error, "transient", False)) and not isinstance(error, EdgepressError | GateFailed)

@@ -1,0 +1,124 @@
+"""What a stage is: its parameters as a frozen pydantic model, a check that needs no torch, and `run`. Imports no torch.
+
+A kind of stage is one file with one subclass of `Stage`: in tasks/kinds, or in any installed package that names it under the entry-point
+group `edgepress.stages`. Nothing else has to be edited; recipes, schema, planning, caching and measuring find it.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from compression.checkpoint import Checkpoint, Layout
+from compression.context import Context
+from compression.data import DataSpec
+from compression.errors import Incompatible
+from export.proof import Change
+
+Reads = Literal["nothing", "calibration", "training"]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A planned or finished export: what no model stage can take any further."""
+
+    runtime: str  # the runtime that opens it: "onnxruntime", "onnxruntime-genai", "llama.cpp"
+    change: Change  # what the exporter does to the weights: the key of the default bounds of its proof
+    size_bytes: int  # estimated while planned
+
+
+Planned = Checkpoint | Artifact
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Directories a stage reads: the checkpoint before it, and the others it declared in `other_inputs`, by role."""
+
+    parent: Path
+    others: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Directories a stage writes.
+
+    out    becomes the stage's content in the store when `run` returns; empty at the start
+    work   kept until then, also over a crash: training checkpoints, a walk's progress
+    """
+
+    out: Path
+    work: Path
+
+
+class Stage(BaseModel):
+    """Base of every stage kind. Fields are its parameters and part of its identity; so are `version` and `libraries`.
+
+    A subclass declares `uses: Literal["group.name"] = "group.name"` and
+    version    raise it whenever the same parameters give other bytes
+    libraries  distributions whose version decides bytes
+    accepts    layouts of the checkpoint before it
+    reads      the part of the recipe's data it reads, and so depends on
+    extra      the extra of edgepress whose packages it needs, if any
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uses: str
+    version: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+    accepts: ClassVar[frozenset[Layout]] = frozenset({"dense"})
+    reads: ClassVar[Reads] = "nothing"
+    extra: ClassVar[str | None] = None
+
+    def other_inputs(self) -> dict[str, str]:
+        """Further inputs by role, each the name of a stage or `base` ({"teacher": "base"})."""
+        return {}
+
+    def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
+        """What this stage will make of `parent`, computed from configs alone. Must not import torch.
+
+        Raises EdgepressError with `key` for a parameter that cannot work on this checkpoint.
+        """
+        raise NotImplementedError
+
+    def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
+        """Do the work into `place.out`; returns metrics of the method itself (fallback_layers, kept_ratio, final_loss)."""
+        raise NotImplementedError
+
+
+@lru_cache(maxsize=1)
+def stage_kinds() -> dict[str, type[Stage]]:
+    """Every kind by its `uses`: the files of tasks/kinds, then the entry points of group `edgepress.stages`."""
+    package = importlib.import_module("tasks.kinds")
+    modules = [importlib.import_module(f"tasks.kinds.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    found = [value for module in modules for value in vars(module).values() if isinstance(value, type) and issubclass(value, Stage)]
+    found += [point.load() for point in entry_points(group="edgepress.stages")]
+    kinds: dict[str, type[Stage]] = {}
+    for kind in found:
+        uses = kind.model_fields["uses"].default
+        if not isinstance(uses, str):
+            continue  # a base class of kinds
+        if kinds.setdefault(uses, kind) is not kind:
+            raise RuntimeError(f"two stage kinds are called {uses!r}: {kinds[uses].__module__} and {kind.__module__}")
+    return dict(sorted(kinds.items()))
+
+
+def check_accepts(stage: Stage, parent: Planned) -> Checkpoint:
+    """The table of what can follow what, asked: returns `parent` as a checkpoint the stage takes, or raises Incompatible."""
+    if isinstance(parent, Artifact):
+        raise Incompatible(
+            f"{stage.uses} cannot follow an export: a {parent.runtime} artifact is final; name the checkpoint stage before it in `needs`", key="needs"
+        )
+    if parent.layout not in stage.accepts:
+        others = [uses for uses, kind in stage_kinds().items() if parent.layout in kind.accepts]
+        raise Incompatible(
+            f"{stage.uses} takes {' or '.join(sorted(stage.accepts))} checkpoints, not {parent.layout}; what can follow {parent.layout}: {', '.join(others)}",
+            key="uses",
+        )
+    return parent

@@ -1,0 +1,120 @@
+"""The child that does the work of one job: `python -P -m tasks.worker job.json`.
+
+The same entry serves the fork server, torchrun, containers and a person at a shell. A job file says what to do and where; the child
+tells its progress as lines of `events.jsonl` beside it, prints into `log.txt`, and ends with `result.json` or `error.json`.
+"""
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from compression.context import Context
+from compression.errors import EdgepressError
+from tasks.files import write_json
+
+PRELOAD = ("torch", "transformers", "transformers.models.auto.modeling_auto", "compression.loading", "tasks.jobs")
+_PR_SET_PDEATHSIG, _SIGKILL = 1, 9
+
+
+def main(job_file: str) -> int:
+    """Run the job; returns the exit status. Every way to fail leaves error.json with the reason (but being killed)."""
+    folder = Path(job_file).parent
+    job = json.loads(Path(job_file).read_text())
+    with _printing_into(folder / "log.txt"), (folder / "events.jsonl").open("w", buffering=1) as events:
+        try:
+            metrics = _perform(job, Events(events))
+        except EdgepressError as error:
+            write_json(folder / "error.json", {"kind": "user", "type": type(error).__name__, "message": str(error), "key": error.key})
+            return 2
+        except BaseException as error:
+            reason = "no space left on the disk" if isinstance(error, OSError) and error.errno == 28 else str(error)
+            details = {"kind": "crash", "type": type(error).__name__, "message": reason, "traceback": traceback.format_exc()}
+            write_json(folder / "error.json", details)
+            return 1
+        write_json(folder / "result.json", {"metrics": metrics})
+    return 0
+
+
+def forked(job_file: str) -> None:
+    """Entry of a child of the fork server: its own process group, and it dies with the server, which dies with the flow."""
+    os.setpgid(0, 0)
+    die_with_parent()
+    sys.exit(main(job_file))
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere the process group is killed on exit only)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+        if os.getppid() == 1:
+            os._exit(1)
+
+
+class Events:
+    """Progress, curve points and warnings of a job, as lines of JSON. Progress is thinned to ten lines a second."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.last = 0.0
+
+    def context(self, seed: int, device: str) -> Context:
+        return Context(seed=seed, device=device, progress=self.progress, metrics=self.metrics, warn=self.warn)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        if done == total or time.monotonic() - self.last > 0.1:
+            self.last = time.monotonic()
+            self._write({"progress": [done, total, what]})
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self._write({"metrics": dict(values), "step": step})
+
+    def warn(self, message: str) -> None:
+        self._write({"warning": message})
+
+    def _write(self, event: dict[str, Any]) -> None:
+        self.stream.write(json.dumps(event) + "\n")
+
+
+def _perform(job: dict[str, Any], events: Events) -> dict[str, float]:
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    if job["device"] != "cpu":  # CPU kernels repeat their bytes already when the number of threads is fixed
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    logging.captureWarnings(True)
+    module, _, name = job["call"].partition(":")
+    function = getattr(importlib.import_module(module), name)
+    return function(**job["arguments"], threads=job["threads"], context=events.context(job["seed"], job["device"]))
+
+
+@contextlib.contextmanager
+def _printing_into(path: Path) -> Iterator[None]:
+    """Send what Python and native code print to a file: a run prints only what a person reads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with path.open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,104 @@
+"""What is told from a directory without loading it, against transformers."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from compression.checkpoint import open_checkpoint
+from compression.errors import UnusableModel
+from compression.families import FAMILIES
+from compression.loading import load_model
+from tests.tiny import tiny_checkpoint
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("tied", [True, False])
+def test_shapes_and_counts_are_transformers(tmp_path: Path, model_type: str, tied: bool) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint(tmp_path / "m", model_type, tied=tied, intermediate=96, dtype=torch.bfloat16))
+    model = load_model(checkpoint.path)
+    block = model.get_submodule(checkpoint.family.blocks)[0]
+    linears = {name: tuple(module.weight.shape) for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert checkpoint.linear_widths() == linears
+    assert set(checkpoint.family.linears) == set(linears)
+    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
+    assert checkpoint.num_parameters == matrices
+    assert (checkpoint.layout, checkpoint.dtype, checkpoint.tied, checkpoint.num_layers) == ("dense", "bfloat16", tied, 2)
+    stored = sum(info.numel for info in checkpoint.tensors.values())
+    assert stored == sum(parameter.numel() for parameter in model.parameters())
+    for path in (checkpoint.family.embed, checkpoint.family.norm, checkpoint.family.head):
+        assert isinstance(model.get_submodule(path), torch.nn.Module)
+
+
+def test_looking_imports_no_torch(checkpoint: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from compression.checkpoint import open_checkpoint; "
+        "from compression.quantization import check_group_size; from compression.pruning import pruned_width; "
+        f"check_group_size(open_checkpoint(Path({str(checkpoint)!r})), 32, 4); pruned_width(128, 0.5); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def broken(change: str, path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    weights = path / "model.safetensors"
+    match change:
+        case "no directory":
+            shutil.rmtree(path)
+        case "no config":
+            (path / "config.json").unlink()
+        case "no json":
+            (path / "config.json").write_text("{")
+        case "remote code":
+            (path / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}}))
+        case "no language model":
+            (path / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+        case "no tokenizer":
+            (path / "tokenizer.json").unlink()
+        case "no weights":
+            weights.unlink()
+        case "pickled":
+            weights.rename(path / "pytorch_model.bin")
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-10])
+        case "damaged":
+            weights.write_bytes(b"\x10\0\0\0\0\0\0\0not json at all!")
+        case "missing shard":
+            (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("no directory", "no model directory"),
+        ("no config", "no config.json"),
+        ("no json", "is not JSON"),
+        ("remote code", "code of its own"),
+        ("no language model", "BertModel"),
+        ("no tokenizer", "no tokenizer.json"),
+        ("no weights", "no model.safetensors"),
+        ("pickled", "pickled weights"),
+        ("truncated", "truncated"),
+        ("damaged", "damaged"),
+        ("missing shard", "00001-of-00002.safetensors is missing"),
+    ],
+)
+def test_what_cannot_be_opened_says_why(tmp_path: Path, checkpoint: Path, change: str, says: str) -> None:
+    shutil.copytree(checkpoint, tmp_path / "m")
+    broken(change, tmp_path / "m")
+    with pytest.raises(UnusableModel, match=says) as refused:
+        open_checkpoint(tmp_path / "m")
+    assert refused.value.key == "model"
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path, checkpoint: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    with pytest.raises(UnusableModel, match=r"'mamba'.*llama, mistral"):
+        _ = open_checkpoint(tmp_path / "m").family

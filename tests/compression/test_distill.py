@@ -1,0 +1,270 @@
+"""The objective against plain transformers and float64 numpy; distillation from directory to directory."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from compression.checkpoint import open_checkpoint
+from compression.context import Context
+from compression.distillation import check_vocabularies, pair_layers
+from compression.distillation.distill import distill
+from compression.distillation.objective import Objective
+from compression.errors import EdgepressError, Incompatible, UnusableData
+from compression.loading import copy_tokenizer, load_model
+from compression.training_settings import TrainingSettings
+from tests.compression.test_losses import reference_kl, softmax
+from tests.tiny import tiny_checkpoint, tiny_windows
+
+SETTINGS = TrainingSettings(steps=20, batch_size=4, learning_rate=1e-2, save_every=100)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of another width and depth than the teacher `checkpoint`, stored in float16."""
+    path = tmp_path_factory.mktemp("narrow") / "llama"
+    return tiny_checkpoint(path, hidden=32, intermediate=96, layers=3, dtype=torch.float16, seed=7)
+
+
+def prompt_masked() -> tuple[torch.Tensor, torch.Tensor]:
+    rows = tiny_windows(3, 16)
+    return rows, torch.arange(16)[None] >= torch.tensor([5, 0, 11])[:, None]
+
+
+def reference(student: PreTrainedModel, teacher: PreTrainedModel, pairs: dict[int, tuple[int, np.ndarray]]) -> dict[str, float]:
+    """The terms in float64 from what plain transformers gives, one counted position after the other.
+
+    pairs  student block -> (teacher block, projection [student width, teacher width])
+    """
+    rows, mask = prompt_masked()
+    ours, theirs = (model.double()(input_ids=rows, output_hidden_states=True) for model in (student, teacher))
+    kd, task, feature = [], [], []
+    for row in range(3):
+        for position in range(15):
+            if not mask[row, position + 1]:
+                continue
+            s, t = (output.logits[row, position].detach().numpy() for output in (ours, theirs))
+            kd.append(reference_kl(s, t, 2.0))
+            task.append(-np.log(softmax(s)[rows[row, position + 1]]))
+            for block, (other, projection) in pairs.items():
+                s, t = (o.hidden_states[b + 1][row, position].detach().numpy() for o, b in ((ours, block), (theirs, other)))
+                feature.append(((s @ projection - t) ** 2).mean())
+    return {"loss_kd": np.mean(kd), "loss_task": np.mean(task), "loss_feature": np.mean(feature)}
+
+
+@pytest.mark.parametrize("max_logits", [2**24, 320 * 4])
+def test_the_terms_are_the_formulas_over_counted_positions(checkpoint: Path, narrow: Path, max_logits: int) -> None:
+    student, teacher = load_model(narrow), load_model(checkpoint)
+    objective = Objective(
+        student, teacher=teacher, alpha=0.7, beta=0.2, gamma=0.1, temperature=2.0, layers={0: 0, 2: 1}, max_logits=max_logits
+    )  # fmt: skip
+    terms = {name: value.item() for name, value in objective(*prompt_masked()).items()}
+    projections = {int(layer): linear.weight.detach().double().numpy().T for layer, linear in objective.projectors.maps.items()}
+    expected = reference(student, teacher, {0: (0, projections[0]), 2: (1, projections[2])})
+    expected["loss"] = 0.7 * expected["loss_kd"] + 0.2 * expected["loss_task"] + 0.1 * expected["loss_feature"]
+    assert terms == pytest.approx(expected, rel=1e-4)
+
+
+def test_chunks_do_not_change_the_gradient(checkpoint: Path, narrow: Path) -> None:
+    gradients = []
+    for max_logits in (2**24, 320 * 4):
+        student = load_model(narrow)
+        Objective(student, teacher=load_model(checkpoint), alpha=1.0, beta=1.0, max_logits=max_logits)(*prompt_masked())["loss"].backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in student.parameters()]))
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_only_what_a_weight_asks_for_is_computed(checkpoint: Path, narrow: Path) -> None:
+    asked: list[bool] = []
+    heads: list[str] = []
+
+    def note(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+        asked.append(kwargs["output_hidden_states"])
+
+    def spy(model: PreTrainedModel, name: str) -> PreTrainedModel:
+        model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+        model.get_output_embeddings().register_forward_hook(lambda *_: heads.append(name))
+        return model
+
+    def calls(**weights: float) -> tuple[list[bool], list[str]]:
+        objective = Objective(load_model(narrow), teacher=load_model(checkpoint), layers={0: 0}, **weights)
+        spy(objective.student, "student")
+        spy(objective.frozen[0], "teacher")
+        asked.clear()
+        heads.clear()
+        objective(*prompt_masked())
+        return list(asked), list(heads)
+
+    assert calls(alpha=1.0) == ([False, False], ["student", "teacher"])
+    assert calls(gamma=1.0) == ([True, True], [])
+    assert calls(alpha=1.0, beta=1.0, gamma=1.0) == ([True, True], ["student", "teacher"])
+
+
+def test_without_alpha_and_gamma_no_teacher_is_opened(tmp_path: Path, checkpoint: Path) -> None:
+    metrics = distill(
+        checkpoint, tmp_path / "no such teacher", tmp_path / "out", tiny_windows(), alpha=0.0, beta=1.0,
+        settings=SETTINGS, workdir=tmp_path / "work", context=Context(),
+    )  # fmt: skip
+    assert metrics["loss"] == metrics["loss_task"]
+    assert "loss_kd" not in metrics
+
+
+def test_brings_the_student_to_its_teacher(tmp_path: Path, checkpoint: Path, narrow: Path) -> None:
+    """Judged by plain transformers on what was written; the projector is gone, and the dtype is the student's."""
+    out, rows = tmp_path / "out", tiny_windows(8)
+    save_file({"mlp": torch.arange(3)}, narrow / "kept.safetensors")
+    curve: list[dict[str, float]] = []
+    metrics = distill(
+        narrow, checkpoint, out, rows, alpha=1.0, beta=0.1, gamma=0.1, feature_layers="uniform", settings=SETTINGS,
+        workdir=tmp_path / "work", context=Context(metrics=lambda values, step: curve.append(dict(values))),
+    )  # fmt: skip
+    (narrow / "kept.safetensors").rename(tmp_path / "kept.safetensors")
+
+    def distance(path: Path) -> float:
+        with torch.no_grad():
+            student, teacher = (
+                AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64)(rows).logits.numpy() for p in (path, checkpoint)
+            )
+        return float(reference_kl(student, teacher, 2.0).mean())
+
+    assert distance(out) < 0.7 * distance(narrow)
+    assert metrics.keys() >= {"loss", "loss_kd", "loss_task", "loss_feature", "learning_rate", "tokens_per_second", "steps", "seconds"}
+    for name in ("loss_kd", "loss_feature"):
+        assert curve[-1][name] < curve[0][name]
+    before, after = load_file(narrow / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert {tensor.dtype for tensor in after.values()} == {torch.float16}
+    assert (out / "tokenizer.json").read_bytes() == (narrow / "tokenizer.json").read_bytes()
+    assert (out / "kept.safetensors").read_bytes() == (tmp_path / "kept.safetensors").read_bytes()
+
+
+def test_the_projector_starts_orthogonal_and_only_where_widths_differ(checkpoint: Path, narrow: Path) -> None:
+    objective = Objective(load_model(narrow), teacher=load_model(checkpoint), gamma=1.0, layers={1: 0}, seed=3)
+    weight = objective.projectors.maps["1"].weight  # [64, 32]
+    torch.testing.assert_close(weight.T @ weight, torch.eye(32), rtol=0, atol=1e-5)
+    again = Objective(load_model(narrow), teacher=load_model(checkpoint), gamma=1.0, layers={1: 0}, seed=3)
+    assert torch.equal(weight, again.projectors.maps["1"].weight)
+    equal = Objective(load_model(checkpoint), teacher=load_model(checkpoint), gamma=1.0, layers={1: 1})
+    assert not list(equal.projectors.parameters())
+    assert equal(*prompt_masked())["loss_feature"].item() == 0
+
+
+def test_padded_embeddings_share_a_vocabulary(tmp_path: Path, checkpoint: Path) -> None:
+    """Qwen pads its embeddings to another size in every model of a family."""
+    padded, teacher = load_model(checkpoint), load_model(checkpoint)
+    padded.resize_token_embeddings(352, mean_resizing=False)
+    padded.save_pretrained(tmp_path)
+    copy_tokenizer(checkpoint, tmp_path)
+    check_vocabularies(open_checkpoint(tmp_path), open_checkpoint(checkpoint))
+    assert Objective(padded, teacher=teacher, alpha=1.0)(*prompt_masked())["loss_kd"].item() == pytest.approx(0, abs=1e-6)
+
+
+def _rename_token(tokenizer: dict[str, Any]) -> None:
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["renamed"] = vocabulary.pop(next(token for token, index in vocabulary.items() if index == 300))
+
+
+def _swap_merges(tokenizer: dict[str, Any]) -> None:
+    merges = tokenizer["model"]["merges"]
+    merges[3], merges[4] = merges[4], merges[3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_rename_token, r"token 300 is .* for the student and \('renamed', 300\) for the teacher"),
+        (_swap_merges, "merge 3 is"),
+        (lambda tokenizer: tokenizer["added_tokens"].pop(), "added token 1 is .* for the student and missing for the teacher"),
+        (lambda tokenizer: tokenizer["model"].update(type="WordPiece"), "student's tokenizer is BPE, the teacher's is WordPiece"),
+    ],
+)
+def test_another_vocabulary_is_refused(tmp_path: Path, checkpoint: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    teacher = tiny_checkpoint(tmp_path / "teacher")
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    change(tokenizer)
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(Incompatible, match=message) as caught:
+        distill(
+            checkpoint, teacher, tmp_path / "out", tiny_windows(), settings=SETTINGS, workdir=tmp_path / "work", context=Context()
+        )  # fmt: skip
+    assert caught.value.key == "teacher"
+    assert not (tmp_path / "out").exists()
+
+
+def test_old_and_new_spellings_of_merges_are_the_same(tmp_path: Path, checkpoint: Path) -> None:
+    other = tiny_checkpoint(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = [" ".join(merge) for merge in tokenizer["model"]["merges"]]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    check_vocabularies(open_checkpoint(other), open_checkpoint(checkpoint))
+
+
+def test_pairs_of_layers() -> None:
+    assert pair_layers("last", 4, 6) == {3: 5}
+    assert pair_layers("middle", 12, 12) == {5: 5}
+    assert pair_layers("middle", 3, 6) == {1: 2}
+    assert pair_layers("uniform", 3, 6) == {0: 1, 1: 3, 2: 5}
+    assert pair_layers({0: 5}, 3, 6) == {0: 5}
+    for spec, message in (({3: 0}, "block 3 of the student, which has blocks 0 to 2"), ({0: 6}, "block 6 of the teacher"), ({}, "is {}")):
+        with pytest.raises(EdgepressError, match=message):
+            pair_layers(spec, 3, 6)
+
+
+@given(student=st.integers(1, 60), teacher=st.integers(1, 60))
+def test_uniform_pairs_every_student_layer_in_order(student: int, teacher: int) -> None:
+    pairs = pair_layers("uniform", min(student, teacher), max(student, teacher))
+    assert list(pairs) == list(range(min(student, teacher)))
+    assert sorted(set(pairs.values())) == list(pairs.values())
+    assert pairs[min(student, teacher) - 1] == max(student, teacher) - 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [({"alpha": 0.0}, "nothing to minimise"), ({"alpha": -1.0, "beta": 1.0}, "negative"), ({"alpha": 1.0, "temperature": 0.0}, "above 0")],
+)
+def test_weights_out_of_range(checkpoint: Path, weights: dict[str, float], message: str) -> None:
+    with pytest.raises(EdgepressError, match=message):
+        Objective(load_model(checkpoint), teacher=load_model(checkpoint), **weights)
+
+
+def test_a_model_that_scales_its_logits_is_refused(checkpoint: Path) -> None:
+    model = load_model(checkpoint)
+    model.register_forward_hook(lambda module, inputs, output: output.__class__(logits=output.logits / 2))
+    with pytest.raises(Incompatible, match="after the output head"):
+        Objective(model, beta=1.0)
+
+
+def test_students_and_rows_that_cannot_be_trained(tmp_path: Path, checkpoint: Path) -> None:
+    def attempt(student: Path, rows: torch.Tensor) -> None:
+        distill(student, checkpoint, tmp_path / "out", rows, settings=SETTINGS, workdir=tmp_path / "work", context=Context())
+
+    with pytest.raises(UnusableData, match=r"tokens 2\.\.320, .* knows 0\.\.319"):
+        attempt(checkpoint, torch.tensor([[2, 320]]))
+    with pytest.raises(UnusableData, match=r"200 tokens long, .* reads 128 at most"):
+        attempt(checkpoint, tiny_windows(2, 200))
+    sparse = tiny_checkpoint(tmp_path / "sparse")
+    save_file({"mask": torch.zeros(1)}, sparse / "masks.safetensors")
+    with pytest.raises(Incompatible, match="sparse"):
+        attempt(sparse, tiny_windows())
+    quantized = tiny_checkpoint(tmp_path / "quantized")
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(Incompatible, match="train before quantizing"):
+        attempt(quantized, tiny_windows())
+
+
+def test_what_validation_needs_imports_no_torch() -> None:
+    modules = "compression.distillation, compression.training_settings, compression.training_checkpoints"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -1,0 +1,143 @@
+"""GenAI packages in GenAI against transformers: dense ones, and GPTQ's and AWQ's own codes."""
+
+import dataclasses
+import socket
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+
+from compression.checkpoint import open_checkpoint
+from compression.context import Context
+from compression.errors import Incompatible
+from compression.loading import load_model
+from compression.quantization.awq import quantize_awq
+from compression.quantization.gptq import quantize_gptq
+from compression.quantization.layouts import read_quantized_linears
+from export.checks import check_genai
+from export.genai import export_genai
+from export.runtimes.genai_runtime import GenaiRuntime
+from tests.tiny import tiny_checkpoint, tiny_windows
+
+CONTEXT = Context()
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("quantized")
+    dense = tiny_checkpoint(root / "dense")
+    quantize_gptq(dense, root / "gptq", tiny_windows(), group_size=32, context=CONTEXT)
+    quantize_awq(dense, root / "awq", tiny_windows(), group_size=32, context=CONTEXT)
+    return {layout: root / layout for layout in ("gptq", "awq")}
+
+
+def difference(checkpoint: Path, artifact: Path) -> float:
+    """Largest difference in logits between a checkpoint in transformers and its package in GenAI."""
+    ids = tiny_windows(2, 24)
+    expected = load_model(checkpoint)(ids).logits.detach().numpy()
+    return float(np.abs(GenaiRuntime(artifact, threads=1).logits(ids.numpy()) - expected).max())
+
+
+def initializers(artifact: Path) -> dict[str, np.ndarray]:
+    graph = onnx_ir.load(artifact / "model.onnx").graph
+    return {name: value.const_value.numpy() for name, value in graph.initializers.items() if value.const_value is not None}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 0.05)])
+def test_float_packages_equal_transformers(family: str, precision: str, tolerance: float, tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model", family, layers=1, tied=family != "qwen2")
+    export_genai(source, tmp_path / "out", precision=precision, context=CONTEXT)
+    assert difference(source, tmp_path / "out") < tolerance
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_carried_codes_give_the_checkpoints_own_logits(layout: str, quantized: dict[str, Path], tmp_path: Path) -> None:
+    export_genai(quantized[layout], tmp_path, precision="int4", accuracy_level=1, context=CONTEXT)
+    assert difference(quantized[layout], tmp_path) < 1e-3  # rounding them again would move logits by more than 1
+    found = initializers(tmp_path)
+    layers = dict(read_quantized_linears(quantized[layout]))
+    down = layers["model.layers.1.mlp.down_proj"]
+    packed = found["model.layers.1.mlp.down_proj.MatMulNBits.qweight"].reshape(down.codes.shape[0], -1)
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(down.codes.shape)
+    np.testing.assert_array_equal(codes, down.codes.numpy())
+    np.testing.assert_array_equal(
+        found["model.layers.1.mlp.down_proj.MatMulNBits.scales"].reshape(down.scales.shape), down.scales.float().numpy()
+    )
+
+
+def test_int4_rounds_blocks_only_unless_told(checkpoint: Path, tmp_path: Path) -> None:
+    def quantized_nodes(out: Path, **options: bool) -> set[str]:
+        export_genai(checkpoint, out, precision="int4", context=CONTEXT, **options)
+        graph = onnx.load(out / "model.onnx", load_external_data=False).graph
+        return {n.name.split("/")[1] + n.name.split("/")[2] for n in graph.node if n.op_type in ("MatMulNBits", "GatherBlockQuantized")}
+
+    assert quantized_nodes(tmp_path / "blocks") == {"modellayers.0", "modellayers.1"}
+    assert len(quantized_nodes(tmp_path / "all", quantize_embeddings=True)) > 2
+
+
+def test_same_bytes_offline_without_a_word(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_: object) -> None:
+        raise AssertionError("the builder asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    for name in ("one", "two"):
+        export_genai(checkpoint, tmp_path / name, precision="int4", context=CONTEXT)
+    assert capfd.readouterr() == ("", "")
+    one, two = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    for content in one.values():
+        assert str(tmp_path).encode() not in content and str(checkpoint).encode() not in content
+    assert one["tokenizer.json"] == (checkpoint / "tokenizer.json").read_bytes()
+
+
+def test_chat_template_is_included(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model", layers=1)
+    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    export_genai(source, tmp_path / "out", precision="fp32", context=CONTEXT)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"precision": "int3"}, "precision"),
+        ({"precision": "int4", "block_size": 48}, "block_size"),
+        ({"precision": "int4", "accuracy_level": 2}, "accuracy_level"),
+        ({"precision": "fp32", "quantize_embeddings": True}, "quantize_embeddings"),
+    ],
+)
+def test_refuses_bad_options(checkpoint: Path, options: dict, key: str) -> None:
+    with pytest.raises(Incompatible) as error:
+        check_genai(open_checkpoint(checkpoint), **options)
+    assert error.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "precision", "pattern"),
+    [
+        ("gptq", {}, "fp32", "precision must be int4"),
+        ("gptq", {"bits": 3}, "int4", "3 bits"),
+        ("gptq", {"group_size": -1}, "int4", "group_size -1"),
+        ("gptq", {"desc_act": True}, "int4", "storage order"),
+        ("gptq", {"checkpoint_format": "gptq_v2"}, "int4", "format is gptq"),
+        ("awq", {"group_size": 48}, "int4", "group_size 48"),
+    ],
+)
+def test_refuses_codes_it_cannot_carry(quantized: dict[str, Path], layout: str, change: dict, precision: str, pattern: str) -> None:
+    checkpoint = open_checkpoint(quantized[layout])
+    check_genai(checkpoint, precision="int4")
+    config = checkpoint.config | {"quantization_config": checkpoint.config["quantization_config"] | change}
+    with pytest.raises(Incompatible, match=pattern):
+        check_genai(dataclasses.replace(checkpoint, config=config), precision=precision)
+
+
+def test_refuses_a_family_the_builder_lacks(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model", "olmo2", layers=1)
+    with pytest.raises(Incompatible, match="'olmo2'"):
+        export_genai(source, tmp_path / "out", precision="fp32", context=CONTEXT)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,226 @@
+"""GGUF files against the official reader, llama.cpp's logits against transformers, and what is refused."""
+
+import dataclasses
+import filecmp
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.context import Context
+from compression.errors import Incompatible, MissingExtra
+from compression.loading import load_model, load_tokenizer
+from export.gguf.check import QUANTIZED, check_gguf
+from export.gguf.tensors import Types
+from export.gguf.tokenizer import read_vocabulary
+from export.gguf.writer import export_gguf, write_model
+from export.runtimes.llamacpp import LlamaCppRuntime
+from tests.tiny import tiny_checkpoint, tiny_tokenizer, tiny_windows
+
+
+def write(source: Path, out: Path, type: str) -> None:
+    """The file without check and proof, which cost a process each time."""
+    out.mkdir()
+    checkpoint = open_checkpoint(source)
+    vocabulary = read_vocabulary(load_tokenizer(source), checkpoint.vocab_size, checkpoint.config)
+    write_model(out / "model.gguf", checkpoint, vocabulary, Types(type, type, type), Context())
+
+
+def divergence(reference: Path, artifact: Path) -> float:
+    """Mean KL of llama.cpp's next-token distribution from transformers', in float64."""
+    windows = tiny_windows(2, 48)
+    with torch.no_grad():
+        expected = load_model(reference)(windows).logits.double().log_softmax(-1)
+    runtime = LlamaCppRuntime(artifact, threads=1)
+    found = torch.from_numpy(runtime.logits(windows.numpy())).double().log_softmax(-1)
+    runtime.close()
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64, "rope_theta": 10000.0,
+}  # fmt: skip
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, untied, every bias": ("llama", {"tied": False, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"tied": False}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"heads": 8, "kv_heads": 2}),
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}}),
+    "yarn": ("qwen2", {"rope_parameters": YARN}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_llama_cpp_gives_the_logits_of_transformers(tmp_path: Path, shape: str) -> None:
+    family, settings = SHAPES[shape]
+    source = tiny_checkpoint(tmp_path / "model", family, **settings)
+    weights = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)  # biases and norms start at 0 and 1, where a lost one would not show
+    save_file(
+        {n: torch.randn(t.shape, generator=generator) * 0.3 + 1 if t.ndim == 1 else t for n, t in weights.items()},
+        source / "model.safetensors",
+        {"format": "pt"},
+    )
+    tiny_tokenizer(300).save_pretrained(source)  # room for the token that transformers' Qwen2Tokenizer adds
+    write(source, tmp_path / "out", "f32")
+    assert divergence(source, tmp_path / "out") < 1e-5  # the KV cache is float16; a lost bias or a wrong row order gives more than 0.1
+
+
+@pytest.mark.parametrize(("type", "bound"), [("f16", 1e-5), ("bf16", 1e-3), ("q8_0", 1e-2)])
+def test_narrower_types_stay_close(checkpoint: Path, tmp_path: Path, type: str, bound: float) -> None:
+    write(checkpoint, tmp_path / "out", type)
+    assert divergence(checkpoint, tmp_path / "out") < bound
+
+
+def test_official_reader_finds_the_weights_once(checkpoint: Path, tmp_path: Path) -> None:
+    metrics = export_gguf(checkpoint, tmp_path, type="f32", context=Context())
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    found = {t.name: t for t in reader.tensors}
+    weights = load_file(checkpoint / "model.safetensors")
+    assert len(found) == len(weights) and "output.weight" not in found
+    for theirs, ours in (
+        ("token_embd", "model.embed_tokens"),
+        ("blk.1.ffn_down", "model.layers.1.mlp.down_proj"),
+        ("output_norm", "model.norm"),
+    ):
+        np.testing.assert_array_equal(found[f"{theirs}.weight"].data, weights[f"{ours}.weight"].numpy())
+    assert reader.fields["llama.context_length"].contents() == 128
+    assert reader.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    assert metrics["bits_per_weight"] == 32 and metrics["size_mb"] == (tmp_path / "model.gguf").stat().st_size / 2**20
+
+
+def test_rows_of_q_turn_in_neighbouring_pairs(checkpoint: Path, tmp_path: Path) -> None:
+    write(checkpoint, tmp_path / "out", "f32")
+    (found,) = [t.data for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors if t.name == "blk.0.attn_q.weight"]
+    weight = load_file(checkpoint / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].numpy()
+    for head in range(4):
+        for i in range(8):
+            np.testing.assert_array_equal(found[head * 16 + 2 * i], weight[head * 16 + i])
+            np.testing.assert_array_equal(found[head * 16 + 2 * i + 1], weight[head * 16 + i + 8])
+
+
+def test_q8_0_is_within_half_a_step(checkpoint: Path, tmp_path: Path) -> None:
+    export_gguf(checkpoint, tmp_path, type="q8_0", embedding_type="f16", context=Context())
+    found = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert found["token_embd.weight"].tensor_type.name == "F16" and found["blk.0.ffn_up.weight"].tensor_type.name == "Q8_0"
+    weight = load_file(checkpoint / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].numpy().reshape(-1, 32).astype(np.float64)
+    stored = gguf.dequantize(found["blk.0.ffn_up.weight"].data, gguf.GGMLQuantizationType.Q8_0).reshape(-1, 32)
+    step = np.abs(weight).max(axis=1, keepdims=True) / 127
+    assert (np.abs(stored - weight) <= step * (0.5 + 127 * 2**-11)).all()
+
+
+@pytest.mark.parametrize("type", ["q4_0", "q4_k_m"])
+def test_llama_cpp_quantizes(tmp_path: Path, type: str) -> None:
+    source = tiny_checkpoint(tmp_path / "model", hidden=256, intermediate=256, layers=1)
+    metrics = export_gguf(source, tmp_path / "out", type=type, embedding_type="q8_0", context=Context())
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    assert kinds["token_embd.weight"] == "Q8_0" and kinds["blk.0.ffn_gate.weight"] == {"q4_0": "Q4_0", "q4_k_m": "Q4_K"}[type]
+    assert metrics["fallback_tensors"] == 0 and 4.5 < metrics["bits_per_weight"] < 6.5
+    assert divergence(source, tmp_path / "out") < 1
+
+
+def test_k_quants_say_where_rows_are_too_narrow(checkpoint: Path, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    metrics = export_gguf(checkpoint, tmp_path, type="q4_k_m", context=Context(warn=warnings.append))
+    assert metrics["fallback_tensors"] == 14 and "multiples of 256" in warnings[0]
+
+
+def test_every_quantizer_type_has_a_file_type() -> None:
+    assert all(f"MOSTLY_{type.upper()}" in gguf.LlamaFileType.__members__ for type in QUANTIZED)
+
+
+def test_same_bytes_every_time(checkpoint: Path, tmp_path: Path) -> None:
+    for out in ("a", "b"):
+        write(checkpoint, tmp_path / out, "q8_0")
+    assert filecmp.cmp(tmp_path / "a" / "model.gguf", tmp_path / "b" / "model.gguf", shallow=False)
+
+
+def test_sliding_attention_cuts_the_context(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model", "mistral", sliding_window=64)
+    warnings: list[str] = []
+    export_gguf(source, tmp_path / "out", type="f16", context=Context(warn=warnings.append))
+    assert gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields["llama.context_length"].contents() == 64
+    assert "128 to the window of 64" in warnings[0]
+
+
+def test_what_f16_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model")
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e5
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Incompatible, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 100000.*bf16"):
+        export_gguf(source, tmp_path / "out", type="f16", context=Context())
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def planned(checkpoint: Path) -> Checkpoint:
+    return open_checkpoint(checkpoint)
+
+
+def with_config(checkpoint: Checkpoint, layout: str = "dense", **config: object) -> Checkpoint:
+    return dataclasses.replace(checkpoint, layout=layout, config=checkpoint.config | config)
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+
+
+@pytest.mark.parametrize(
+    ("key", "pattern", "settings", "config"),
+    [
+        ("type", "'q5' is not known", {"type": "q5"}, {}),
+        ("embedding_type", "'q4_0' is not one of", {"type": "q8_0", "embedding_type": "q4_0"}, {}),
+        ("head_type", "one tensor", {"type": "f32", "head_type": "f16"}, {}),
+        ("type", "no codes to carry", {"type": "carry"}, {}),
+        ("type", "a second time", {"type": "q4_0"}, {"layout": "gptq", "quantization_config": GPTQ}),
+        ("type", "3 bits", {"type": "carry"}, {"layout": "gptq", "quantization_config": GPTQ | {"bits": 3}}),
+        ("type", "group_size 16", {"type": "carry"}, {"layout": "gptq", "quantization_config": GPTQ | {"group_size": 16}}),
+        ("type", "group_size -1", {"type": "carry"}, {"layout": "gptq", "quantization_config": GPTQ | {"group_size": -1}}),
+        ("type", "static_groups", {"type": "carry"}, {"layout": "gptq", "quantization_config": GPTQ | {"desc_act": True}}),
+        ("type", "symmetric: true", {"type": "carry"}, {"layout": "gptq", "quantization_config": GPTQ | {"bits": 8, "sym": False}}),
+        ("type", "multiple of 32.*mlp.down_proj", {"type": "q8_0"}, {"intermediate_size": 120}),
+        ("embedding_type", "hidden_size is 72", {"type": "f16", "embedding_type": "q8_0"}, {"hidden_size": 72}),
+        ("uses", "'gpt_neox'", {"type": "f16"}, {"model_type": "gpt_neox"}),
+        ("uses", "'gelu'", {"type": "f16"}, {"hidden_act": "gelu"}),
+        ("uses", "longrope", {"type": "f16"}, {"rope_parameters": {"rope_type": "longrope"}}),
+        ("uses", "llama3", {"type": "f16"}, {"model_type": "qwen3", "rope_parameters": LLAMA3}),
+        ("uses", "attention_factor", {"type": "f16"}, {"rope_parameters": YARN | {"attention_factor": 1.0}}),
+        ("uses", "heads x head_dim", {"type": "f16"}, {"model_type": "qwen2", "num_attention_heads": 2}),
+        ("uses", "attention biases", {"type": "f16"}, {"model_type": "qwen3", "attention_bias": True}),
+    ],
+)  # fmt: skip
+def test_refused_before_any_work(planned: Checkpoint, key: str, pattern: str, settings: dict[str, Any], config: dict[str, Any]) -> None:
+    with pytest.raises(Incompatible, match=pattern) as refused:
+        check_gguf(with_config(planned, **config), **settings)
+    assert refused.value.key == key
+
+
+def test_planned_checkpoints_are_taken(planned: Checkpoint) -> None:
+    check_gguf(
+        with_config(dataclasses.replace(planned, path=Path("/nowhere")), "gptq", quantization_config=GPTQ),
+        type="carry",
+        embedding_type="q8_0",
+    )
+
+
+def test_planning_imports_neither_torch_nor_gguf() -> None:
+    code = "import sys, export.gguf.check; print(sorted({'torch', 'transformers', 'gguf', 'numpy'} & set(sys.modules)))"
+    assert json.loads(subprocess.check_output([sys.executable, "-c", code], text=True)) == []
+
+
+def test_a_missing_runtime_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"edgepress\[llamacpp\]"):
+        export_gguf(checkpoint, tmp_path, type="f16", context=Context())

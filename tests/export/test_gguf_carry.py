@@ -1,0 +1,136 @@
+"""GPTQ's and AWQ's codes in GGUF blocks: against a float64 formula, the official dequantizer, and the checkpoint itself in llama.cpp."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from compression.checkpoint import open_checkpoint
+from compression.context import Context
+from compression.errors import Incompatible
+from compression.families import FAMILIES
+from compression.quantization.layouts import QuantizedLinear, awq_config, awq_tensors, gptq_config, gptq_tensors
+from export.gguf.carry import pack
+from export.gguf.writer import export_gguf
+from tests.export.test_gguf import divergence
+from tests.tiny import tiny_checkpoint
+
+
+def random_layer(out: int, width: int, bits: int, group_size: int, *, symmetric: bool, seed: int) -> QuantizedLinear:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (out, width // group_size)
+    codes = torch.randint(0, 2**bits, (out, width), generator=generator, dtype=torch.uint8)
+    zeros = (
+        torch.full(shape, 2 ** (bits - 1), dtype=torch.uint8)
+        if symmetric
+        else torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
+    )
+    scales = ((torch.rand(shape, generator=generator) + 0.5) * 0.3 / 2**bits).half()
+    return QuantizedLinear(codes, scales, zeros, bits, group_size)
+
+
+def float64_weight(layer: QuantizedLinear) -> np.ndarray:
+    scales, zeros = (np.repeat(part.numpy().astype(np.float64), layer.group_size, axis=1) for part in (layer.scales, layer.zeros))
+    return scales * (layer.codes.numpy().astype(np.float64) - zeros)
+
+
+@given(
+    out=st.integers(1, 5), groups=st.integers(1, 3), group_size=st.sampled_from([32, 64, 128]),
+    kind=st.sampled_from([(4, True), (4, False), (8, True)]),
+    seed=st.integers(0, 2**20),
+)  # fmt: skip
+def test_blocks_dequantize_to_the_checkpoints_weights(out: int, groups: int, group_size: int, kind: tuple[int, bool], seed: int) -> None:
+    bits, symmetric = kind
+    layer = random_layer(out, groups * group_size, bits, group_size, symmetric=symmetric, seed=seed)
+    type, packed = pack(layer.codes.numpy(), layer.scales.numpy(), layer.zeros.numpy(), bits)
+    weight = float64_weight(layer)
+    found = gguf.dequantize(packed, gguf.GGMLQuantizationType[type.upper()]).astype(np.float64)
+    if type != "q4_1":
+        np.testing.assert_array_equal(found, weight)  # a product of a float16 and 8 bits is exact in float32
+    else:  # the offset d z is rounded to float16: half of 2^-10 of it
+        offset = np.repeat((layer.scales.double() * layer.zeros.double()).numpy(), group_size, axis=1)
+        assert (np.abs(found - weight) <= offset * 2**-11 * 1.001 + 1e-7).all()
+
+
+def test_nibbles_are_where_ggml_looks_for_them() -> None:
+    codes = np.arange(32, dtype=np.uint8)[None] % 16
+    type, packed = pack(codes, np.ones((1, 1), np.float16), np.full((1, 1), 8, np.uint8), 4)
+    assert type == "q4_0" and packed.shape == (1, 18) and packed[0, :2].tobytes() == np.float16(1).tobytes()
+    assert [int(b) & 15 for b in packed[0, 2:]] == list(range(16)) == [int(b) >> 4 for b in packed[0, 2:]]
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "zeros", "bits", "pattern"),
+    [
+        (np.zeros((1, 64), np.uint8), np.ones((1, 1)), np.full((1, 1), 100, np.uint8), 8, "asymmetric codes of 8 bits"),
+        (np.zeros((1, 64), np.uint8), np.ones((1, 4)), np.full((1, 4), 8, np.uint8), 4, "4 groups in rows of 64"),
+        (np.zeros((1, 64), np.uint8), np.full((1, 2), 1e5), np.full((1, 2), 8, np.uint8), 4, "100000"),
+    ],
+)
+def test_what_blocks_cannot_hold_is_refused(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int, pattern: str) -> None:
+    with pytest.raises(Incompatible, match=pattern):
+        pack(codes, scales, zeros, bits)
+
+
+def quantized_checkpoint(path: Path, layout: str, bits: int, group_size: int, *, family: str = "llama", act_order: bool = False) -> Path:
+    """A checkpoint whose linear layers are random codes."""
+    tiny_checkpoint(path, family, hidden=128, intermediate=128, tied=family != "llama")
+    weights, symmetric = load_file(path / "model.safetensors"), layout == "gptq"
+    for name in [n for n in weights if n.rpartition(".weight")[0].endswith(FAMILIES[family].linears)]:
+        layer = random_layer(*weights.pop(name).shape, bits, group_size, symmetric=symmetric, seed=len(weights))
+        tensors = gptq_tensors(layer) if layout == "gptq" else awq_tensors(layer)
+        if act_order and "g_idx" in tensors:
+            tensors["g_idx"] = tensors["g_idx"].flip(0)
+        weights |= {f"{name.removesuffix('.weight')}.{part}": tensor.contiguous() for part, tensor in tensors.items()}
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    settings = (
+        gptq_config(bits=bits, group_size=group_size, symmetric=True, damp_percent=0.01)
+        if layout == "gptq"
+        else awq_config(group_size=group_size)
+    )
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return path
+
+
+CARRIED = {"Q4_0": ("gptq", 4, 32, "llama"), "Q4_1": ("awq", 4, 64, "llama"), "Q8_0": ("gptq", 8, 128, "qwen3")}
+
+
+@pytest.mark.parametrize("kind", CARRIED)
+def test_llama_cpp_runs_the_checkpoints_own_weights(tmp_path: Path, kind: str) -> None:
+    layout, bits, group_size, family = CARRIED[kind]
+    source = quantized_checkpoint(tmp_path / "model", layout, bits, group_size, family=family)
+    metrics = export_gguf(source, tmp_path / "out", type="carry", context=Context())
+    tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    assert {type for name, type in tensors.items() if name.startswith("blk.") and "norm" not in name} == {kind}
+    assert tensors["token_embd.weight"] == "F32"  # the checkpoint's own
+    assert metrics["carry_worst_difference_in_steps"] <= (15 * 2**-11 if kind == "Q4_1" else 0)
+    assert divergence(source, tmp_path / "out") < 2e-3  # llama.cpp rounds activations to 8 bits in front of quantized weights
+
+
+def test_dequantized_weights_are_exact_in_f32(tmp_path: Path) -> None:
+    source = quantized_checkpoint(tmp_path / "model", "gptq", 4, 32)
+    export_gguf(source, tmp_path / "out", type="f32", context=Context())
+    assert divergence(source, tmp_path / "out") < 1e-5
+
+
+def test_groups_out_of_order_are_refused(tmp_path: Path) -> None:
+    source = quantized_checkpoint(tmp_path / "model", "gptq", 4, 32, act_order=True)
+    with pytest.raises(Incompatible, match="out of storage order"):
+        export_gguf(source, tmp_path / "out", type="carry", context=Context())
+
+
+def test_a_layer_left_dense_is_refused(tmp_path: Path) -> None:
+    source = quantized_checkpoint(tmp_path / "model", "gptq", 4, 32)
+    weights = load_file(source / "model.safetensors")
+    kept = {n: t for n, t in weights.items() if not n.startswith("model.layers.0.mlp.up_proj.")}
+    save_file(kept | {"model.layers.0.mlp.up_proj.weight": torch.zeros(128, 128)}, source / "model.safetensors", {"format": "pt"})
+    assert open_checkpoint(source).layout == "gptq"
+    with pytest.raises(Incompatible, match=r"model\.layers\.0\.mlp\.up_proj\.weight is not quantized"):
+        export_gguf(source, tmp_path / "out", type="carry", context=Context())

@@ -61,7 +61,7 @@ def _save_adapter(adapted: PeftModel, out: Path) -> None:
     save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config = adapted.peft_config["default"]
     config.base_model_name_or_path = None
-    if isinstance(config.target_modules, set):
+    if isinstance(config, LoraConfig) and isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # a set has another order in every process
     config.inference_mode = True
     config.save_pretrained(str(out))

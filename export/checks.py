@@ -76,6 +76,6 @@ def _check_codes(checkpoint: Checkpoint, precision: str) -> None:
         )
     if group_size not in BLOCK_SIZES:
         raise Incompatible(
-            f"GenAI carries codes in groups of {', '.join(map(str, BLOCK_SIZES))}, and this {layout} checkpoint has group_size {group_size}",
+            f"GenAI carries codes in groups of {', '.join(map(str, BLOCK_SIZES))}; this {layout} checkpoint has group_size {group_size}",
             key="uses",
         )

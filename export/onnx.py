@@ -26,7 +26,7 @@ from compression.loading import copy_tokenizer, load_model
 from export.checks import check_onnx
 from export.quiet import quiet_and_offline
 
-OPSET = 20
+OPSET = 23  # whose Attention, RotaryEmbedding and RMSNormalization decode twice as fast in ONNX Runtime as opset 20's small operators
 EXTERNAL_DATA_BYTES = 1_500_000_000  # protobuf stops at 2 GiB: weights of larger models go beside the graph
 
 Dtype = Literal["float32", "float16", "int8"]
@@ -120,8 +120,7 @@ def quantize_linears(graph: onnx_ir.Model) -> onnx_ir.Model:
             use_external_data_format=_bytes_of_weights(graph) > EXTERNAL_DATA_BYTES,
         )
         quantized = onnx_ir.load(target)
-        for value in quantized.graph.initializers.values():  # off the temporary directory
-            value.const_value = onnx_ir.tensor(value.const_value.numpy().copy(), dtype=value.const_value.dtype, name=value.name)
+        onnx_ir.external_data.load_to_model(quantized)  # before the temporary directory goes
     return quantized
 
 
@@ -140,7 +139,8 @@ def strip(graph: onnx_ir.Model) -> None:
     interface = {*graph.graph.inputs, *graph.graph.outputs}
     graph.doc_string = None
     graph.metadata_props.clear()
-    for part in (graph.graph, *graph.functions.values()):
+    parts: list[onnx_ir.Graph | onnx_ir.Function] = [graph.graph, *graph.functions.values()]
+    for part in parts:
         part.doc_string = None
         part.metadata_props.clear()
         for value in (*part.inputs, *part.initializers.values()):

@@ -14,12 +14,14 @@ _STYLE = """
   --Completed: #15803d; --Cached: #0e7490; --Failed: #b91c1c; --Skipped: #a16207; --Running: #667085; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --dim: #98a2b3; --line: #384150; --paper: #12161c; --card: #1b212a;
   --mark: #7aa7ff; --Completed: #4ade80; --Cached: #38bdf8; --Failed: #f87171; --Skipped: #facc15; --Running: #98a2b3; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 78rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 78rem; margin: 2rem auto; padding: 0 1rem }
 h1 { margin: 0 } h2 { margin: 2.2rem 0 .6rem; font-size: 1.15rem } .dim { color: var(--dim) } .scroll { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums } th { font-weight: 600; color: var(--dim) }
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 .words { text-align: left } tr.base { background: var(--card) } .wrap { white-space: normal }
-svg { display: block; max-width: 100%; height: auto } svg text { font: 12px system-ui, sans-serif; fill: var(--ink) } svg .dim { fill: var(--dim) }
+svg { display: block; max-width: 100%; height: auto }
+svg text { font: 12px system-ui, sans-serif; fill: var(--ink) } svg .dim { fill: var(--dim) }
 .plots { display: flex; flex-wrap: wrap; gap: 1.5rem } .plots svg { flex: 1 1 26rem; background: var(--card); border-radius: 8px }
 li { margin: .3rem 0 }
 """ + "".join(
@@ -149,19 +151,19 @@ def _notes(rows: list[Row]) -> str:
     for row in rows:
         items += [f"<li><b>{escape(row['stage'])}</b>: {escape(w)}</li>" for w in row["warnings"]]
         if row.get("reason"):
-            items.append(
-                f'<li><b>{escape(row["stage"])}</b> <span class="{escape(row["state"])}">{row["state"].lower()}</span>: {escape(row["reason"])}</li>'
-            )
+            state = f'<span class="{escape(row["state"])}">{escape(row["state"].lower())}</span>'
+            items.append(f"<li><b>{escape(row['stage'])}</b> {state}: {escape(row['reason'])}</li>")
     return f"<ul>{''.join(items)}</ul>" if items else ""
 
 
 def _gates(gates: list[Row]) -> str:
     colour = {"PASS": "Completed", "FAIL": "Failed"}
-    lines = [
-        f'<tr><td class="words">{escape(g["stage"])}</td><td class="words {colour.get(g["outcome"], "Skipped")}">{escape(g["outcome"])}</td>'
-        f'<td class="words wrap">{escape(g["message"])}</td></tr>'
-        for g in gates
-    ]
+    lines = []
+    for gate in gates:
+        outcome = f'<td class="words {colour.get(gate["outcome"], "Skipped")}">{escape(gate["outcome"])}</td>'
+        lines.append(
+            f'<tr><td class="words">{escape(gate["stage"])}</td>{outcome}<td class="words wrap">{escape(gate["message"])}</td></tr>'
+        )
     return f"<table><tbody>{''.join(lines)}</tbody></table>" if lines else ""
 
 

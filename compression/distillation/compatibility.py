@@ -1,6 +1,7 @@
 """Which teacher a student can learn from, and which of its layers. Imports no torch: recipes are validated with it."""
 
 import json
+import math
 from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any, Literal
@@ -47,7 +48,7 @@ def pair_layers(spec: FeatureLayers, student_layers: int, teacher_layers: int) -
     if spec == "middle":
         return {(student_layers - 1) // 2: (teacher_layers - 1) // 2}
     if spec == "uniform":
-        return {layer: (layer + 1) * teacher_layers // student_layers - 1 for layer in range(student_layers)}
+        return {layer: math.ceil((layer + 1) * teacher_layers / student_layers) - 1 for layer in range(student_layers)}
     if isinstance(spec, str) or not spec:
         raise EdgepressError(
             f"feature_layers is {spec!r}; last, middle, uniform or a mapping student block: teacher block is needed", key="feature_layers"

@@ -55,16 +55,16 @@ class Objective(nn.Module):
         """
         counted = loss_mask[:, 1:]
         divisor = counted.sum().clamp(min=1) if count is None else count
-        student = self._hidden(self.student, input_ids, self.layers.keys(), counted)
-        teacher: dict[int, torch.Tensor] = {}
+        student, student_blocks = _hidden(self.student, input_ids, self.layers.keys(), counted)
+        teacher, teacher_blocks = None, {}
         if self.frozen:
             with torch.no_grad():
-                teacher = self._hidden(self.frozen[0], input_ids, self.layers.values(), counted)
+                teacher, teacher_blocks = _hidden(self.frozen[0], input_ids, self.layers.values(), counted)
         terms: dict[str, torch.Tensor] = {}
         if self.alpha or self.beta:
-            terms |= self._output_terms(student[-1], teacher.get(-1), input_ids[:, 1:][counted])
+            terms |= self._output_terms(student, teacher, input_ids[:, 1:][counted])
         if self.layers:
-            compared = [hidden_mse(self.projectors(s, student[s]), teacher[t]).sum() for s, t in self.layers.items()]
+            compared = [hidden_mse(self.projectors(s, student_blocks[s]), teacher_blocks[t]).sum() for s, t in self.layers.items()]
             terms["loss_feature"] = torch.stack(compared).mean()
         terms = {name: value / divisor for name, value in terms.items()}
         weights = {"loss_kd": self.alpha, "loss_task": self.beta, "loss_feature": self.gamma}
@@ -72,15 +72,6 @@ class Objective(nn.Module):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}, layers={self.layers}"
-
-    def _hidden(
-        self, model: PreTrainedModel, input_ids: torch.Tensor, layers: Iterable[int], counted: torch.Tensor
-    ) -> dict[int, torch.Tensor]:
-        """Outputs of the named blocks, and under -1 what the output head reads, at the counted positions: [counted, width]."""
-        wanted = list(layers)
-        output = model.base_model(input_ids=input_ids, use_cache=False, output_hidden_states=bool(wanted))
-        hidden = {-1: output.last_hidden_state[:, :-1][counted]}
-        return hidden | {layer: output.hidden_states[layer + 1][:, :-1][counted] for layer in wanted}  # hidden_states[0] are the embeddings
 
     def _output_terms(self, student: torch.Tensor, teacher: torch.Tensor | None, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         student_head = self.student.get_output_embeddings()
@@ -101,6 +92,16 @@ class Objective(nn.Module):
         tensors = (targets, student) if teacher is None else (targets, student, teacher)
         sums = sum_in_chunks(of_chunk, max(1, self.max_logits // vocabulary), *tensors)
         return dict(zip([name for name, weight in (("loss_kd", self.alpha), ("loss_task", self.beta)) if weight], sums, strict=True))
+
+
+def _hidden(
+    model: PreTrainedModel, input_ids: torch.Tensor, layers: Iterable[int], counted: torch.Tensor
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """What the output head reads, and the outputs of the named blocks, at the counted positions: [counted, width] each."""
+    wanted = list(layers)
+    output = model.base_model(input_ids=input_ids, use_cache=False, output_hidden_states=bool(wanted))
+    blocks = {layer: output.hidden_states[layer + 1][:, :-1][counted] for layer in wanted}  # hidden_states[0] are the embeddings
+    return output.last_hidden_state[:, :-1][counted], blocks
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from compression.quantization import check_group_size
 from compression.quantization.grid import SHRINKS, fit_grid
 from compression.quantization.layouts import AWQ_BITS, awq_config, awq_tensors, quantized_linear
 
-EXPONENTS = tuple(step / 20 for step in range(21))
+EXPONENTS = tuple(step / 10 for step in range(11))
 NO_CLIP, COARSE_CLIP = (1.0,), (1.0, 0.95, 0.9, 0.85, 0.8)
 
 

@@ -1,10 +1,9 @@
 """A seeded closed world: small English-like passages, stories and multiple-choice questions.
 
-Everything that edgepress measures out of the box is written here, so that a machine without a network can
-run the whole road. A *scene* ties people to things and things to places, colours or prices (or people to
-friends and friends to homes). A question joins two facts of its scene ("Where is the thing that Dalo owns?" needs
-who owns what, and what stands where), and its five choices all occur in the scene in the same role, so neither a
-single fact nor a prior answers it: chance is 20%.
+Everything that edgepress measures out of the box is written here, so that a machine without a network can run the whole road. A *scene*
+ties people to things, and things to places, colours or prices. A question asks for both ("What does Dalo own, and where is it?"): its answer
+joins two facts of the passage given with it. The wrong choices take one fact, or both, from somebody else in the passage, so neither a single
+fact nor a prior answers it: chance is 20%.
 
 Splits are disjoint twice over: people's names are divided among train, validation and test, and so are the
 combinations (which thing may stand in which place, ...). A model can therefore not answer from memory.
@@ -80,11 +79,9 @@ def _people(rng: random.Random, split: str, count: int) -> list[str]:
 class Relation:
     """A kind of scene: how its second fact is told and asked for."""
 
-    second: tuple[str, ...]  # templates of the second fact, over {mid} and {end}
-    both: str  # both facts in one sentence
-    ask_joined: str  # two facts joined, from the person to the end
-    ask_single: str  # the second fact alone: training text, never in the task
-    answer: str
+    told: tuple[str, ...]  # templates of the second fact, over {mid} and {end}
+    ask: str
+    ask_both: str  # after both facts, from the person
     ends: tuple[str, ...]
 
 
@@ -92,26 +89,20 @@ _OWNS = ("{person} owns the {mid}.", "{person} has the {mid}.")
 _RELATIONS = (
     Relation(
         ("The {mid} is in the {end}.", "The {mid} stands in the {end}."),
-        "{person} owns the {mid}, and the {mid} is in the {end}.",
-        "Where is the thing that {person} owns?",
         "Where is the {mid}?",
-        "in the {end}",
+        "What does {person} own, and where is it?",
         _PLACES,
     ),
     Relation(
         ("The {mid} is {end}.", "The {mid} was painted {end}."),
-        "{person} owns the {mid}, and the {mid} is {end}.",
-        "What colour is the thing that {person} owns?",
         "What colour is the {mid}?",
-        "{end}",
+        "What does {person} own, and what colour is it?",
         _COLOURS,
     ),
     Relation(
         ("The {mid} costs {end} coins.", "The {mid} was sold for {end} coins."),
-        "{person} owns the {mid}, and the {mid} costs {end} coins.",
-        "What is the price of the thing that {person} owns?",
         "What is the price of the {mid}?",
-        "{end} coins",
+        "What does {person} own, and what is its price?",
         _PRICES,
     ),
 )
@@ -129,36 +120,46 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
+    """A passage, the questions that need two of its facts, and those that need one, each with its answer."""
+
     passage: str
-    joined: tuple[Question, ...]  # questions that need two facts
-    single: tuple[tuple[str, str], ...]  # (question, answer) that need one
-    told: tuple[str, ...]  # both facts of a chain in one sentence
+    joined: tuple[Question, ...]
+    single: tuple[tuple[str, str], ...]
 
     @staticmethod
     def draw(rng: random.Random, split: str, people: int = 5) -> "Scene":
+        """A scene of `people` (2 to 5) people; its questions have five choices from 3 people on."""
         relation = rng.choice(_RELATIONS)
         pairs = _pairs(rng, split, _THINGS, relation.ends, people)
         chains = [(person, mid, end) for person, (mid, end) in zip(_people(rng, split, people), pairs, strict=True)]
-        told = [(rng.choice(_OWNS), chain) for chain in chains] + [(rng.choice(relation.second), chain) for chain in chains]
-        rng.shuffle(told)
-        passage = " ".join(t.format(person=p, mid=m, end=e) for t, (p, m, e) in told)
-        answers = [relation.answer.format(end=e) for _, _, e in chains]
-        joined, single, told = [], [], []
-        for (p, m, e), answer in zip(chains, answers, strict=True):
-            choices = tuple(rng.sample(answers, people))
-            joined.append(Question(passage, relation.ask_joined.format(person=p), choices, choices.index(answer)))
-            single += [(relation.ask_single.format(mid=m), answer), (f"What does {p} own?", f"the {m}")]
-            told.append(relation.both.format(person=p, mid=m, end=e))
-        rng.shuffle(joined)
-        return Scene(passage, tuple(joined), tuple(single), tuple(told))
+        facts = [_OWNS[rng.randrange(2)].format(person=p, mid=m) for p, m, _ in chains]
+        facts += [relation.told[rng.randrange(2)].format(mid=m, end=e) for _, m, e in chains]
+        passage = " ".join(rng.sample(facts, len(facts)))
+        joined = tuple(_ask_both(rng, passage, relation, chain, chains) for chain in rng.sample(chains, people))
+        single = [(relation.ask.format(mid=m), relation.told[0].format(mid=m, end=e)) for _, m, e in chains]
+        single += [(f"What does {p} own?", _OWNS[0].format(person=p, mid=m)) for p, m, _ in chains]
+        return Scene(passage, joined, tuple(single))
 
     def text(self, rng: random.Random) -> str:
-        """The scene as a training document: the passage, then what follows from it, as statements and as answered questions."""
-        lines = [f"Question: {q.question}\nAnswer: {q.choices[q.answer]}" for q in self.joined]
-        lines += [f"Question: {question}\nAnswer: {answer}" for question, answer in self.single]
-        lines += self.told
-        rng.shuffle(lines)
-        return "\n".join([self.passage, *lines])
+        """The scene as a training document: the passage, then its questions of both kinds with their answers."""
+        asked = [(q.question, q.choices[q.answer]) for q in self.joined] + list(self.single)
+        return "\n".join([self.passage, *(f"Question: {q}\nAnswer: {a}" for q, a in rng.sample(asked, len(asked)))])
+
+
+def _ask_both(rng: random.Random, passage: str, relation: Relation, chain: tuple[str, str, str], chains: list[tuple[str, str, str]]) -> Question:
+    """Ask for both facts of a person. Each wrong choice agrees with the passage in one fact at most, or in both but of somebody else."""
+    person, mid, end = chain
+    others = [(m, e) for p, m, e in chains if p != person]
+    rng.shuffle(others)
+    (mid1, end1), (mid2, end2) = others[0], others[-1]
+    pairs = list(dict.fromkeys([(mid, end), (mid, end1), (mid1, end1), (mid1, end), (mid2, end2)]))
+    rng.shuffle(pairs)
+
+    def told(mid: str, end: str) -> str:
+        second = relation.told[0].format(mid=mid, end=end)
+        return f"{_OWNS[0].format(person=person, mid=mid)[:-1]}, and {second[0].lower()}{second[1:]}"
+
+    return Question(passage, relation.ask_both.format(person=person), tuple(told(*pair) for pair in pairs), pairs.index((mid, end)))
 
 
 def _story(rng: random.Random, split: str) -> str:

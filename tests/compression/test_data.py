@@ -320,21 +320,22 @@ def test_question_rows_mask_the_prompt() -> None:
         question_rows(DataSpec(text="embedded"), tiny_tokenizer())
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.integers(16, 200))
-def test_long_questions_lose_the_beginning_of_their_prompt(length: int) -> None:
+@pytest.mark.parametrize("length", [12, 30, 64, 65, 66, 1000])
+def test_long_questions_lose_the_beginning_of_their_prompt(tmp_path: Path, length: int) -> None:
     tokenizer = tiny_tokenizer()
-    spec = DataSpec(text="embedded", questions="embedded", train_questions=1, length=1024)
-    (whole,), (answer,) = question_rows(spec, tokenizer)
+    spec = question_spec(write(tmp_path / "q" / "train.jsonl", [ITEM | {"passage": "The lamp is in the mill. " * 4}]).parent)
+    (whole,), (answer,) = question_rows(spec.model_copy(update={"length": 1000}), tokenizer)
     (cut,), (mask,) = question_rows(spec.model_copy(update={"length": length}), tokenizer)
     kept = min(length, len(whole))
     assert torch.equal(cut, whole[-kept:])
     assert torch.equal(mask, answer[-kept:])
+    with pytest.raises(UnusableData, match="no room for its question"):
+        question_rows(spec.model_copy(update={"length": int(answer.sum())}), tokenizer)
 
 
 def test_an_instruction_model_is_calibrated_on_conversations_too() -> None:
     tokenizer = tiny_tokenizer()
-    spec = DataSpec(text="embedded", questions="embedded", train_documents=20, train_questions=20, calibration_windows=8)
+    spec = DataSpec(text="embedded", questions="embedded", train_documents=20, train_questions=20, calibration_windows=8, length=1024)
     assert "[assistant]" not in "".join(tokenizer.batch_decode(calibration_windows(spec, tokenizer, 0)))
     tokenizer.chat_template = CHAT
     text = "".join(tokenizer.batch_decode(calibration_windows(spec, tokenizer, 0)))

@@ -126,8 +126,9 @@ def test_brings_the_student_to_its_teacher(tmp_path: Path, checkpoint: Path, nar
     save_file({"mlp": torch.arange(3)}, narrow / "kept.safetensors")
     curve: list[dict[str, float]] = []
     metrics = distill(
-        narrow, checkpoint, out, rows, alpha=1.0, beta=0.1, gamma=0.1, feature_layers="uniform", settings=SETTINGS,
-        workdir=tmp_path / "work", context=Context(metrics=lambda values, step: curve.append(dict(values))),
+        narrow, checkpoint, out, rows, alpha=1.0, beta=0.1, gamma=0.1, feature_layers="uniform",
+        settings=TrainingSettings(steps=60, batch_size=8, learning_rate=1e-2), workdir=tmp_path / "work",
+        context=Context(metrics=lambda values, step: curve.append(dict(values))),
     )  # fmt: skip
     (narrow / "kept.safetensors").rename(tmp_path / "kept.safetensors")
 
@@ -215,6 +216,7 @@ def test_pairs_of_layers() -> None:
     assert pair_layers("middle", 12, 12) == {5: 5}
     assert pair_layers("middle", 3, 6) == {1: 2}
     assert pair_layers("uniform", 3, 6) == {0: 1, 1: 3, 2: 5}
+    assert pair_layers("uniform", 3, 2) == {0: 0, 1: 1, 2: 1}
     assert pair_layers({0: 5}, 3, 6) == {0: 5}
     for spec, message in (({3: 0}, "block 3 of the student, which has blocks 0 to 2"), ({0: 6}, "block 6 of the teacher"), ({}, "is {}")):
         with pytest.raises(EdgepressError, match=message):
@@ -223,10 +225,13 @@ def test_pairs_of_layers() -> None:
 
 @given(student=st.integers(1, 60), teacher=st.integers(1, 60))
 def test_uniform_pairs_every_student_layer_in_order(student: int, teacher: int) -> None:
-    pairs = pair_layers("uniform", min(student, teacher), max(student, teacher))
-    assert list(pairs) == list(range(min(student, teacher)))
-    assert sorted(set(pairs.values())) == list(pairs.values())
-    assert pairs[min(student, teacher) - 1] == max(student, teacher) - 1
+    """Whichever of the two is deeper; a shallower student never meets a teacher block twice."""
+    pairs = pair_layers("uniform", student, teacher)
+    assert list(pairs) == list(range(student))
+    assert all(0 <= other < teacher for other in pairs.values())
+    assert list(pairs.values()) == sorted(pairs.values())
+    assert pairs[student - 1] == teacher - 1
+    assert len(set(pairs.values())) == min(student, teacher)
 
 
 @pytest.mark.parametrize(

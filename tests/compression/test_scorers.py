@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compression.context import Context
-from compression.data import DataSpec, encode_choices, questions
+from compression.data import encode_choices
 from compression.errors import Incompatible, UnusableData, UnusableModel
 from compression.evaluation.runtime import Generation
 from compression.evaluation.scorers import MultipleChoice, divergence, evaluate_quality, log_likelihoods, multiple_choice, perplexity
@@ -20,7 +20,10 @@ from tests.tiny import tiny_checkpoint, tiny_tokenizer, tiny_windows
 QUESTIONS = [
     Question("The lamp is in the mill.", "Where is the lamp?", ("in the mill", "in the barn", "at noon", "a", "Ünïcödé 日本語"), 0),
     Question("", "Who owns the bell?", ("Dalo", "Pemir", "kettle", "red", "red kettle"), 4),
-    *questions(DataSpec(text="embedded", questions="embedded", evaluation_questions=6), "test"),
+    Question(
+        "At noon Pemir went to the tower. " * 3, "What for?", ("to look for the bell", "to look", "to look for tabs", "to", "bell"), 2
+    ),
+    Question("Dalo owns the lamp and the red kettle.", "Who?", ("Dalo", "Dalo and Pemir", "Pemir", "the kettle", "nobody"), 0),
 ]
 
 

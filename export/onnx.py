@@ -91,14 +91,14 @@ def _varying_axes(layers: int) -> dict[str, Any]:
 def _name_interface(graph: onnx_ir.Model) -> None:
     """Give inputs, outputs and their axes the names that ONNX decoders usually have."""
     for value in (*graph.graph.inputs, *graph.graph.outputs):
+        traced = list(value.shape or ())
         cached = re.fullmatch(r"(input|output)\.past_key_values\.layers\.(\d+)\.(key|value)s", value.name or "")
         if cached:
             side, layer, kind = cached.groups()
             value.name = f"{'past_key_values' if side == 'input' else 'present'}.{layer}.{kind}"
-            _, heads, _, width = value.shape or ()
-            value.shape = onnx_ir.Shape(["batch", heads, "past" if side == "input" else "total", width])
+            value.shape = onnx_ir.Shape(["batch", traced[1], "past" if side == "input" else "total", traced[3]])
         else:
-            value.shape = onnx_ir.Shape(["batch", "sequence", *(value.shape or ())[2:]])
+            value.shape = onnx_ir.Shape(["batch", "sequence", *traced[2:]])
 
 
 def quantize_linears(graph: onnx_ir.Model) -> onnx_ir.Model:
@@ -106,7 +106,7 @@ def quantize_linears(graph: onnx_ir.Model) -> onnx_ir.Model:
 
     MatMul only: other operators gain no speed on a CPU, and a quantized embedding would change the parent's types.
     """
-    head = next(value for value in graph.graph.outputs if value.name == "logits").producer()
+    (head,) = (node.name for node in graph.graph if any(output.name == "logits" for output in node.outputs))
     with tempfile.TemporaryDirectory() as directory:
         source, target = Path(directory) / "float.onnx", Path(directory) / "int8.onnx"
         save_graph(graph, source)
@@ -114,7 +114,7 @@ def quantize_linears(graph: onnx_ir.Model) -> onnx_ir.Model:
             source,
             target,
             op_types_to_quantize=["MatMul"],
-            nodes_to_exclude=[head.name],
+            nodes_to_exclude=[head],
             per_channel=True,
             weight_type=QuantType.QInt8,
             use_external_data_format=_bytes_of_weights(graph) > EXTERNAL_DATA_BYTES,
@@ -139,13 +139,12 @@ def strip(graph: onnx_ir.Model) -> None:
     interface = {*graph.graph.inputs, *graph.graph.outputs}
     graph.doc_string = None
     graph.metadata_props.clear()
-    parts: list[onnx_ir.Graph | onnx_ir.Function] = [graph.graph, *graph.functions.values()]
-    for part in parts:
+    for part in graph.graphs():
         part.doc_string = None
         part.metadata_props.clear()
         for value in (*part.inputs, *part.initializers.values()):
             _strip_value(value)
-        for node in part.all_nodes():
+        for node in part:
             node.doc_string = None
             node.metadata_props.clear()
             for value in node.outputs:

@@ -1,4 +1,4 @@
-"""The embedded Prefect server: `python -P -m flows.server FD`, a child that dies with the command that started it.
+"""The embedded Prefect server: `python -P -m flows.server FD PARENT`, a child that dies with the command that started it.
 
 Prefect's own temporary server outlives a killed flow. This one asks the kernel for a parent-death signal, and takes a listening socket that
 was opened before it, so that no port can be lost between choosing and using it.
@@ -36,11 +36,12 @@ def prefect_server(home: Path) -> Iterator[None]:
     listening = socket.create_server(("127.0.0.1", 0), backlog=128)
     environment = {"PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home.absolute() / 'prefect.db'}", **os.environ, **_SETTINGS}
     with (home / "prefect-server.log").open("a") as log:
-        command = [sys.executable, "-P", "-m", "flows.server", str(listening.fileno())]
+        command = [sys.executable, "-P", "-m", "flows.server", str(listening.fileno()), str(os.getpid())]
         process = subprocess.Popen(
             command, pass_fds=[listening.fileno()], env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+    listening.close()  # the server has it now; were it open here too, calls to a server that died would wait instead of fail
     try:
         yield
     finally:
@@ -51,13 +52,12 @@ def prefect_server(home: Path) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        listening.close()
 
 
 def main() -> None:
     from tasks.worker import die_with_parent
 
-    die_with_parent()
+    die_with_parent(int(sys.argv[2]))
     import uvicorn
     from prefect.server.api.server import create_app
 

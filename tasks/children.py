@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Children:
         self._cores = cores
         self._free = cores
         self._changed = threading.Condition()
-        self._running: set[int] = set()
+        self._running: set[BaseProcess] = set()
         self._closed = False
 
     @staticmethod
@@ -74,20 +75,19 @@ class Children:
         spec = {"call": job.call, "arguments": job.arguments, "threads": job.threads, "seed": job.seed, "device": job.device}
         write_json(folder / "job.json", spec)
         cores = self._cores if job.alone else min(job.threads, self._cores)
-        with self._cores_taken(cores), machine_lock(alone=job.alone):
+        with self._cores_taken(cores), machine_lock(alone=job.alone, given_up=lambda: self._closed):
             process = multiprocessing.get_context("forkserver").Process(target=forked, args=(str(folder / "job.json"),))
             with self._changed:
                 if self._closed:
                     raise JobFailed("stopped", transient=False)
                 process.start()
-                assert process.pid is not None
-                self._running.add(process.pid)
+                self._running.add(process)
             try:
                 timed_out = _watch(process, folder / "events.jsonl", sink, job.timeout)
             finally:
-                _end_group(process.pid)
+                _end_group(process)
                 process.join()
-                self._running.discard(process.pid)
+                self._running.discard(process)
         if self._closed:
             raise JobFailed("stopped", transient=False)
         return _outcome(folder, process.exitcode, job.timeout if timed_out else None)
@@ -96,8 +96,8 @@ class Children:
         """Kill whatever runs; nothing can be started afterwards."""
         with self._changed:
             self._closed = True
-            for pid in list(self._running):
-                _end_group(pid)
+            for process in list(self._running):
+                _end_group(process)
             self._changed.notify_all()
 
     @contextmanager
@@ -114,15 +114,32 @@ class Children:
 
 
 @contextmanager
-def machine_lock(*, alone: bool) -> Iterator[None]:
-    """Hold this machine, shared with other work or alone, among all edgepress processes of all users. Dies with its owner."""
+def machine_lock(*, alone: bool, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Hold this machine, shared with other work or alone, among all edgepress processes of all users. Dies with its owner.
+
+    given_up  asked while others hold it; raises JobFailed when it says so
+    """
     path = Path(tempfile.gettempdir()) / "edgepress-machine.lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        handle = os.open(path, os.O_RDONLY)  # another user's file can be locked, but neither written nor opened with O_CREAT
+    except FileNotFoundError:
+        handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+    try:
+        while not _locked(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+            if given_up():
+                raise JobFailed("stopped", transient=False)
+            time.sleep(0.05)
         yield
     finally:
         os.close(handle)
+
+
+def _locked(handle: int, how: int) -> bool:
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _watch(process: Any, events: Path, sink: EventSink, timeout: float | None) -> bool:
@@ -151,9 +168,11 @@ def _forward(events: Path, position: int, sink: EventSink) -> int:
     return position + len(whole) + len(newline)
 
 
-def _end_group(pid: int) -> None:
+def _end_group(process: BaseProcess) -> None:
+    assert process.pid is not None
+    process.kill()  # first, for it may be too young to lead a group; does nothing once it has ended
     try:
-        os.killpg(pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         return  # it has ended already, with all its children
 
@@ -169,6 +188,8 @@ def _outcome(folder: Path, exitcode: int | None, timeout: float | None) -> dict[
         if error["kind"] == "user":
             raise EdgepressError(error["message"], key=error["key"])
         raise JobFailed(f"{error['type']}: {error['message']}", transient=error["type"] in {"OutOfMemoryError", "MemoryError"}, log=folder / "error.json")
-    name = signal.Signals(-exitcode).name if exitcode is not None and exitcode < 0 else f"exit status {exitcode}"
+    if exitcode is None or exitcode >= 0:
+        raise JobFailed(f"the process of this stage ended without a result, with exit status {exitcode}", transient=True, log=log)
+    name = signal.Signals(-exitcode).name
     hint = " (most often the kernel, because memory ran out)" if name == "SIGKILL" else ""
     raise JobFailed(f"the process of this stage was killed by {name}{hint}", transient=True, log=log)

@@ -63,6 +63,7 @@ class Stage(BaseModel):
     version    raise it whenever the same parameters give other bytes
     libraries  distributions whose version decides bytes
     accepts    layouts of the checkpoint before it
+    sparse     whether it takes a checkpoint with masks
     reads      the part of the recipe's data it reads, and so depends on
     extra      the extra of edgepress whose packages it needs, if any
     """
@@ -73,6 +74,7 @@ class Stage(BaseModel):
     version: ClassVar[int] = 1
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     accepts: ClassVar[frozenset[Layout]] = frozenset({"dense"})
+    sparse: ClassVar[bool] = False
     reads: ClassVar[Reads] = "nothing"
     extra: ClassVar[str | None] = None
 
@@ -121,4 +123,7 @@ def check_accepts(stage: Stage, parent: Planned) -> Checkpoint:
             f"{stage.uses} takes {' or '.join(sorted(stage.accepts))} checkpoints, not {parent.layout}; what can follow {parent.layout}: {', '.join(others)}",
             key="uses",
         )
+    if parent.sparse and not stage.sparse:
+        takers = ", ".join(uses for uses, kind in stage_kinds().items() if kind.sparse)
+        raise Incompatible(f"{stage.uses} would fill the zeros of this sparse checkpoint (masks.safetensors) in; what takes it: {takers}", key="uses")
     return parent

@@ -8,8 +8,11 @@ import contextlib
 import importlib
 import json
 import logging
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -21,7 +24,7 @@ from compression.errors import EdgepressError
 from tasks.files import write_json
 
 PRELOAD = ("torch", "transformers", "transformers.models.auto.modeling_auto", "compression.loading", "tasks.jobs")
-_PR_SET_PDEATHSIG, _SIGKILL = 1, 9
+_PR_SET_PDEATHSIG = 1
 
 
 def main(job_file: str) -> int:
@@ -44,19 +47,27 @@ def main(job_file: str) -> int:
 
 
 def forked(job_file: str) -> None:
-    """Entry of a child of the fork server: its own process group, and it dies with the server, which dies with the flow."""
+    """Entry of a child of the fork server: a process group of its own, which ends with the flow."""
     os.setpgid(0, 0)
-    die_with_parent()
+    threading.Thread(target=_end_with_flow, daemon=True).start()
     sys.exit(main(job_file))
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere the process group is killed on exit only)."""
+def _end_with_flow() -> None:
+    """Kill the group when the flow dies. The fork server's death would come too late: it lives as long as any child holds its pipe."""
+    flow = multiprocessing.parent_process()
+    assert flow is not None
+    flow.join()
+    os.killpg(0, signal.SIGKILL)
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent, the process `parent`, dies (Linux; elsewhere it is ended on exit only)."""
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
-        if os.getppid() == 1:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the request
             os._exit(1)
 
 

@@ -56,7 +56,8 @@ class Objective(nn.Module):
         counted = loss_mask[:, 1:]
         divisor = counted.sum().clamp(min=1) if count is None else count
         student, student_blocks = _hidden(self.student, input_ids, self.layers.keys(), counted)
-        teacher, teacher_blocks = None, {}
+        teacher: torch.Tensor | None = None
+        teacher_blocks: dict[int, torch.Tensor] = {}
         if self.frozen:
             with torch.no_grad():
                 teacher, teacher_blocks = _hidden(self.frozen[0], input_ids, self.layers.values(), counted)

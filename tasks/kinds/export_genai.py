@@ -21,6 +21,7 @@ class ExportGenai(Stage):
     version: ClassVar[int] = 1
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
     accepts: ClassVar[frozenset[Layout]] = frozenset({"dense", "gptq", "awq"})
+    sparse: ClassVar[bool] = True
     extra: ClassVar[str | None] = "genai"
 
     precision: Annotated[Literal["int4", "fp32", "fp16"], Field(description="Type of the weights of linear layers.")] = "int4"

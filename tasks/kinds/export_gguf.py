@@ -8,7 +8,7 @@ from pydantic import Field
 from compression.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
-from export.gguf.check import CARRY, FLOATS, check_gguf
+from export.gguf.check import CARRY, FLOATS, TYPES, check_gguf
 from tasks.stage import Artifact, Inputs, Planned, Stage, Workplace
 
 _BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "carry": 5}
@@ -21,9 +21,12 @@ class ExportGguf(Stage):
     version: ClassVar[int] = 1
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "gguf", "llama-cpp-python")
     accepts: ClassVar[frozenset[Layout]] = frozenset({"dense", "gptq", "awq"})
+    sparse: ClassVar[bool] = True
     extra: ClassVar[str | None] = "llamacpp"
 
-    type: Annotated[str, Field(description="f32, f16, bf16, q8_0, carry, or a type of llama.cpp's quantizer (q4_0, q4_k_m, q6_k, ...).")] = "f16"
+    type: Annotated[
+        str, Field(examples=list(TYPES), description="f32, f16, bf16, q8_0, carry, or a type of llama.cpp's quantizer (q4_0, q4_k_m, q6_k, ...).")
+    ] = "f16"
     embedding_type: Annotated[str | None, Field(description="f32, f16, bf16 or q8_0; default: a float `type` itself, else the checkpoint's dtype.")] = None
     head_type: Annotated[str | None, Field(description="As embedding_type, for the output head.")] = None
 

@@ -21,6 +21,7 @@ class ExportOnnx(Stage):
     version: ClassVar[int] = 1
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
     accepts: ClassVar[frozenset[Layout]] = frozenset({"dense", "gptq", "awq"})
+    sparse: ClassVar[bool] = True
     extra: ClassVar[str | None] = "onnx"
 
     dtype: Annotated[Literal["float32", "float16", "int8"], Field(description="Type of the weights in the graph.")] = "float32"

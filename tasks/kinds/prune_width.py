@@ -19,7 +19,7 @@ class PruneWidth(Stage):
     uses: Literal["prune.width"] = "prune.width"
     version: ClassVar[int] = 1
 
-    keep: Annotated[float, Field(gt=0, le=1, description="Share of MLP neurons to keep.")]
+    keep: Annotated[float, Field(gt=0, le=1, examples=[0.5], description="Share of MLP neurons to keep.")]
     multiple_of: Annotated[int, Field(ge=1, description="The width that remains is a multiple of this; K-quants want 256.")] = 32
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:

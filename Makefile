@@ -1,0 +1,35 @@
+# `make demo` and `make test` set everything up themselves; CONTRIBUTING.md names what the machine must have.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON := $(shell for p in python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo test bench-demo setup
+
+demo: $(READY)
+	$(BIN)/edgepress run demo
+
+test: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench-demo: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_demo
+
+setup: $(READY)
+
+# torch goes first and pinned: a looser request pulls several GB of CUDA packages. llama-cpp-python is built from source here, once.
+$(READY): pyproject.toml constraints.txt
+	$(if $(PYTHON),,$(error edgepress needs python3.11, or a python3 from 3.11 to 3.13))
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,241 @@
+"""Children of a real fork server: what comes back, and that nothing stays behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from compression.errors import EdgepressError
+from tasks.children import Children, Job, JobFailed, machine_lock
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def own_machine_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Runs of other people on this machine must not make these tests wait."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+@pytest.fixture
+def children() -> Iterator[Children]:
+    Children.preload()
+    made = Children(cores=2)
+    yield made
+    made.close()
+
+
+def job(name: str, timeout: float | None = None, *, alone: bool = False, **arguments: Any) -> Job:
+    return Job(f"tests.tasks.jobs:{name}", arguments, threads=1, seed=5, timeout=timeout, alone=alone)
+
+
+def silent(_: dict[str, Any]) -> None:
+    return None
+
+
+def gone(*pids: int, within: float = 20) -> bool:
+    """Whether the processes end (a zombie has ended) within some seconds."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def pids_written(folder: Path, within: float = 60) -> list[int]:
+    deadline = time.monotonic() + within
+    while not (folder / "pids").exists():
+        assert time.monotonic() < deadline, "the child never started"
+        time.sleep(0.05)
+    return [int(pid) for pid in (folder / "pids").read_text().split()]
+
+
+def test_metrics_events_and_prints_come_back(children: Children, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    events: list[dict[str, Any]] = []
+    metrics = children.run(job("succeed", folder=str(tmp_path)), tmp_path, events.append)
+    assert metrics == {"threads": 1, "asked": 1, "seed": 5, "leader": 1}
+    assert events == [{"progress": [1, 2, "half"]}, {"metrics": {"loss": 0.5}, "step": 3}, {"warning": "narrow"}]
+    assert "belongs into the log" in (tmp_path / "log.txt").read_text()
+    assert capfd.readouterr().out == ""
+
+
+def test_a_mistake_of_the_user_keeps_its_message_and_key(children: Children, tmp_path: Path) -> None:
+    with pytest.raises(EdgepressError, match="7 does not divide 64") as caught:
+        children.run(job("mistake"), tmp_path, silent)
+    assert caught.value.key == "group_size"
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "transient"),
+    [
+        ("crash", "ZeroDivisionError: one over nothing", False),
+        ("out_of_memory", "MemoryError: more than there is", True),
+        ("fill_disk", "no space left on the disk", False),
+        ("killed", "SIGKILL", True),
+        ("leave", "exit status 7", True),
+    ],
+)
+def test_a_lost_process_is_told_from_a_wrong_one(children: Children, tmp_path: Path, name: str, message: str, transient: bool) -> None:
+    with pytest.raises(JobFailed, match=message) as caught:
+        children.run(job(name), tmp_path, silent)
+    assert caught.value.transient is transient
+    assert "killed by exit status" not in str(caught.value)
+
+
+def test_the_result_of_a_run_before_is_never_taken_for_this_one(children: Children, tmp_path: Path) -> None:
+    children.run(job("succeed", folder=str(tmp_path)), tmp_path, silent)
+    with pytest.raises(JobFailed, match="SIGKILL"):
+        children.run(job("killed"), tmp_path, silent)
+
+
+def test_a_timeout_ends_the_whole_group(children: Children, tmp_path: Path) -> None:
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            children.run(job("linger", timeout=3, folder=str(tmp_path)), tmp_path, silent)
+        except JobFailed as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    pids = pids_written(tmp_path)
+    assert all(alive(pid) for pid in pids)
+    thread.join(60)
+    assert "timeout of 3 s" in str(caught[0])
+    assert gone(*pids)
+
+
+def test_a_timeout_that_strikes_before_the_child_has_its_group(children: Children, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(JobFailed, match="timeout") as caught:
+        children.run(job("linger", timeout=1e-6, folder=str(tmp_path)), tmp_path, silent)
+    assert caught.value.transient
+    assert time.monotonic() - started < 60  # the child sleeps for ten minutes
+
+
+def test_close_ends_what_runs_and_starts_nothing_more(children: Children, tmp_path: Path) -> None:
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            children.run(job("linger", folder=str(tmp_path)), tmp_path, silent)
+        except JobFailed as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    pids = pids_written(tmp_path)
+    children.close()
+    thread.join(60)
+    assert [str(error) for error in caught] == ["stopped"]
+    assert gone(*pids)
+    with pytest.raises(JobFailed, match="stopped"):
+        children.run(job("succeed", folder=str(tmp_path)), tmp_path / "later", silent)
+    assert not (tmp_path / "later" / "result.json").exists()
+
+
+def test_close_frees_a_thread_that_waits_for_the_machine(children: Children, tmp_path: Path) -> None:
+    holder = hold_machine(tmp_path)
+    try:
+        caught: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                children.run(job("succeed", alone=True, folder=str(tmp_path)), tmp_path, silent)
+            except JobFailed as error:
+                caught.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        time.sleep(0.5)
+        assert thread.is_alive()
+        children.close()
+        thread.join(20)
+        assert not thread.is_alive()
+        assert [str(error) for error in caught] == ["stopped"]
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def hold_machine(folder: Path) -> subprocess.Popen[str]:
+    """A process of another pipeline that works, and so holds the machine's lock shared."""
+    code = (
+        f"import tempfile; tempfile.tempdir = {str(folder)!r}\nimport sys\nfrom tasks.children import machine_lock\n"
+        "with machine_lock(alone=False):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen([sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_the_machine_lock_excludes_other_processes_and_dies_with_its_owner(tmp_path: Path) -> None:
+    holder = hold_machine(tmp_path)
+    entered = threading.Event()
+
+    def time_something() -> None:
+        with machine_lock(alone=True):
+            entered.set()
+
+    thread = threading.Thread(target=time_something)
+    thread.start()
+    with machine_lock(alone=False):  # work goes beside work
+        assert not entered.wait(0.5)
+    holder.kill()
+    holder.wait()
+    thread.join(20)
+    assert entered.is_set()
+
+
+def test_the_machine_lock_of_another_user_can_be_taken(tmp_path: Path) -> None:
+    """Files of others can neither be written nor, in a sticky directory, opened with O_CREAT."""
+    lock = tmp_path / "edgepress-machine.lock"
+    lock.touch()
+    lock.chmod(0o444)
+    opened: list[int] = []
+    original = os.open
+
+    def recording(path: Any, flags: int, *rest: Any) -> int:
+        opened.append(flags)
+        return original(path, flags, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", recording)
+        with machine_lock(alone=True):
+            pass
+    assert opened == [os.O_RDONLY]
+
+
+def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "flow.py"
+    script.write_text(
+        f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\nimport sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from pathlib import Path\nfrom tasks.children import Children, Job\n"
+        "if __name__ == '__main__':\n    Children.preload()\n"
+        f"    Children(2).run(Job('tests.tasks.jobs:linger', {{'folder': {str(tmp_path)!r}}}, 1), Path({str(tmp_path / 'job')!r}), print)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-P", str(script)])
+    child, grandchild = pids_written(tmp_path)
+    server = psutil.Process(child).ppid()
+    assert server != parent.pid  # the fork server stands between
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    assert gone(child, grandchild, server)

@@ -1,0 +1,189 @@
+"""The documentation says what is: its examples run, its generated parts are up to date, its links lead somewhere."""
+
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+from typer.main import get_command
+
+from compression.checkpoint import Checkpoint
+from compression.context import Context
+from flows.cli import app
+from flows.planning import make_plan
+from flows.recipe import ParsedRecipe, _entries, json_schema, load_recipe
+from flows.reference import BEGIN, END, _outcomes, _samples, compatibility_table, recipe_reference, with_generated
+from tasks.jobs import run_stage
+from tasks.stage import check_accepts, stage_kinds
+from tasks.store import Store
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
+SMOLLM2 = {
+    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def written_recipe(text: str, folder: Path) -> ParsedRecipe:
+    file = folder / "recipe.yaml"
+    file.write_text(text)
+    return load_recipe(file)
+
+
+@pytest.fixture
+def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The worked example of docs/architecture.md, installed as its page says."""
+    (code,), (project,) = blocks("docs/architecture.md", "python"), blocks("docs/architecture.md", "toml")
+    site = tmp_path / "site"
+    info = site / "edgepress_round-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "quantize_round.py").write_text(code)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: edgepress-round\nVersion: 1.0\n")
+    groups = tomllib.loads(project)["project"]["entry-points"]
+    (info / "entry_points.txt").write_text(
+        "".join(f"[{g}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()) for g, points in groups.items())
+    )
+    monkeypatch.syspath_prepend(site)
+    for cached in (stage_kinds, _entries):
+        cached.cache_clear()
+    yield
+    sys.modules.pop("quantize_round", None)
+    for cached in (stage_kinds, _entries):
+        cached.cache_clear()
+
+
+def test_the_worked_example_is_a_stage_like_any_other(plug_in: None, checkpoint: Path, tmp_path: Path):
+    assert "quantize.round" in stage_kinds() and "prune.width" in stage_kinds()
+    assert "QuantizeRoundEntry" in json_schema()["$defs"]
+    text = f"model: {checkpoint}\ndata: {{text: embedded, length: 64}}\nstages:\n  rounded: {{uses: quantize.round, bits: 3}}\n"
+    plan = make_plan(written_recipe(text, tmp_path), Store(tmp_path / "store"))
+    assignment = plan.assignments[1]
+    assert isinstance(assignment.planned, Checkpoint) and assignment.planned.layout == "dense"
+
+    out, work = tmp_path / "out", tmp_path / "work"
+    out.mkdir()
+    assert assignment.stage is not None
+    metrics = run_stage(
+        stage=assignment.stage.model_dump(mode="json"), parent=str(checkpoint), others={}, out=str(out), work=str(work),
+        data=plan.parsed.recipe.data.model_dump(mode="json"), threads=1, context=Context(),
+    )  # fmt: skip
+    assert metrics == {"levels": 7}
+    before, after = load_file(checkpoint / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    rounded = [name for name in before if "_proj" in name]
+    assert len(rounded) == 2 * 7
+    for name, weight in before.items():
+        if name not in rounded:
+            np.testing.assert_array_equal(weight, after[name])
+            continue
+        exact, scale = weight.astype(np.float64), np.abs(weight.astype(np.float64)).max(axis=1, keepdims=True) / 3
+        codes = after[name] / scale
+        np.testing.assert_allclose(codes, codes.round(), atol=1e-5)
+        assert set(np.unique(codes.round())) <= {-3, -2, -1, 0, 1, 2, 3}
+        assert (np.abs(after[name] - exact) <= scale / 2 * (1 + 1e-5)).all()
+    assert AutoModelForCausalLM.from_pretrained(out).config.intermediate_size == 128
+
+
+def test_the_plug_in_is_gone_afterwards():
+    assert "quantize.round" not in stage_kinds()
+
+
+@pytest.mark.parametrize(("page", "made"), [("recipes.md", recipe_reference), ("compatibility.md", compatibility_table)])
+def test_generated_parts_are_up_to_date(page: str, made):
+    text = (ROOT / "docs" / page).read_text()
+    assert text.count(BEGIN) == text.count(END) == 1
+    inside = text[text.index(BEGIN) + len(BEGIN) : text.index(END)]
+    assert inside == f"\n{made()}\n", f"docs/{page} is stale: run python -m flows.reference"
+
+
+def test_a_page_is_rewritten_between_its_markers_only():
+    assert with_generated(f"above\n{BEGIN}old\n{END}below\n", "new") == f"above\n{BEGIN}\nnew\n{END}below\n"
+    with pytest.raises(ValueError, match="lacks the lines"):
+        with_generated(f"above\n{BEGIN}old\n", "new")
+
+
+def test_the_reference_has_every_key_of_the_schema():
+    text = recipe_reference()
+    sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    schema = json_schema()
+    common = sections["`stages.<name>`, of every kind"]
+    for name, entry in schema["$defs"].items():
+        if name.endswith("Entry"):
+            own = sections[f"`uses: {entry['properties']['uses']['const']}`"]
+            listed = set(re.findall(r"^\| `(\w+)` \|", own + common, re.MULTILINE))
+            assert listed == entry["properties"].keys() - {"uses"}
+    assert set(re.findall(r"^\| `(\w+)` \|", sections["The recipe"], re.MULTILINE)) == schema["properties"].keys()
+    assert "| `keep` | number, above 0, at most 1 | required |" in sections["`uses: prune.width`"]
+
+
+def test_the_compatibility_table_agrees_with_what_kinds_accept():
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in compatibility_table().splitlines() if line.startswith("| `")]
+    cells = {line[0].strip("`"): dict(zip(("dense", "gptq", "awq"), line[1:4], strict=True)) for line in lines if len(line) == 5}
+    assert cells.keys() == stage_kinds().keys()
+    for uses, by_layout in cells.items():
+        assert {layout for layout, cell in by_layout.items() if cell} == stage_kinds()[uses].accepts
+    assert cells["export.gguf"]["gptq"] == "llama.cpp: float, llama.cpp: carried"
+    assert cells["quantize.awq"]["dense"] == "awq checkpoint"
+
+
+def test_a_kind_without_examples_for_what_it_requires_is_told():
+    kind = stage_kinds()["prune.width"]
+    dense = _samples("llama")["dense"]
+    assert [planned.config["intermediate_size"] for planned in _outcomes(kind, dense)] == [256, 256]  # type: ignore[union-attr]
+
+
+def test_the_example_recipe_is_valid(checkpoint: Path, tmp_path: Path):
+    (text,) = blocks("docs/recipes.md", "yaml")
+    recipe = written_recipe(text, tmp_path)
+    assert recipe.recipe.name == "small"
+    assert {node.name: node.parent for node in recipe.nodes} == {
+        "pruned": "base", "distilled": "pruned", "gptq": "distilled", "gguf": "gptq", "onnx": "distilled",
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(text.replace("data: embedded", "data: {text: embedded, length: 64} #"))
+    overrides = (f"model={checkpoint}",)
+    assert len(make_plan(load_recipe(tmp_path / "recipe.yaml", overrides), Store(tmp_path / "store")).assignments) == 6
+
+
+def test_the_recipe_for_smollm2_fits_its_config(tmp_path: Path):
+    (text,) = blocks("README.md", "yaml")
+    parsed = written_recipe(text, tmp_path)
+    recipe = parsed.recipe
+    assert recipe.model.path == "HuggingFaceTB/SmolLM2-135M" and recipe.model.revision
+    assert recipe.data.questions is not None and recipe.data.length <= SMOLLM2["max_position_embeddings"]  # type: ignore[operator]
+    planned = {"base": Checkpoint(tmp_path / "absent", SMOLLM2)}
+    for node in parsed.nodes:
+        others = {role: planned[name] for role, name in node.stage.other_inputs().items()}
+        planned[node.name] = node.stage.plan(check_accepts(node.stage, planned[node.parent]), others, recipe.data)  # type: ignore[assignment]
+    assert planned["pruned"].intermediate_size == 1152
+    assert [planned[name].change for name in ("gguf", "genai")] == ["carried", "carried"]  # type: ignore[attr-defined]
+    assert recipe.gates.keys() <= planned.keys()
+
+
+def test_the_readme_opens_with_the_two_commands_and_names_every_command():
+    text = (ROOT / "README.md").read_text()
+    assert re.findall(r"^    (make \w+)", text, re.MULTILINE)[:2] == ["make demo", "make test"]
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert {name for name in re.findall(r"`edgepress (\w+)", text)} == commands.keys()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = page.parent / file if file else page
+        assert linked.is_file(), f"{page.name} links to {target}"
+        headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}

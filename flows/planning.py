@@ -51,6 +51,7 @@ def make_plan(parsed: ParsedRecipe, store: Store) -> Plan:
     machine = Machine(_device(recipe.device), recipe.threads)
     try:
         base = open_base(recipe.model.path, recipe.model.revision, recipe.model.license, store.root)
+        _ = base.checkpoint.family  # an architecture that no stage and no estimate knows
     except EdgepressError as error:
         raise parsed.error(("model",), str(error)) from None
     try:
@@ -96,15 +97,17 @@ def _assign(parsed: ParsedRecipe, node: Node, index: int, done: Mapping[str, Ass
 def _check_gates(parsed: ParsedRecipe) -> None:
     order = [BASE, *(node.name for node in parsed.nodes)]
     parents = {node.name: node.parent for node in parsed.nodes}
-    for stage, bounds in parsed.recipe.gates.items():
+    for stage in parsed.recipe.gates:
         if stage not in order:
             raise parsed.error(("gates", stage), f"there is no stage {stage!r}; stages: {', '.join(order)}")
-        for metric, bound in bounds.items():
+    bounds: list[tuple[KeyPath, str, Mapping[str, Bound]]] = [(("stages", node.name, "bounds"), node.name, node.execution.bounds) for node in parsed.nodes]
+    bounds += [(("gates", stage), stage, gates) for stage, gates in parsed.recipe.gates.items()]
+    for path, stage, by_metric in bounds:
+        for metric, bound in by_metric.items():
             reference = parents.get(stage, BASE) if bound.relative_to == "parent" else bound.relative_to
-            if reference not in _above(parsed, stage) | {BASE}:
-                raise parsed.error(
-                    ("gates", stage, metric), f"relative_to {bound.relative_to!r} is none of the stages before {stage}: {', '.join(sorted(_above(parsed, stage) | {BASE}))}"
-                )
+            above = _above(parsed, stage) | {BASE}
+            if reference not in above:
+                raise parsed.error((*path, metric), f"relative_to {bound.relative_to!r} is none of the stages before {stage}: {', '.join(sorted(above))}")
 
 
 def _above(parsed: ParsedRecipe, stage: str) -> set[str]:

@@ -120,7 +120,7 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["stages"]["additionalProperties"] = entries
     for short in ("model", "data"):
         schema["properties"][short] = {"anyOf": [{"type": "string"}, schema["properties"][short]]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "edgepress recipe", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "edgepress recipe"}
 
 
 def load_recipe(file: Path, overrides: tuple[str, ...] = ()) -> ParsedRecipe:
@@ -161,7 +161,10 @@ def _put(document: dict[str, Any], override: str) -> None:
         document = document.setdefault(folder, {})
         if not isinstance(document, dict):
             raise EdgepressError(f"--set {override}: {folder} is no mapping in the recipe")
-    document[last] = yaml.safe_load(value)
+    try:
+        document[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise EdgepressError(f"--set {override}: the value is not YAML: {getattr(error, 'problem', error)}") from None
 
 
 def _with_previous(stages: dict[str, Any]) -> list[tuple[str, Any, str]]:
@@ -175,7 +178,7 @@ def _node(name: str, entry: Any, previous: str, source: Located) -> Node:
         raise EdgepressError(f"{source.where(where)}: a stage cannot be called {name!r}: use lower case letters, digits, - _ . (and not {BASE!r})")
     if not isinstance(entry, dict) or "uses" not in entry:
         raise EdgepressError(f"{source.where(where)}: {dotted(where)}: a stage needs `uses`, one of {', '.join(stage_kinds())}")
-    kind = stage_kinds().get(entry["uses"])
+    kind = stage_kinds().get(str(entry["uses"]))
     if kind is None:
         raise EdgepressError(
             f"{source.where((*where, 'uses'))}: {dotted(where)}.uses: there is no stage kind {entry['uses']!r}"

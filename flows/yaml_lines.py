@@ -29,7 +29,8 @@ class Located:
 def read_yaml(file: Path) -> Located:
     """Parse one YAML document. Raises EdgepressError for a missing file, wrong syntax or a key given twice."""
     try:
-        root = yaml.compose(file.read_text(), Loader=yaml.SafeLoader)
+        text = file.read_text()
+        root, value = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except FileNotFoundError:
         raise EdgepressError(f"there is no recipe {file}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -42,7 +43,7 @@ def read_yaml(file: Path) -> Located:
         raise EdgepressError(f"{file}: the recipe is empty")
     lines: dict[KeyPath, int] = {}
     _locate(root, (), lines, file)
-    return Located(file, yaml.safe_load(file.read_text()), lines)
+    return Located(file, value, lines)
 
 
 def _locate(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], file: Path) -> None:

@@ -16,7 +16,7 @@ def _share(value: object) -> object:
     return value
 
 
-Share = Annotated[float, BeforeValidator(_share), Field(ge=0)]
+Share = Annotated[float, Field(ge=0), BeforeValidator(_share, json_schema_input_type=Annotated[float, Field(ge=0)] | str)]
 
 
 class Bound(BaseModel):

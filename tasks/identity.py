@@ -47,7 +47,7 @@ def identity_document(stage: Stage, inputs: Mapping[str, str], data: DataSpec, s
     return {
         "uses": stage.uses,
         "version": stage.version,
-        "parameters": stage.model_dump(mode="json"),
+        "parameters": stage.model_dump(mode="json", exclude=set(stage.other_inputs())),  # names of stages: `inputs` has their identities
         "inputs": dict(inputs),
         "data": None if stage.reads == "nothing" else fingerprint(data, stage.reads),
         "seed": seed,

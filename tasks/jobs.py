@@ -45,8 +45,9 @@ def measure_speed(*, target: str, tokenizer: str, data: dict[str, Any], threads:
     from compression.data import evaluation_windows
     from compression.evaluation.speed import measure_speed as measure
     from compression.loading import load_tokenizer
-    from export.runtimes import open_runtime
+    from export.runtimes import import_runtime, open_runtime, runtime_name
 
+    import_runtime(runtime_name(Path(target)))  # so that neither its time nor its memory counts as the model's
     spec = DataSpec.model_validate(data)
     window = evaluation_windows(spec, load_tokenizer(Path(tokenizer)))[0].tolist()
     prompt = window[: len(window) // 2]

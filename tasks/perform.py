@@ -10,6 +10,7 @@ from typing import Any
 
 from compression.data import DataSpec
 from compression.errors import EdgepressError
+from export.runtimes import runtime_name
 from tasks.artifact import complete_artifact
 from tasks.base import Base
 from tasks.children import Children, Job
@@ -180,8 +181,8 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
 
 
 def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
-    base = Reference(pipeline.base.path, pipeline.base.content)
-    references = {"base": base} if task.stage else {}
+    result.runtime = runtime_name(Path(result.path))
+    references = {"base": Reference(pipeline.base.path, pipeline.base.content)} if task.stage else {}
     parent = task.inputs.get("parent")
     if isinstance(task.planned, Artifact) and parent is not None:
         references["parent"] = Reference(Path(pipeline.results[parent].path), pipeline.results[parent].content)

@@ -79,7 +79,7 @@ class Stage(BaseModel):
     extra: ClassVar[str | None] = None
 
     def other_inputs(self) -> dict[str, str]:
-        """Further inputs by role, each the name of a stage or `base` ({"teacher": "base"})."""
+        """Further inputs by role, each the name of a stage or `base` ({"teacher": "base"}). The role is the parameter that holds the name."""
         return {}
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:

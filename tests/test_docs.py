@@ -137,10 +137,10 @@ def test_the_compatibility_table_agrees_with_what_kinds_accept():
     assert cells["quantize.awq"]["dense"] == "awq checkpoint"
 
 
-def test_a_kind_without_examples_for_what_it_requires_is_told():
+def test_what_a_kind_requires_is_planned_with_its_example():
     kind = stage_kinds()["prune.width"]
     dense = _samples("llama")["dense"]
-    assert [planned.config["intermediate_size"] for planned in _outcomes(kind, dense)] == [256, 256]  # type: ignore[union-attr]
+    assert [planned.config["intermediate_size"] for planned in _outcomes(kind, dense)] == [256, 256]
 
 
 def test_the_example_recipe_is_valid(checkpoint: Path, tmp_path: Path):
@@ -160,21 +160,21 @@ def test_the_recipe_for_smollm2_fits_its_config(tmp_path: Path):
     parsed = written_recipe(text, tmp_path)
     recipe = parsed.recipe
     assert recipe.model.path == "HuggingFaceTB/SmolLM2-135M" and recipe.model.revision
-    assert recipe.data.questions is not None and recipe.data.length <= SMOLLM2["max_position_embeddings"]  # type: ignore[operator]
+    assert recipe.data.questions is not None and recipe.data.length <= SMOLLM2["max_position_embeddings"]
     planned = {"base": Checkpoint(tmp_path / "absent", SMOLLM2)}
     for node in parsed.nodes:
         others = {role: planned[name] for role, name in node.stage.other_inputs().items()}
-        planned[node.name] = node.stage.plan(check_accepts(node.stage, planned[node.parent]), others, recipe.data)  # type: ignore[assignment]
+        planned[node.name] = node.stage.plan(check_accepts(node.stage, planned[node.parent]), others, recipe.data)
     assert planned["pruned"].intermediate_size == 1152
-    assert [planned[name].change for name in ("gguf", "genai")] == ["carried", "carried"]  # type: ignore[attr-defined]
+    assert [planned[name].change for name in ("gguf", "genai")] == ["carried", "carried"]
     assert recipe.gates.keys() <= planned.keys()
 
 
 def test_the_readme_opens_with_the_two_commands_and_names_every_command():
     text = (ROOT / "README.md").read_text()
     assert re.findall(r"^    (make \w+)", text, re.MULTILINE)[:2] == ["make demo", "make test"]
-    commands = get_command(app).commands  # type: ignore[attr-defined]
-    assert {name for name in re.findall(r"`edgepress (\w+)", text)} == commands.keys()
+    commands = get_command(app).commands
+    assert set(re.findall(r"`edgepress (\w+)", text)) == commands.keys()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -17,6 +17,7 @@ from pydantic_core import CoreSchema
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Embedded = Literal["embedded"]
+EMBEDDED = {"text": "embedded", "questions": "embedded", "length": 384, "evaluation_windows": 32, "evaluation_questions": 120}  # `data: embedded`
 
 
 class Source(BaseModel):
@@ -71,7 +72,7 @@ class DataSpec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, value: Any) -> Any:
-        return {"text": "embedded", "questions": "embedded"} if value == "embedded" else value
+        return EMBEDDED if value == "embedded" else value
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler | Callable[..., Any]) -> JsonSchemaValue:

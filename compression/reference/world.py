@@ -85,22 +85,22 @@ class Relation:
     ends: tuple[str, ...]
 
 
-_OWNS = ("{person} owns the {mid}.", "{person} owns the {mid} since spring.")
+_OWNS = ("{person} owns the {mid}.", "{person} has the {mid}.")
 _RELATIONS = (
     Relation(
-        ("The {mid} is in the {end}.", "The {mid} is in the {end} today."),
+        ("The {mid} is in the {end}.", "The {mid} stands in the {end}."),
         "Where is the {mid}?",
         "What does {person} own, and where is it?",
         _PLACES,
     ),
     Relation(
-        ("The {mid} is {end}.", "The {mid} is {end} and new."),
+        ("The {mid} is {end}.", "The {mid} was painted {end}."),
         "What colour is the {mid}?",
         "What does {person} own, and what colour is it?",
         _COLOURS,
     ),
     Relation(
-        ("The {mid} costs {end} coins.", "The {mid} costs {end} coins now."),
+        ("The {mid} costs {end} coins.", "The {mid} was sold for {end} coins."),
         "What is the price of the {mid}?",
         "What does {person} own, and what is its price?",
         _PRICES,

@@ -1,23 +1,37 @@
 """Which runtime opens a directory, and opening it. Imports no runtime until one is asked for."""
 
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from compression.errors import MissingExtra, UnusableModel
 from compression.evaluation.runtime import Runtime
 
-# runtime -> (distribution on PyPI, extra of edgepress that installs it)
+
+
+@dataclass(frozen=True)
+class Package:
+    """Where a runtime comes from: its distribution, the extra of edgepress that installs it, and our class for it."""
+
+    distribution: str
+    extra: str
+    module: str
+    name: str
+
+
 PACKAGES = {
-    "transformers": ("transformers", ""),
-    "onnxruntime": ("onnxruntime", "onnx"),
-    "onnxruntime-genai": ("onnxruntime-genai", "genai"),
-    "llama.cpp": ("llama-cpp-python", "llamacpp"),
+    "transformers": Package("transformers", "", "compression.evaluation.transformers_runtime", "TransformersRuntime"),
+    "onnxruntime": Package("onnxruntime", "onnx", "export.runtimes.onnx_runtime", "OnnxRuntime"),
+    "onnxruntime-genai": Package("onnxruntime-genai", "genai", "export.runtimes.genai_runtime", "GenaiRuntime"),
+    "llama.cpp": Package("llama-cpp-python", "llamacpp", "export.runtimes.llamacpp", "LlamaCppRuntime"),
 }
 
 
 def installed_runtimes() -> dict[str, str | None]:
     """Version of each runtime's package, None where it is not installed."""
-    return {name: _version(package) for name, (package, _) in PACKAGES.items()}
+    return {name: _version(package.distribution) for name, package in PACKAGES.items()}
 
 
 def runtime_name(path: Path) -> str:
@@ -47,24 +61,16 @@ def open_runtime(path: Path, *, device: str = "cpu", threads: int) -> Runtime:
     Raises UnusableModel for a directory of no runtime, MissingExtra where the runtime's package is not installed.
     """
     name = runtime_name(path)
-    package, extra = PACKAGES[name]
-    if _version(package) is None:
-        raise MissingExtra(package, extra, f"opening {path} in {name}")
-    if name == "llama.cpp":
-        from export.runtimes.llamacpp import LlamaCppRuntime
+    runtime = import_runtime(name)
+    return runtime(path, device=device, threads=threads) if name == "transformers" else runtime(path, threads=threads)
 
-        return LlamaCppRuntime(path, threads=threads)
-    if name == "onnxruntime-genai":
-        from export.runtimes.genai_runtime import GenaiRuntime
 
-        return GenaiRuntime(path, threads=threads)
-    if name == "onnxruntime":
-        from export.runtimes.onnx_runtime import OnnxRuntime
-
-        return OnnxRuntime(path, threads=threads)
-    from compression.evaluation.transformers_runtime import TransformersRuntime
-
-    return TransformersRuntime(path, device=device, threads=threads)
+def import_runtime(name: str) -> Callable[..., Runtime]:
+    """Import a runtime's library and return our class for it. Raises MissingExtra where the library is not installed."""
+    package = PACKAGES[name]
+    if _version(package.distribution) is None:
+        raise MissingExtra(package.distribution, package.extra, f"the runtime {name}")
+    return getattr(importlib.import_module(package.module), package.name)
 
 
 def _version(package: str) -> str | None:

@@ -1,5 +1,6 @@
 """The runtimes of ONNX artifacts against transformers, and the factory that finds them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -124,7 +125,8 @@ def test_refuses_other_directories(files: list[str], tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "genai_config.json").touch()
-    monkeypatch.setitem(export.runtimes.PACKAGES, "onnxruntime-genai", ("no-such-package", "genai"))
+    package = dataclasses.replace(export.runtimes.PACKAGES["onnxruntime-genai"], distribution="no-such-package")
+    monkeypatch.setitem(export.runtimes.PACKAGES, "onnxruntime-genai", package)
     assert installed_runtimes()["onnxruntime-genai"] is None
     with pytest.raises(MissingExtra, match=r"no-such-package.*edgepress\[genai\]"):
         open_runtime(tmp_path, threads=1)

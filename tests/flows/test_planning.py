@@ -1,0 +1,124 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compression.errors import EdgepressError
+from flows.planning import Plan, check_disk, estimate, make_plan
+from flows.recipe import load_recipe
+from tasks.stage import Artifact
+from tasks.store import Store
+from tests.flows.recipes import STAGES, recipe
+
+
+@pytest.fixture
+def plan(tmp_path: Path, checkpoint: Path) -> Any:
+    """plan(stages=, rest=) or plan("key=value", ...): the plan of a recipe."""
+
+    def make(*overrides: str, stages: str = STAGES, rest: str = "", name: str = "micro") -> Plan:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(recipe(checkpoint, stages, rest))
+        return make_plan(load_recipe(file, overrides), Store(tmp_path / "store"))
+
+    return make
+
+
+def identities(plan: Plan) -> dict[str, str]:
+    return {task.name: task.identity for task in plan.assignments}
+
+
+def changed(plan: Plan, other: Plan) -> set[str]:
+    before, after = identities(plan), identities(other)
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_the_plan_follows_configs_through_the_graph(plan: Any) -> None:
+    tasks = {task.name: task for task in plan().assignments}
+    assert list(tasks) == ["base", "pruned", "distilled", "gptq", "gguf", "onnx"]
+    assert [task.index for task in tasks.values()] == list(range(6))
+    assert tasks["pruned"].planned.intermediate_size == tasks["distilled"].planned.intermediate_size == 64
+    assert tasks["gptq"].planned.layout == "gptq"
+    assert tasks["gguf"].planned.runtime == "llama.cpp" and tasks["gguf"].planned.change == "carried"
+    assert tasks["gguf"].ancestors == ("base", "pruned", "distilled", "gptq")
+
+
+def test_an_export_is_bounded_by_its_format_unless_the_recipe_says_otherwise(plan: Any) -> None:
+    bounds = {task.name: task.bounds for task in plan("stages.onnx.bounds={kl_to_parent: {max: 0.5}}").assignments}
+    assert bounds["gguf"]["kl_to_parent"].max == 1e-3 and bounds["onnx"]["kl_to_parent"].max == 0.5
+    assert bounds["pruned"] == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stages.gptq.act_order=false", {"gptq", "gguf"}),
+        ("stages.distilled.temperature=4", {"distilled", "gptq", "gguf", "onnx"}),
+        ("stages.onnx.dtype=int8", {"onnx"}),
+        ("seed=1", {"pruned", "distilled", "gptq", "gguf", "onnx"}),
+        ("threads=2", {"pruned", "distilled", "gptq", "gguf", "onnx"}),
+        ("data.calibration_windows=5", {"gptq", "gguf"}),
+        ("data.train_documents=41", {"distilled", "gptq", "gguf", "onnx"}),
+        ("data.evaluation_windows=5", set()),
+        ("stages.gptq.retries=3", set()),
+        ("stages.gptq.timeout=100", set()),
+        ("stages.gguf.bounds={kl_to_parent: {max: 9}}", set()),
+        ("gates.pruned.perplexity={max: 9}", set()),
+        ("execution.cores=1", set()),
+        ("name=other", set()),
+    ],
+)
+def test_what_a_change_runs_again(plan: Any, override: str, expected: set[str]) -> None:
+    if "calibration_windows" in override or "train_documents" in override:
+        assert expected <= changed(plan(), plan(override))  # how finely data is told apart is compression.data's matter
+    else:
+        assert changed(plan(), plan(override)) == expected
+
+
+def test_names_belong_to_no_identity(plan: Any) -> None:
+    renamed = "  thin: {uses: prune.width, keep: 0.5}\n  taught: {uses: distill, steps: 6, batch_size: 2, save_every: 2, teacher: thin}\n"
+    stages = "  pruned: {uses: prune.width, keep: 0.5}\n  distilled: {uses: distill, steps: 6, batch_size: 2, save_every: 2, teacher: pruned}\n"
+    assert list(identities(plan(stages=stages)).values()) == list(identities(plan(stages=renamed, name="another")).values())
+
+
+def test_a_changed_byte_of_the_model_runs_everything_again(plan: Any, checkpoint: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    assert changed(plan(), plan(f"model={copy}")) == set()
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert changed(plan(), plan(f"model={copy}")) == set(identities(plan()))
+
+
+def test_a_bound_can_only_be_relative_to_a_stage_before(plan: Any) -> None:
+    plan("gates.gguf.perplexity={max_increase: 1, relative_to: gptq}")
+    for reference in ("onnx", "gguf", "nothing"):
+        with pytest.raises(EdgepressError, match="gates.gguf.perplexity"):
+            plan(f"gates.gguf.perplexity={{max_increase: 1, relative_to: {reference}}}")
+        with pytest.raises(EdgepressError, match="stages.gguf.bounds.perplexity"):
+            plan(f"stages.gguf.bounds={{perplexity: {{max_increase: 1, relative_to: {reference}}}}}")
+
+
+def test_an_extra_that_is_not_installed_is_told_before_anything_runs(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.extras.find_spec", lambda name: None if name == "llama_cpp" else object())
+    with pytest.raises(EdgepressError, match=r"stages\.gguf.*llama-cpp-python.*edgepress\[llamacpp\]"):
+        plan()
+
+
+def test_estimates_stand_near_the_files(plan: Any, checkpoint: Path) -> None:
+    made = plan()
+    first = made.assignments[0]
+    real = (checkpoint / "model.safetensors").stat().st_size
+    assert 0.9 * real < estimate(first, made).size <= 1.1 * real
+    for task in made.assignments[1:]:
+        assert estimate(task, made).size > 0 and estimate(task, made).memory > 0
+        assert isinstance(task.planned, Artifact) or task.planned.num_parameters > 0
+
+
+def test_a_disk_that_is_too_small_is_refused(plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store")
+    made = plan()
+    check_disk(made, store)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(EdgepressError, match="free some, or use another --store"):
+        check_disk(made, store)

@@ -1,0 +1,150 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from compression.errors import EdgepressError
+from flows.cli import RECIPES
+from flows.recipe import json_schema, load_recipe
+from flows.yaml_lines import read_yaml
+from tasks.stage import stage_kinds
+from tests.flows.recipes import recipe
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> Any:
+    file = tmp_path / "micro.yaml"
+    file.write_text(text)
+    return load_recipe(file, overrides)
+
+
+def test_a_stage_follows_the_one_before_it_unless_it_says_otherwise(tmp_path: Path) -> None:
+    parsed = load(tmp_path, recipe("tiny"))
+    assert parsed.recipe.name == "micro"
+    assert {node.name: node.inputs for node in parsed.nodes} == {
+        "pruned": {"parent": "base"},
+        "distilled": {"parent": "pruned", "teacher": "base"},
+        "gptq": {"parent": "distilled"},
+        "gguf": {"parent": "gptq"},
+        "onnx": {"parent": "distilled"},
+    }
+
+
+def test_stages_may_stand_in_any_order(tmp_path: Path) -> None:
+    stages = "  late: {uses: quantize.gptq, needs: early}\n  early: {uses: prune.width, keep: 0.5, needs: base}\n"
+    assert [node.name for node in load(tmp_path, recipe("tiny", stages)).nodes] == ["early", "late"]
+
+
+def test_execution_is_told_apart_from_parameters(tmp_path: Path) -> None:
+    stages = "  gguf: {uses: export.gguf, retries: 3, timeout: 5, bounds: {kl_to_parent: {max: 0.2}}}\n"
+    (node,) = load(tmp_path, recipe("tiny", stages)).nodes
+    assert set(node.stage.model_dump()) == {"uses", "type", "embedding_type", "head_type"}
+    assert (node.execution.retries, node.execution.timeout, node.execution.bounds["kl_to_parent"].max) == (3, 5, 0.2)
+
+
+def test_overrides_go_over_the_recipe(tmp_path: Path) -> None:
+    parsed = load(
+        tmp_path, recipe("tiny"), "stages.distilled.temperature=4", "seed=7", "stages.pruned.keep=0.25", "gates.pruned.perplexity={max: 9}",
+        "stages.late={uses: prune.width, keep: 1, needs: base}", "name=other",
+    )  # fmt: skip
+    nodes = {node.name: node for node in parsed.nodes}
+    assert nodes["distilled"].stage.temperature == 4 and nodes["distilled"].stage.steps == 6
+    assert nodes["pruned"].stage.keep == 0.25 and nodes["late"].parent == "base"
+    assert parsed.recipe.seed == 7 and parsed.recipe.name == "other"
+    assert parsed.recipe.gates["pruned"]["perplexity"].max == 9
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed", "key.of.the.recipe=value"),
+        ("stages.pruned.kep=1", "stages.pruned.kep"),
+        ("stages.pruned.keep=much", "stages.pruned.keep"),
+        ("device.deep=1", "device is no mapping"),
+        ("seed=[1", "--set seed=[1"),
+    ],
+)
+def test_a_wrong_override_is_told(tmp_path: Path, override: str, words: str) -> None:
+    with pytest.raises(EdgepressError) as caught:
+        load(tmp_path, recipe("tiny"), override)
+    assert words in str(caught.value)
+
+
+def test_a_revision_goes_with_the_model(tmp_path: Path) -> None:
+    parsed = load(tmp_path, recipe("org/name@abc"))
+    assert (parsed.recipe.model.path, parsed.recipe.model.revision) == ("org/name", "abc")
+
+
+names = st.text("abcdefgh", min_size=1, max_size=6)
+trees = st.recursive(st.integers() | names, lambda below: st.lists(below, min_size=1, max_size=3) | st.dictionaries(names, below, min_size=1, max_size=3))
+
+
+@given(st.dictionaries(names, trees, min_size=1, max_size=4))
+def test_every_key_is_found_on_its_line(tmp_path_factory: pytest.TempPathFactory, document: dict[str, Any]) -> None:
+    file = tmp_path_factory.getbasetemp() / "lines.yaml"
+    file.write_text(yaml.safe_dump(document, default_flow_style=False))
+    located = read_yaml(file)
+    lines = file.read_text().splitlines()
+    assert located.value == document
+
+    def check(value: Any, path: tuple[str | int, ...]) -> None:
+        if isinstance(value, dict):
+            for key, below in value.items():
+                assert f"{key}:" in lines[located.lines[(*path, key)] - 1]
+                check(below, (*path, key))
+        elif isinstance(value, list):
+            for number, below in enumerate(value):
+                check(below, (*path, number))
+
+    check(document, ())
+
+
+def schema_errors(document: Any) -> list[str]:
+    return [error.message for error in Draft202012Validator(json_schema()).iter_errors(document)]
+
+
+def test_the_schema_takes_the_shipped_recipes() -> None:
+    Draft202012Validator.check_schema(json_schema())
+    shipped = sorted(RECIPES.glob("*.yaml"))
+    assert shipped
+    for file in shipped:
+        assert schema_errors(yaml.safe_load(file.read_text())) == []
+        load_recipe(file)
+
+
+def test_the_schema_takes_a_recipe_with_everything(tmp_path: Path) -> None:
+    rest = "gates: {pruned: {perplexity: {max_increase: 0.5, relative_to: parent}}}\nexecution: {cores: 2}\nname: all\nseed: 1\n"
+    assert schema_errors(yaml.safe_load(recipe("tiny", rest=rest))) == []
+    assert schema_errors(yaml.safe_load(recipe("{path: org/name, revision: abc}", data="embedded"))) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stages": {"pruned": {"uses": "prune.width", "keep": 0.5, "kep": 1}}},
+        {"stages": {"pruned": {"uses": "prune.widht", "keep": 0.5}}},
+        {"stages": {"pruned": {"uses": "prune.width", "keep": 2}}},
+        {"stages": {"pruned": {"uses": "prune.width", "keep": 0.5, "timeout": "soon"}}},
+        {"stages": {}},
+        {"stagse": {}},
+        {"gates": {"pruned": {"perplexity": {"maximum": 1}}}},
+        {"model": 3},
+    ],
+)
+def test_the_schema_refuses_what_is_mistyped(change: dict[str, Any]) -> None:
+    document = {"model": "embedded", "data": "embedded", "stages": {"pruned": {"uses": "prune.width", "keep": 0.5}}}
+    assert schema_errors(document) == []
+    assert schema_errors({**document, **change})
+
+
+def test_the_schema_describes_every_parameter_of_every_kind() -> None:
+    definitions = json_schema()["$defs"]
+    for kind in stage_kinds().values():
+        properties = definitions[f"{kind.__name__}Entry"]["properties"]
+        assert set(kind.model_fields) | {"needs", "retries", "timeout", "bounds"} == set(properties)
+        assert all("description" in value for key, value in properties.items() if key != "uses"), kind
+    json.dumps(definitions)

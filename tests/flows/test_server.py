@@ -1,0 +1,72 @@
+"""The embedded Prefect server, alone: it answers, and it dies with the command that started it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.server import prefect_server
+
+START = """
+import os, sys
+from pathlib import Path
+from flows.server import prefect_server
+with prefect_server(Path(sys.argv[1])):
+    print(os.environ["PREFECT_API_URL"], flush=True)
+    sys.stdin.read()
+print("ended", flush=True)
+"""
+
+
+def test_a_server_that_was_given_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere/api")
+    before = psutil.Process().children()
+    with prefect_server(tmp_path / "home"):
+        assert os.environ["PREFECT_API_URL"] == "http://elsewhere/api"
+        assert psutil.Process().children() == before
+    assert os.environ["PREFECT_API_URL"] == "http://elsewhere/api" and not (tmp_path / "home").exists()
+
+
+def start(home: Path) -> tuple[subprocess.Popen[str], str, psutil.Process]:
+    environment = {**os.environ, "PREFECT_HOME": str(home)}
+    environment.pop("PREFECT_API_URL", None)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", START, home], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )  # fmt: skip
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    (server,) = psutil.Process(process.pid).children()
+    return process, url, server
+
+
+def test_it_answers_and_ends_with_its_block_and_with_its_killed_owner(tmp_path: Path) -> None:
+    process, url, server = start(tmp_path)
+    with urllib.request.urlopen(f"{url}/health", timeout=120) as answer:  # connects at once: the socket listens before the server runs
+        assert answer.read() == b"true"
+    process.communicate("", timeout=60)
+    assert process.returncode == 0 and not server.is_running()
+    assert (tmp_path / "prefect.db").is_file()
+
+    process, _, server = start(tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert psutil.wait_procs([server], timeout=20)[1] == []
+
+
+def test_calls_to_a_server_that_died_fail_at_once(tmp_path: Path) -> None:
+    process, url, server = start(tmp_path)
+    server.kill()
+    while server.status() != psutil.STATUS_ZOMBIE:  # its parent has not asked for it yet
+        time.sleep(0.05)
+    started = time.monotonic()
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"{url}/health", timeout=60)
+    assert time.monotonic() - started < 30
+    process.communicate("", timeout=60)
+    assert process.returncode == 0

@@ -1,0 +1,131 @@
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compression.data import DataSpec
+from tasks.identity import Machine, digest, identity_document, library_versions, seed_of
+from tasks.stage import Stage, stage_kinds
+
+DATA = DataSpec.model_validate({"text": "embedded", "questions": "embedded"})
+REQUIRED: dict[str, dict[str, Any]] = {"prune.width": {"keep": 0.5}}  # parameters without a default
+INPUTS = {"parent": "1" * 64, "teacher": "2" * 64}
+
+# What each kind's default parameters, its version and its libraries come to. A digest that changes means that stored results are lost:
+# where the bytes a kind writes changed, raise its version; where only its parameters did, write the new digest down.
+GOLDEN = {
+    "distill": "579d090620b14667c5884295f506fe99236248b613c267741bc3724362307e91",
+    "export.genai": "e7ffe2711863d7c45df8dd3eb60d197c7ba8f0cc417a4f11fe28878fb2662311",
+    "export.gguf": "bad5fef76552a166045c1e24499a49b2992e1dd2d36b3b37eca6a006846deebf",
+    "export.onnx": "0fa855fc61fa3c0b5c7ca1f0a61c87a29d904bbe4a435e37675b41a2ff3338fc",
+    "finetune": "13c775dea02f4e1b16c68e7edfc7ab325eee51dedddea11a39e7c1a2cd9b59d8",
+    "prune.width": "901943fee55113df360c7cda90b84171c9c3267566428bfad930fbd04522040b",
+    "quantize.awq": "60d227a6acf23e0df53d08431976269953755eb562ea6c34f5f2bce835a19cc1",
+    "quantize.gptq": "d86ad28138e58ae1c5b85915adb8afd3a2b41d08c5bcf6d69124743d30b21a60",
+}
+
+
+@pytest.fixture(autouse=True)
+def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same versions and the same data on every machine."""
+    monkeypatch.setattr("tasks.identity.library_versions", lambda names: dict.fromkeys(names, "1.0"))
+    monkeypatch.setattr("tasks.identity.fingerprint", lambda data, part: f"{part} of {data.length}")
+
+
+def stage(uses: str, **parameters: Any) -> Stage:
+    return stage_kinds()[uses].model_validate({"uses": uses, **REQUIRED.get(uses, {}), **parameters})
+
+
+def identity(made: Stage, inputs: Mapping[str, str] = INPUTS, data: DataSpec = DATA, seed: int = 0, machine: Machine = Machine()) -> str:  # noqa: B008
+    return digest(identity_document(made, inputs, data, seed, machine))
+
+
+def test_golden_digests() -> None:
+    assert {uses: identity(stage(uses)) for uses in stage_kinds()} == GOLDEN
+
+
+@given(st.permutations(["alpha", "beta", "gamma", "temperature", "steps"]), st.permutations(list(INPUTS)))
+def test_order_does_not_matter(keys: list[str], roles: list[str]) -> None:
+    values = {"alpha": 0.5, "beta": 0.25, "gamma": 0.125, "temperature": 4.0, "steps": 7}
+    made = stage("distill", **{key: values[key] for key in keys})
+    assert identity(made, {role: INPUTS[role] for role in roles}) == identity(stage("distill", **values))
+
+
+def other(value: Any) -> Any:
+    """Another value of the same type, that bounds allow."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2 + 0.01
+    return f"{value}x"
+
+
+@pytest.mark.parametrize("uses", sorted(stage_kinds()))
+def test_every_parameter_changes_it(uses: str) -> None:
+    made = stage(uses)
+    for name in set(type(made).model_fields) - {"uses", *made.other_inputs()}:
+        changed = made.model_copy(update={name: other(getattr(made, name))})
+        assert identity(changed) != identity(made), name
+
+
+@given(st.text("0123456789abcdef", min_size=8, max_size=8), st.sampled_from(sorted(INPUTS)))
+def test_every_input_changes_it(content: str, role: str) -> None:
+    assert identity(stage("distill"), {**INPUTS, role: content}) != identity(stage("distill"))
+    assert identity(stage("distill"), {**INPUTS, "another": content}) != identity(stage("distill"))
+
+
+@given(st.integers(1, 2**31))
+def test_seed_and_threads_change_it(number: int) -> None:
+    assert identity(stage("prune.width"), seed=number) != identity(stage("prune.width"))
+    assert identity(stage("prune.width"), machine=Machine("cpu", number + 1)) != identity(stage("prune.width"))
+
+
+def test_the_type_of_the_device_changes_it_and_its_number_does_not() -> None:
+    made = stage("prune.width")
+    assert identity(made, machine=Machine("cuda:0")) == identity(made, machine=Machine("cuda:1")) != identity(made)
+
+
+def test_the_version_of_the_kind_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identity(stage("prune.width"))
+    monkeypatch.setattr(stage_kinds()["prune.width"], "version", 99)
+    assert identity(stage("prune.width")) != before
+
+
+def test_the_version_of_a_library_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stage("quantize.gptq")
+    before = identity(made)
+    for changed in type(made).libraries:
+        monkeypatch.setattr("tasks.identity.library_versions", lambda names, c=changed: {n: "2.0" if n == c else "1.0" for n in names})
+        assert identity(made) != before
+
+
+def test_a_library_that_is_not_installed_has_a_version_too() -> None:
+    assert library_versions(("torch", "no-such-distribution"))["no-such-distribution"] == "absent"
+    assert library_versions(("torch",))["torch"][0].isdigit()
+
+
+def test_only_the_data_that_a_stage_reads_changes_it() -> None:
+    longer = DATA.model_copy(update={"length": 128})
+    same = {uses for uses in stage_kinds() if identity(stage(uses), data=longer) == identity(stage(uses))}
+    assert same == {uses for uses, kind in stage_kinds().items() if kind.reads == "nothing"}
+    assert {"distill", "finetune", "quantize.gptq", "quantize.awq"}.isdisjoint(same)
+
+
+def test_the_name_of_a_teacher_is_no_part_of_it() -> None:
+    """Its identity is, as an input."""
+    assert identity(stage("distill", teacher="pruned")) == identity(stage("distill", teacher="thin"))
+
+
+@given(st.text("0123456789abcdef", min_size=64, max_size=64))
+def test_seeds_fit_every_generator(text: str) -> None:
+    assert 0 <= seed_of(text) < 2**31
+
+
+def test_the_digest_is_sha256_of_canonical_json() -> None:
+    import hashlib
+
+    assert digest({"b": "ü", "a": [1, 2.5]}) == hashlib.sha256(b'{"a":[1,2.5],"b":"\\u00fc"}').hexdigest()

@@ -52,7 +52,8 @@ class Checkpoint:
         """Raises UnusableModel for an architecture without a row in compression/families.py."""
         if self.model_type not in FAMILIES:
             raise UnusableModel(
-                f"the architecture {self.model_type!r} is not one edgepress knows by name; known: {', '.join(sorted(FAMILIES))}", key="model"
+                f"the architecture {self.model_type!r} is not one edgepress knows by name; known: {', '.join(sorted(FAMILIES))}",
+                key="model",
             )
         return FAMILIES[self.model_type]
 
@@ -86,7 +87,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """"float16", "bfloat16" or "float32"."""
+        """ "float16", "bfloat16" or "float32"."""
         return self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
 
     def linear_widths(self) -> dict[str, tuple[int, int]]:
@@ -95,8 +96,18 @@ class Checkpoint:
         q = c["num_attention_heads"] * d
         kv = c.get("num_key_value_heads", c["num_attention_heads"]) * d
         gate, up, down = family.mlp
-        shapes = dict(zip(family.attention, [(q, self.hidden_size), (kv, self.hidden_size), (kv, self.hidden_size), (self.hidden_size, q)], strict=True))
-        shapes |= {gate: (self.intermediate_size, self.hidden_size), up: (self.intermediate_size, self.hidden_size), down: (self.hidden_size, self.intermediate_size)}
+        shapes = dict(
+            zip(
+                family.attention,
+                [(q, self.hidden_size), (kv, self.hidden_size), (kv, self.hidden_size), (self.hidden_size, q)],
+                strict=True,
+            )
+        )
+        shapes |= {
+            gate: (self.intermediate_size, self.hidden_size),
+            up: (self.intermediate_size, self.hidden_size),
+            down: (self.hidden_size, self.intermediate_size),
+        }
         return shapes
 
     @cached_property
@@ -122,10 +133,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except json.JSONDecodeError as error:
         raise UnusableModel(f"{path / 'config.json'} is not JSON: {error}", key="model") from None
     if "auto_map" in config:
-        raise UnusableModel(f"{path} wants to run code of its own (auto_map in config.json); edgepress loads only architectures of transformers", key="model")
+        raise UnusableModel(
+            f"{path} wants to run code of its own (auto_map in config.json); edgepress loads only architectures of transformers",
+            key="model",
+        )
     architectures = config.get("architectures") or []
     if not any(a.endswith("ForCausalLM") for a in architectures):
-        raise UnusableModel(f"{path} is no causal language model (architectures: {', '.join(architectures) or 'none'}); one ending in ForCausalLM is needed", key="model")
+        raise UnusableModel(
+            f"{path} is no causal language model (architectures: {', '.join(architectures) or 'none'}); one ending in ForCausalLM is needed",
+            key="model",
+        )
     tensors = _read_headers(path)
     if not (path / "tokenizer.json").is_file():
         raise UnusableModel(f"{path} has no tokenizer.json; save the tokenizer into it in the fast format", key="model")
@@ -141,7 +158,10 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
     if not index.is_file() and not (path / names[0]).is_file():
         pickled = [f.name for pattern in PICKLED for f in path.glob(pattern)]
         if pickled:
-            raise UnusableModel(f"{path} holds only pickled weights ({pickled[0]}), which can run code when opened; convert them to safetensors first", key="model")
+            raise UnusableModel(
+                f"{path} holds only pickled weights ({pickled[0]}), which can run code when opened; convert them to safetensors first",
+                key="model",
+            )
         raise UnusableModel(f"{path} has no model.safetensors", key="model")
     tensors: dict[str, TensorInfo] = {}
     for name in names:

@@ -18,10 +18,15 @@ from rich.table import Table
 from compression.errors import EdgepressError
 
 RECIPES = Path(__file__).parent / "recipes"
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown", help="Compress language models for the edge: prune, distil, fine-tune, quantize, export; one resumable graph, measured at every step.")
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Compress language models for the edge: prune, distil, fine-tune, quantize, export; one resumable graph, measured at every step.",
+)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe file, or the name of a shipped recipe (demo).")]
-Overrides = Annotated[list[str], typer.Option("--set", help="Put a value over the recipe: --set stages.distilled.temperature=4")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Put a value over the recipe: --set stages.distilled.temperature=4")]
 StoreFolder = Annotated[Path, typer.Option("--store", envvar="EDGEPRESS_STORE", help="Where results are kept by identity.")]
 OutputsFolder = Annotated[Path, typer.Option("--outputs", help="Where results are linked by name.")]
 DEFAULT_STORE, DEFAULT_OUTPUTS = Path(".edgepress"), Path("outputs")
@@ -41,9 +46,10 @@ def main() -> None:
             raise
         error_console.print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        error_console.print("interrupted: the same command goes on from here", markup=False)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # what typer makes of a KeyboardInterrupt
+            error_console.print("interrupted: the same command goes on from here", markup=False)
+        raise
 
 
 def _interrupt(*_: Any) -> NoReturn:
@@ -51,7 +57,9 @@ def _interrupt(*_: Any) -> NoReturn:
 
 
 @app.command()
-def run(recipe: RecipeFile, overrides: Overrides = [], store: StoreFolder = DEFAULT_STORE, outputs: OutputsFolder = DEFAULT_OUTPUTS) -> None:  # noqa: B006
+def run(
+    recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder = DEFAULT_STORE, outputs: OutputsFolder = DEFAULT_OUTPUTS
+) -> None:
     """Run a recipe. What is in the store already is not computed again.
 
     Example: `edgepress run demo --set stages.distilled.steps=100`
@@ -64,7 +72,7 @@ def run(recipe: RecipeFile, overrides: Overrides = [], store: StoreFolder = DEFA
     from tasks.store import Store
 
     opened = Store(store)
-    plan = make_plan(load_recipe(_find(recipe), tuple(overrides)), opened)
+    plan = make_plan(load_recipe(_find(recipe), tuple(overrides or ())), opened)
     console = _console()
     with Screen(console) as screen:
         outcome = run_pipeline(plan, opened, outputs, screen.update, render_report)
@@ -76,7 +84,7 @@ def run(recipe: RecipeFile, overrides: Overrides = [], store: StoreFolder = DEFA
 
 
 @app.command()
-def validate(recipe: RecipeFile, overrides: Overrides = [], store: StoreFolder = DEFAULT_STORE) -> None:  # noqa: B006
+def validate(recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder = DEFAULT_STORE) -> None:
     """Check a recipe whole, against the model's config and the data, without running anything.
 
     Example: `edgepress validate recipe.yaml`
@@ -85,12 +93,12 @@ def validate(recipe: RecipeFile, overrides: Overrides = [], store: StoreFolder =
     from flows.recipe import load_recipe
     from tasks.store import Store
 
-    plan = make_plan(load_recipe(_find(recipe), tuple(overrides)), Store(store))
+    plan = make_plan(load_recipe(_find(recipe), tuple(overrides or ())), Store(store))
     print(f"{recipe}: valid, {len(plan.assignments) - 1} stages on {plan.base.source}")
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = [], store: StoreFolder = DEFAULT_STORE) -> None:  # noqa: B006
+def plan(recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder = DEFAULT_STORE) -> None:
     """Show the graph: what is in the store already, and the estimated size, memory and disk of the rest.
 
     Example: `edgepress plan demo`
@@ -101,7 +109,7 @@ def plan(recipe: RecipeFile, overrides: Overrides = [], store: StoreFolder = DEF
     from tasks.store import Store
 
     opened = Store(store)
-    made = make_plan(load_recipe(_find(recipe), tuple(overrides)), opened)
+    made = make_plan(load_recipe(_find(recipe), tuple(overrides or ())), opened)
     _console().print(plan_table(made, opened))
     check_disk(made, opened)
 
@@ -170,9 +178,15 @@ def doctor() -> None:
     for extra in EXTRAS:
         absent = missing(extra)
         stages = ", ".join(uses for uses, kind in stage_kinds().items() if kind.extra == extra)
-        table.add_row(f"extra {extra}", "complete" if not absent else f"[red]missing {', '.join(absent)}[/]: pip install 'edgepress\\[{extra}]' (for {stages})")
+        table.add_row(
+            f"extra {extra}",
+            "complete" if not absent else f"[red]missing {', '.join(absent)}[/]: pip install 'edgepress\\[{extra}]' (for {stages})",
+        )
     table.add_row("MLflow", _reached(tracking_uri()))
-    table.add_row("Prefect", _reached(os.environ["PREFECT_API_URL"] + "/health") if "PREFECT_API_URL" in os.environ else "embedded (no PREFECT_API_URL)")
+    table.add_row(
+        "Prefect",
+        _reached(os.environ["PREFECT_API_URL"] + "/health") if "PREFECT_API_URL" in os.environ else "embedded (no PREFECT_API_URL)",
+    )
     _console().print(table)
 
 
@@ -187,7 +201,11 @@ def _devices() -> str:
         [sys.executable, "-P", "-c", "import torch; print(*(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())), sep=', ')"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return ", ".join(filter(None, ["cpu", found.stdout.strip()])) if found.returncode == 0 else f"torch fails: {found.stderr.strip().splitlines()[-1]}"
+    return (
+        ", ".join(filter(None, ["cpu", found.stdout.strip()]))
+        if found.returncode == 0
+        else f"torch fails: {found.stderr.strip().splitlines()[-1]}"
+    )
 
 
 def _reached(uri: str) -> str:

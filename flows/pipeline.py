@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -66,8 +65,18 @@ def run_pipeline(plan: Plan, store: Store, outputs: Path, progress: Progress, re
 
 def _open_parent(tracking: Tracking, plan: Plan) -> str:
     recipe = plan.parsed.recipe
-    tags = {"edgepress.kind": "pipeline", "edgepress.recipe": recipe.name, "edgepress.base": plan.base.source, "edgepress.device": plan.machine.device}
-    params = {"model": recipe.model.path, "revision": plan.base.revision, "seed": recipe.seed, "stages": ", ".join(n.name for n in plan.parsed.nodes)}
+    tags = {
+        "edgepress.kind": "pipeline",
+        "edgepress.recipe": recipe.name,
+        "edgepress.base": plan.base.source,
+        "edgepress.device": plan.machine.device,
+    }
+    params = {
+        "model": recipe.model.path,
+        "revision": plan.base.revision,
+        "seed": recipe.seed,
+        "stages": ", ".join(n.name for n in plan.parsed.nodes),
+    }
     run = tracking.open_run(recipe.name, tags=tags, params=params)
     tracking.log_file(run, plan.parsed.source.file, "recipe")
     tracking.log_data(run, "recipe data", plan.assignments[0].document["data"], recipe.data.model_dump_json(), "evaluation")
@@ -76,8 +85,7 @@ def _open_parent(tracking: Tracking, plan: Plan) -> str:
 
 def _run_flow(pipeline: Pipeline, plan: Plan) -> None:
     """Submit every stage to Prefect, which starts each one as the graph allows, and wait for all."""
-    _quiet_prefect(pipeline.store.root / "prefect")
-    from prefect import flow
+    from prefect import flow, tags
     from prefect.futures import PrefectFuture
     from prefect.logging.handlers import APILogHandler
     from prefect.states import Completed, Failed
@@ -85,17 +93,19 @@ def _run_flow(pipeline: Pipeline, plan: Plan) -> None:
 
     from tasks.task import stage_task
 
-    _end_orphan_flows()
+    _quiet_prefect(pipeline.store.root / "prefect")
+    _end_orphans()
 
-    @flow(name=pipeline.name, task_runner=ThreadPoolTaskRunner(max_workers=32), persist_result=False, log_prints=False)
+    runner: Any = ThreadPoolTaskRunner(max_workers=32)
+
+    @flow(name=pipeline.name, task_runner=runner, persist_result=False, log_prints=False)
     def compress() -> Any:
-        _tag_flow_run()
         futures: dict[str, PrefectFuture[Any]] = {}
         for task in plan.assignments:
             needed = [futures[name] for name in dict.fromkeys(task.inputs.values())]
             if task.stage is not None and BASE not in task.inputs.values():
                 needed.append(futures[BASE])  # every stage is compared with the base model
-            futures[task.name] = stage_task(pipeline, task).submit(wait_for=needed)
+            futures[task.name] = stage_task(pipeline, task).submit(return_state=False, wait_for=needed)
         try:
             states = {name: _wait(future) for name, future in futures.items()}
         except BaseException:  # Ctrl-C: the runner's threads wait for the children, so these go first
@@ -105,7 +115,8 @@ def _run_flow(pipeline: Pipeline, plan: Plan) -> None:
         return Failed(message=f"failed: {', '.join(broken)}") if broken else Completed(message="all stages done")
 
     try:
-        compress(return_state=True)
+        with tags("edgepress", f"owner:{owner_tag()}"):  # of the flow run and all its task runs, from the moment they exist
+            compress(return_state=True)
     finally:
         APILogHandler().flush()  # before the server goes
 
@@ -116,13 +127,11 @@ def _wait(future: Any) -> Any:
 
 
 def _quiet_prefect(home: Path) -> None:
-    """Prefect's console messages go to a file; its API keeps them too."""
+    """Prefect's console messages go to a file; its API keeps them too. To be called after `from prefect import flow`, which sets logging up."""
     import logging
 
-    from prefect.logging.configuration import ensure_logging_setup
     from prefect.logging.handlers import PrefectConsoleHandler
 
-    ensure_logging_setup()
     home.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(home / "prefect.log")
     for name in [None, *logging.root.manager.loggerDict]:
@@ -132,27 +141,22 @@ def _quiet_prefect(home: Path) -> None:
             logger.addHandler(file)
 
 
-def _tag_flow_run() -> None:
+def _end_orphans() -> None:
+    """Mark flow runs and task runs whose process is dead as crashed."""
     from prefect.client.orchestration import get_client
-    from prefect.context import get_run_context
-
-    run = get_run_context().flow_run  # type: ignore[union-attr]
-    with get_client(sync_client=True) as client:
-        client.update_flow_run(run.id, tags={"edgepress", f"owner:{owner_tag()}"})
-
-
-def _end_orphan_flows() -> None:
-    """Mark flow runs, and their task runs, whose process is dead as crashed."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
     from prefect.states import Crashed
 
-    running = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING"]}}, "tags": {"all_": ["edgepress"]}})
+    def dead(run: Any) -> bool:
+        return any(tag.startswith("owner:") and is_dead(tag.removeprefix("owner:")) for tag in run.tags)
+
+    running = {"state": {"type": {"any_": ["RUNNING", "PENDING"]}}, "tags": {"all_": ["edgepress"]}}
+    crashed = Crashed(message="its process was killed")
     with get_client(sync_client=True) as client:
-        for run in client.read_flow_runs(flow_run_filter=running):
-            owner = next((tag.removeprefix("owner:") for tag in run.tags if tag.startswith("owner:")), None)
-            if owner and is_dead(owner):
-                client.set_flow_run_state(run.id, Crashed(message="its process was killed"), force=True)
+        for task_run in filter(dead, client.read_task_runs(task_run_filter=TaskRunFilter.model_validate(running))):
+            client.set_task_run_state(task_run.id, crashed, force=True)
+        for flow_run in filter(dead, client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(running))):
+            client.set_flow_run_state(flow_run.id, crashed, force=True)
 
 
 def _close_interrupted(pipeline: Pipeline) -> None:
@@ -180,7 +184,9 @@ def summarize(pipeline: Pipeline, plan: Plan, started: float) -> dict[str, Any]:
     for task in plan.assignments:
         result = pipeline.results.get(task.name)
         if result is None:
-            broken = next((name for name in task.ancestors if pipeline.results.get(name) is None or pipeline.results[name].state == "Failed"), BASE)
+            broken = next(
+                (name for name in task.ancestors if pipeline.results.get(name) is None or pipeline.results[name].state == "Failed"), BASE
+            )
             uses = task.stage.uses if task.stage else "base"
             result = Result(task.name, uses, list(dict.fromkeys(task.inputs.values())), "Skipped", task.identity, reason=f"{broken} failed")
         rows.append({**asdict(result), "stage": result.name, "size_bytes": result.metrics.get("size_mb", 0) * 1e6})

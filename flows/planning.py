@@ -60,7 +60,9 @@ def make_plan(parsed: ParsedRecipe, store: Store) -> Plan:
     except EdgepressError as error:
         raise parsed.error(("data", error.key) if error.key else ("data",), str(error)) from None
     if recipe.data.length > base.checkpoint.max_length:
-        raise parsed.error(("data", "length"), f"{recipe.data.length} tokens are more than the model's {base.checkpoint.max_length} positions")
+        raise parsed.error(
+            ("data", "length"), f"{recipe.data.length} tokens are more than the model's {base.checkpoint.max_length} positions"
+        )
     _check_gates(parsed)
     first = Assignment(
         BASE, 0, None, base.identity, {"base": base.source, "revision": base.revision, "content": base.content, "data": data_digest}, {}, (),
@@ -87,7 +89,9 @@ def _assign(parsed: ParsedRecipe, node: Node, index: int, done: Mapping[str, Ass
     if isinstance(planned, Artifact):
         bounds = {"kl_to_parent": Bound(max=KL_TO_PARENT[planned.change]), **bounds}
     ancestors = dict.fromkeys(name for input_name in node.inputs.values() for name in (*done[input_name].ancestors, input_name))
-    document = identity_document(stage, {role: done[name].identity for role, name in node.inputs.items()}, recipe.data, recipe.seed, machine)
+    document = identity_document(
+        stage, {role: done[name].identity for role, name in node.inputs.items()}, recipe.data, recipe.seed, machine
+    )
     return Assignment(
         node.name, index, stage, digest(document), document, node.inputs, tuple(ancestors), planned, bounds=bounds,
         gates=recipe.gates.get(node.name, {}), retries=node.execution.retries, timeout=node.execution.timeout,
@@ -100,14 +104,18 @@ def _check_gates(parsed: ParsedRecipe) -> None:
     for stage in parsed.recipe.gates:
         if stage not in order:
             raise parsed.error(("gates", stage), f"there is no stage {stage!r}; stages: {', '.join(order)}")
-    bounds: list[tuple[KeyPath, str, Mapping[str, Bound]]] = [(("stages", node.name, "bounds"), node.name, node.execution.bounds) for node in parsed.nodes]
+    bounds: list[tuple[KeyPath, str, Mapping[str, Bound]]] = [
+        (("stages", node.name, "bounds"), node.name, node.execution.bounds) for node in parsed.nodes
+    ]
     bounds += [(("gates", stage), stage, gates) for stage, gates in parsed.recipe.gates.items()]
     for path, stage, by_metric in bounds:
         for metric, bound in by_metric.items():
             reference = parents.get(stage, BASE) if bound.relative_to == "parent" else bound.relative_to
             above = _above(parsed, stage) | {BASE}
             if reference not in above:
-                raise parsed.error((*path, metric), f"relative_to {bound.relative_to!r} is none of the stages before {stage}: {', '.join(sorted(above))}")
+                raise parsed.error(
+                    (*path, metric), f"relative_to {bound.relative_to!r} is none of the stages before {stage}: {', '.join(sorted(above))}"
+                )
 
 
 def _above(parsed: ParsedRecipe, stage: str) -> set[str]:
@@ -146,7 +154,9 @@ def content_bytes(planned: Planned) -> int:
     linear = planned.num_layers * sum(out * width for out, width in planned.linear_widths().values())
     rest = planned.num_parameters - linear
     settings = planned.config.get("quantization_config")
-    bits = dense * 8 if planned.layout == "dense" or settings is None else settings["bits"] + (16 + settings["bits"]) / settings["group_size"]
+    bits = (
+        dense * 8 if planned.layout == "dense" or settings is None else settings["bits"] + (16 + settings["bits"]) / settings["group_size"]
+    )
     return int(rest * dense + linear * bits / 8)
 
 
@@ -156,4 +166,6 @@ def check_disk(plan: Plan, store: Store) -> None:
     needed = sum(e.size for e in todo) + max((e.disk for e in todo), default=0)
     free = shutil.disk_usage(store.root).free
     if needed > free:
-        raise Incompatible(f"the disk of {store.root} has {free / 1e9:.1f} GB free, and this plan needs about {needed / 1e9:.1f} GB; free some, or use another --store")
+        raise Incompatible(
+            f"the disk of {store.root} has {free / 1e9:.1f} GB free, and this plan needs about {needed / 1e9:.1f} GB; free some, or use another --store"
+        )

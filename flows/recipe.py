@@ -29,11 +29,16 @@ class Execution(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    needs: str | None = Field(default=None, description="The stage whose checkpoint this one takes, or `base`. Default: the stage before it in the file.")
-    retries: int = Field(default=1, ge=0, le=10, description="How often a stage whose process was lost (killed, out of memory) is started again.")
+    needs: str | None = Field(
+        default=None, description="The stage whose checkpoint this one takes, or `base`. Default: the stage before it in the file."
+    )
+    retries: int = Field(
+        default=1, ge=0, le=10, description="How often a stage whose process was lost (killed, out of memory) is started again."
+    )
     timeout: float | None = Field(default=None, gt=0, description="Seconds after which the stage is stopped.")
     bounds: dict[str, Bound] = Field(
-        default_factory=dict, description="Bounds of an export's proof by metric, in place of the defaults of its format (kl_to_parent: {max: 0.2})."
+        default_factory=dict,
+        description="Bounds of an export's proof by metric, in place of the defaults of its format (kl_to_parent: {max: 0.2}).",
     )
 
 
@@ -65,9 +70,13 @@ class Recipe(BaseModel):
     data: DataSpec = Field(description="Text and questions to calibrate, train and measure with: `embedded` or a mapping.")
     seed: int = Field(default=0, ge=0, description="Every random draw derives from it.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="Where stages run; its type belongs to the identity.")
-    threads: int = Field(default=2, ge=1, le=256, description="Threads of each stage: fixed, because sums differ in bytes with their number.")
+    threads: int = Field(
+        default=2, ge=1, le=256, description="Threads of each stage: fixed, because sums differ in bytes with their number."
+    )
     stages: dict[str, Any] = Field(min_length=1, description="The graph: name -> {uses: kind, ...}.")
-    gates: dict[str, dict[str, Bound]] = Field(default_factory=dict, description="Bounds by stage and metric; a broken one stops what follows.")
+    gates: dict[str, dict[str, Bound]] = Field(
+        default_factory=dict, description="Bounds by stage and metric; a broken one stops what follows."
+    )
     execution: Runner = Field(default_factory=Runner, description="How it is run.")
 
 
@@ -108,8 +117,9 @@ def dotted(path: KeyPath) -> str:
 def _entries() -> TypeAdapter[Any]:
     """One model per kind that joins its parameters with `Execution`, as a union discriminated by `uses`."""
     models = [create_model(f"{kind.__name__}Entry", __base__=(kind, Execution), __doc__=kind.__doc__) for kind in stage_kinds().values()]
-    union = reduce(operator.or_, models)
-    return TypeAdapter(Annotated[union, Field(discriminator="uses")] if len(models) > 1 else union)
+    union: Any = reduce(operator.or_, models)
+    entry: Any = Annotated[union, Field(discriminator="uses")] if len(models) > 1 else union
+    return TypeAdapter(entry)
 
 
 def json_schema() -> dict[str, Any]:
@@ -175,7 +185,9 @@ def _with_previous(stages: dict[str, Any]) -> list[tuple[str, Any, str]]:
 def _node(name: str, entry: Any, previous: str, source: Located) -> Node:
     where: KeyPath = ("stages", name)
     if not NAME.fullmatch(name) or name == BASE:
-        raise EdgepressError(f"{source.where(where)}: a stage cannot be called {name!r}: use lower case letters, digits, - _ . (and not {BASE!r})")
+        raise EdgepressError(
+            f"{source.where(where)}: a stage cannot be called {name!r}: use lower case letters, digits, - _ . (and not {BASE!r})"
+        )
     if not isinstance(entry, dict) or "uses" not in entry:
         raise EdgepressError(f"{source.where(where)}: {dotted(where)}: a stage needs `uses`, one of {', '.join(stage_kinds())}")
     kind = stage_kinds().get(str(entry["uses"]))

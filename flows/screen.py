@@ -73,8 +73,17 @@ def results_table(summary: dict[str, Any]) -> Table:
     table.add_column("s", justify="right")
     table.add_column("state", no_wrap=True)
     for row in rows:
-        figures = [form.format(row["metrics"][metric] / (1e6 if metric == "parameters" else 1)) if metric in row["metrics"] else "" for metric, _, form in shown]
-        table.add_row(row["stage"], row["runtime"], *figures, f"{row['seconds']:.1f}", f"[{_STATE.get(row['state'], 'white')}]{row['state'].lower()}[/]")
+        figures = [
+            form.format(row["metrics"][metric] / (1e6 if metric == "parameters" else 1)) if metric in row["metrics"] else ""
+            for metric, _, form in shown
+        ]
+        table.add_row(
+            row["stage"],
+            row["runtime"],
+            *figures,
+            f"{row['seconds']:.1f}",
+            f"[{_STATE.get(row['state'], 'white')}]{row['state'].lower()}[/]",
+        )
     return table
 
 
@@ -100,5 +109,12 @@ def plan_table(plan: Plan, store: Store) -> Table:
         needed = estimate(task, plan)
         state = "measured only" if task.stage is None else "[cyan]in the store[/]" if store.has(task.identity) else "to run"
         sizes = [f"{n / 1e6:,.1f} MB" for n in (needed.size, needed.memory, needed.disk)]
-        table.add_row(task.name, task.stage.uses if task.stage else "base", ", ".join(dict.fromkeys(task.inputs.values())), task.identity[:12], state, *sizes)
+        table.add_row(
+            task.name,
+            task.stage.uses if task.stage else "base",
+            ", ".join(dict.fromkeys(task.inputs.values())),
+            task.identity[:12],
+            state,
+            *sizes,
+        )
     return table

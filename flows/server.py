@@ -34,11 +34,21 @@ def prefect_server(home: Path) -> Iterator[None]:
         return
     home.mkdir(parents=True, exist_ok=True)
     listening = socket.create_server(("127.0.0.1", 0), backlog=128)
-    environment = {"PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home.absolute() / 'prefect.db'}", **os.environ, **_SETTINGS}
+    environment = {
+        "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home.absolute() / 'prefect.db'}",
+        **os.environ,
+        **_SETTINGS,
+    }
     with (home / "prefect-server.log").open("a") as log:
         command = [sys.executable, "-P", "-m", "flows.server", str(listening.fileno()), str(os.getpid())]
         process = subprocess.Popen(
-            command, pass_fds=[listening.fileno()], env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            pass_fds=[listening.fileno()],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
     listening.close()  # the server has it now; were it open here too, calls to a server that died would wait instead of fail

@@ -33,7 +33,9 @@ def complete_artifact(
 def _card(out: Path, planned: Artifact, document: dict[str, Any], base: Base, steps: list[dict[str, Any]]) -> str:
     revision = f" at revision `{base.revision}`" if base.revision else ""
     made = [*(s["document"] for s in steps if "uses" in s["document"]), document]
-    road = "\n".join(f"{n}. `{d['uses']}` " + ", ".join(f"{k} {v}" for k, v in d["parameters"].items() if k != "uses") for n, d in enumerate(made, 1))
+    road = "\n".join(
+        f"{n}. `{d['uses']}` " + ", ".join(f"{k} {v}" for k, v in d["parameters"].items() if k != "uses") for n, d in enumerate(made, 1)
+    )
     return f"""---
 license: {base.license}
 base_model: {base.source}

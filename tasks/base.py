@@ -61,15 +61,19 @@ def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         where = "the hub is switched off (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "the hub did not give it"
-        raise UnusableModel(
-            f"there is no directory {source}, and {where}: {str(error).splitlines()[0]}", key="model"
-        ) from None
+        raise UnusableModel(f"there is no directory {source}, and {where}: {str(error).splitlines()[0]}", key="model") from None
     return folder, folder.name  # a snapshot's folder is named by its commit
 
 
 def _content_digest(path: Path, cache: Path) -> str:
     """sha256 over the directory's files, looked up by their sizes and modification times when they were hashed before."""
-    stamp = digest({str(f.relative_to(path)): [f.stat().st_size, f.stat().st_mtime_ns, f.stat().st_ino] for f in sorted(path.rglob("*")) if f.is_file()})
+    stamp = digest(
+        {
+            str(f.relative_to(path)): [f.stat().st_size, f.stat().st_mtime_ns, f.stat().st_ino]
+            for f in sorted(path.rglob("*"))
+            if f.is_file()
+        }
+    )
     known = cache / "digests" / f"{digest(str(path))}.json"
     if known.exists():
         found = json.loads(known.read_text())

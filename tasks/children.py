@@ -45,6 +45,14 @@ class Job:
     alone: bool = False  # timing: nothing else of edgepress may run on this machine meanwhile
 
 
+@dataclass(frozen=True)
+class Done:
+    """What a child brought: the metrics its function returned, and the seconds it worked (waiting and start-up left out)."""
+
+    metrics: dict[str, float]
+    seconds: float
+
+
 class Children:
     """All children of one flow: started from a fork server, limited by a budget of cores, ended together."""
 
@@ -64,8 +72,8 @@ class Children:
         context.set_forkserver_preload(list(PRELOAD))
         multiprocessing.forkserver.ensure_running()
 
-    def run(self, job: Job, folder: Path, sink: EventSink) -> dict[str, float]:
-        """Run a job to its end and return its metrics; events reach `sink` as they come.
+    def run(self, job: Job, folder: Path, sink: EventSink) -> Done:
+        """Run a job to its end and return what it brought; events reach `sink` as they come.
 
         Raises EdgepressError (a cause the user can mend), JobFailed (a crash, a kill, a timeout).
         """
@@ -177,17 +185,21 @@ def _end_group(process: BaseProcess) -> None:
         return  # it has ended already, with all its children
 
 
-def _outcome(folder: Path, exitcode: int | None, timeout: float | None) -> dict[str, float]:
+def _outcome(folder: Path, exitcode: int | None, timeout: float | None) -> Done:
     log = folder / "log.txt"
     if timeout is not None:
         raise JobFailed(f"ran past its timeout of {timeout:g} s and was stopped", transient=True, log=log)
     if (folder / "result.json").exists():
-        return json.loads((folder / "result.json").read_text())["metrics"]
+        return Done(**json.loads((folder / "result.json").read_text()))
     if (folder / "error.json").exists():
         error = json.loads((folder / "error.json").read_text())
         if error["kind"] == "user":
             raise EdgepressError(error["message"], key=error["key"])
-        raise JobFailed(f"{error['type']}: {error['message']}", transient=error["type"] in {"OutOfMemoryError", "MemoryError"}, log=folder / "error.json")
+        raise JobFailed(
+            f"{error['type']}: {error['message']}",
+            transient=error["type"] in {"OutOfMemoryError", "MemoryError"},
+            log=folder / "error.json",
+        )
     if exitcode is None or exitcode >= 0:
         raise JobFailed(f"the process of this stage ended without a result, with exit status {exitcode}", transient=True, log=log)
     name = signal.Signals(-exitcode).name

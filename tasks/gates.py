@@ -58,7 +58,11 @@ def _judge_one(metric: str, bound: Bound, metrics: Mapping[str, float], others: 
     found = []
 
     def add(passed: bool, relation: str, limit: float, note: str = "") -> None:
-        found.append(Verdict(metric, "PASS" if passed else "FAIL", f"{metric} {value:.5g} {'is' if passed else 'is not'} {relation} {limit:.5g}{note}"))
+        found.append(
+            Verdict(
+                metric, "PASS" if passed else "FAIL", f"{metric} {value:.5g} {'is' if passed else 'is not'} {relation} {limit:.5g}{note}"
+            )
+        )
 
     if bound.min is not None:
         add(value >= bound.min, "at least", bound.min)

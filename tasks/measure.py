@@ -45,10 +45,9 @@ def machine_fingerprint() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Metrics of a target, and how many of its records had to be measured now."""
+    """Metrics of a target, and the seconds that children worked for them now: 0 when every record was there already."""
 
     metrics: dict[str, float]
-    fresh: int
     seconds: float
 
 
@@ -62,7 +61,13 @@ def measure(
         "content": target.content, "data": fingerprint(data, "evaluation"), "runtime": name,
         "runtime_version": installed_runtimes()[name], "device": machine.device,
     }  # fmt: skip
-    quality = {"record": "quality", "version": QUALITY_VERSION, **common, "references": {role: r.content for role, r in references.items()}, "threads": machine.threads}
+    quality = {
+        "record": "quality",
+        "version": QUALITY_VERSION,
+        **common,
+        "references": {role: r.content for role, r in references.items()},
+        "threads": machine.threads,
+    }
     speed = {"record": "speed", "version": SPEED_VERSION, **common, "machine": machine_fingerprint(), "threads": machine.threads}
     job = {"target": str(target.path), "tokenizer": str(tokenizer), "data": data.model_dump(mode="json")}
     jobs = [
@@ -70,14 +75,15 @@ def measure(
         (speed, Job("tasks.jobs:measure_speed", job, machine.threads, device=machine.device, alone=True)),
     ]  # fmt: skip
     metrics: dict[str, float] = {}
-    fresh, started = 0, time.monotonic()
+    seconds = 0.0
     for document, work in jobs:
         key = digest(document)
         with store.lock(key):
             record = store.record(key)
             if record is None:
-                fresh += 1
-                record = {"key": document, "metrics": children.run(work, folder / document["record"], sink), "measured": time.time()}
+                done = children.run(work, folder / work.call.partition(":")[2], sink)
+                seconds += done.seconds
+                record = {"key": document, "metrics": done.metrics, "seconds": done.seconds, "measured": time.time()}
                 store.put_record(key, record)
         metrics |= record["metrics"]
-    return Measured(metrics, fresh, time.monotonic() - started)
+    return Measured(metrics, seconds)

@@ -2,7 +2,6 @@
 
 import shutil
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +89,6 @@ class Pipeline:
 def perform(pipeline: Pipeline, task: Assignment) -> Result:
     """Bring a stage to its end and return its result. Raises what made it fail, after logging the reason."""
     result = _open(pipeline, task)
-    started = time.monotonic()
     try:
         if task.stage is None:
             entry = Reference(pipeline.base.path, pipeline.base.content)
@@ -107,7 +105,6 @@ def perform(pipeline: Pipeline, task: Assignment) -> Result:
         pipeline.tracking.end(result.run, "FAILED", result.reason)
         raise
     finally:
-        result.seconds = result.seconds or time.monotonic() - started
         pipeline.progress(task.name, {"ended": result.state})
     _log(pipeline, task, result)
     return result
@@ -124,11 +121,23 @@ def _open(pipeline: Pipeline, task: Assignment) -> Result:
         result.run = before.run
         pipeline.tracking.reopen(result.run)
     else:
-        tags = {"edgepress.kind": "stage", "edgepress.stage": task.name, "edgepress.uses": uses, "edgepress.identity": task.identity, "edgepress.recipe": pipeline.name}
-        params = {"uses": uses, **(task.stage.model_dump(mode="json", exclude={"uses"}) if task.stage else {}), "seed": task.document.get("seed")}
+        tags = {
+            "edgepress.kind": "stage",
+            "edgepress.stage": task.name,
+            "edgepress.uses": uses,
+            "edgepress.identity": task.identity,
+            "edgepress.recipe": pipeline.name,
+        }
+        params = {
+            "uses": uses,
+            **(task.stage.model_dump(mode="json", exclude={"uses"}) if task.stage else {}),
+            "seed": task.document.get("seed"),
+        }
         result.run = pipeline.tracking.open_run(task.name, parent=pipeline.run, tags=tags, params=params)
         if task.document.get("data"):
-            pipeline.tracking.log_data(result.run, "recipe data", task.document["data"], pipeline.data.model_dump_json(), task.stage.reads if task.stage else "")
+            pipeline.tracking.log_data(
+                result.run, "recipe data", task.document["data"], pipeline.data.model_dump_json(), task.stage.reads if task.stage else ""
+            )
     return result
 
 
@@ -168,15 +177,13 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
         else:
             pipeline.progress(task.name, event)
 
-    started = time.monotonic()
-    metrics = pipeline.children.run(job, home, sink)
+    done = pipeline.children.run(job, home, sink)
     if isinstance(task.planned, Artifact):
         ancestors = {name: pipeline.documents[name] for name in task.ancestors}
         complete_artifact(home / "out", task.planned, task.document, task.identity, ancestors, pipeline.base)
-    seconds = time.monotonic() - started
     pipeline.tracking.log_curve(result.run, curves)
     return pipeline.store.commit(
-        task.identity, task.document, metrics=metrics, seconds=seconds, warnings=result.warnings, curves=curves
+        task.identity, task.document, metrics=done.metrics, seconds=done.seconds, warnings=result.warnings, curves=curves
     )
 
 
@@ -187,7 +194,6 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     if isinstance(task.planned, Artifact) and parent is not None:
         references["parent"] = Reference(Path(pipeline.results[parent].path), pipeline.results[parent].content)
     folder = pipeline.store.root / "work" / f"measure-{task.identity}"
-    started = time.monotonic()
 
     def sink(event: dict[str, Any]) -> None:
         if "warning" in event:
@@ -196,12 +202,20 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
             pipeline.progress(task.name, event)
 
     measured = measure(
-        Reference(Path(result.path), result.content), references, pipeline.base.path, pipeline.data, pipeline.machine, pipeline.store, pipeline.children, folder, sink
+        Reference(Path(result.path), result.content),
+        references,
+        pipeline.base.path,
+        pipeline.data,
+        pipeline.machine,
+        pipeline.store,
+        pipeline.children,
+        folder,
+        sink,
     )
     shutil.rmtree(folder, ignore_errors=True)
     result.metrics |= measured.metrics | _static(result.path, task.planned)
-    result.measure_seconds = time.monotonic() - started
-    if measured.fresh and task.stage is None:
+    result.measure_seconds = measured.seconds
+    if measured.seconds and task.stage is None:
         result.state = "Completed"
     if isinstance(task.planned, Artifact) and parent is not None:
         _compare_speed(result, pipeline.results[parent])
@@ -246,7 +260,10 @@ def _log(pipeline: Pipeline, task: Assignment, result: Result) -> None:
 
 
 def _description(task: Assignment, result: Result) -> str:
-    lines = [f"`{result.uses}` after {', '.join(result.needs) or 'nothing'} — {result.state.lower()}.", *(f"- warning: {w}" for w in result.warnings)]
+    lines = [
+        f"`{result.uses}` after {', '.join(result.needs) or 'nothing'} — {result.state.lower()}.",
+        *(f"- warning: {w}" for w in result.warnings),
+    ]
     return "\n".join([*lines, *(f"- {v.outcome}: {v.message}" for v in result.verdicts)])
 
 

@@ -115,7 +115,8 @@ def check_accepts(stage: Stage, parent: Planned) -> Checkpoint:
     """The table of what can follow what, asked: returns `parent` as a checkpoint the stage takes, or raises Incompatible."""
     if isinstance(parent, Artifact):
         raise Incompatible(
-            f"{stage.uses} cannot follow an export: a {parent.runtime} artifact is final; name the checkpoint stage before it in `needs`", key="needs"
+            f"{stage.uses} cannot follow an export: a {parent.runtime} artifact is final; name the checkpoint stage before it in `needs`",
+            key="needs",
         )
     if parent.layout not in stage.accepts:
         others = [uses for uses, kind in stage_kinds().items() if parent.layout in kind.accepts]
@@ -125,5 +126,7 @@ def check_accepts(stage: Stage, parent: Planned) -> Checkpoint:
         )
     if parent.sparse and not stage.sparse:
         takers = ", ".join(uses for uses, kind in stage_kinds().items() if kind.sparse)
-        raise Incompatible(f"{stage.uses} would fill the zeros of this sparse checkpoint (masks.safetensors) in; what takes it: {takers}", key="uses")
+        raise Incompatible(
+            f"{stage.uses} would fill the zeros of this sparse checkpoint (masks.safetensors) in; what takes it: {takers}", key="uses"
+        )
     return parent

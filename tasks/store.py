@@ -55,7 +55,9 @@ class Store:
             write_json(schema, {"schema": SCHEMA})
         found = json.loads(schema.read_text())["schema"]
         if found != SCHEMA:
-            raise EdgepressError(f"the store {self.root} has schema {found}, this edgepress reads {SCHEMA}; use another --store or matching version")
+            raise EdgepressError(
+                f"the store {self.root} has schema {found}, this edgepress reads {SCHEMA}; use another --store or matching version"
+            )
 
     @contextmanager
     def lock(self, identity: str) -> Iterator[None]:

@@ -6,7 +6,7 @@ Run ids are passed explicitly: MLflow's stack of active runs belongs to a thread
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Tracking:
         points = [Metric(key, float(value), now, step) for key, value in metrics.items() if math.isfinite(value)]
         self.client.log_batch(run, metrics=points, tags=[RunTag(key, value) for key, value in (tags or {}).items()])
 
-    def log_curve(self, run: str, points: list[tuple[int, Mapping[str, float]]]) -> None:
+    def log_curve(self, run: str, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Log points of training curves: (step, values)."""
         from mlflow.entities import Metric
 

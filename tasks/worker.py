@@ -32,17 +32,18 @@ def main(job_file: str) -> int:
     folder = Path(job_file).parent
     job = json.loads(Path(job_file).read_text())
     with _printing_into(folder / "log.txt"), (folder / "events.jsonl").open("w", buffering=1) as events:
+        started = time.monotonic()
         try:
             metrics = _perform(job, Events(events))
         except EdgepressError as error:
             write_json(folder / "error.json", {"kind": "user", "type": type(error).__name__, "message": str(error), "key": error.key})
             return 2
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  (the parent is told, whatever it was)
             reason = "no space left on the disk" if isinstance(error, OSError) and error.errno == 28 else str(error)
             details = {"kind": "crash", "type": type(error).__name__, "message": reason, "traceback": traceback.format_exc()}
             write_json(folder / "error.json", details)
             return 1
-        write_json(folder / "result.json", {"metrics": metrics})
+        write_json(folder / "result.json", {"metrics": metrics, "seconds": time.monotonic() - started})
     return 0
 
 

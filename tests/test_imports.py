@@ -40,7 +40,9 @@ def test_the_command_line_starts_without_prefect_and_mlflow() -> None:
 
 def test_imports_run_downward_only() -> None:
     command = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run([command, "--config", REPOSITORY / "pyproject.toml", "--no-cache"], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    done = subprocess.run(
+        [command, "--config", REPOSITORY / "pyproject.toml", "--no-cache"], capture_output=True, text=True, cwd=REPOSITORY, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 kept, 0 broken" in done.stdout
 

@@ -17,7 +17,13 @@ from pydantic_core import CoreSchema
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Embedded = Literal["embedded"]
-EMBEDDED = {"text": "embedded", "questions": "embedded", "length": 384, "evaluation_windows": 32, "evaluation_questions": 120}  # `data: embedded`
+EMBEDDED = {
+    "text": "embedded",
+    "questions": "embedded",
+    "length": 384,
+    "evaluation_windows": 32,
+    "evaluation_questions": 120,
+}  # `data: embedded`
 
 
 class Source(BaseModel):

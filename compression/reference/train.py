@@ -24,6 +24,7 @@ from compression.reference import world
 
 SEED = 0
 VOCABULARY = 768
+WIDTH, HEADS, GROUPS, HEAD_DIM, THETA = 256, 8, 4, 32, 1e6
 LENGTH, ROWS, STEPS, LEARNING_RATE = 384, 8, 2000, 1e-3
 COPYING = 0.05  # share of the rows that are random sequences, before everything else
 SCENES = ((0.1, (2, 2)), (0.2, (2, 3)), (1.0, (2, 5)))  # until this share of the rows: fewest and most people of a scene
@@ -50,16 +51,23 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(itertools.islice(world.documents("train", SEED), 4000), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=512, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def build_model() -> LlamaForCausalLM:
     """The untrained model."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-        head_dim=32, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=1, rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS, head_dim=HEAD_DIM, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=1, rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     initialize(model)
@@ -74,8 +82,7 @@ def initialize(model: LlamaForCausalLM) -> None:
     eight before it. Later heads compare the set before a token (key) with the set that ends in the present one (query), attend to where they are
     alike, and copy what stands there. Their queries and keys use only slow rotary frequencies, where distance hardly matters.
     """
-    config = model.config
-    width, heads, groups, size = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    width, heads, groups, size = WIDTH, HEADS, GROUPS, HEAD_DIM
     embedding = model.model.embed_tokens.weight
     shared = torch.randn(width)
     shared /= shared.norm()
@@ -88,7 +95,7 @@ def initialize(model: LlamaForCausalLM) -> None:
     for number, block in enumerate(model.model.layers):
         attention = block.self_attn
         if number == 0:
-            query, key = _look_back(shared, heads, groups, size, config.rope_parameters["rope_theta"])
+            query, key = _look_back(shared)
             value = read.expand(groups, -1, -1)
             output = write.repeat(1, heads) + 0.001 * torch.randn(width, heads * size)
         else:
@@ -109,18 +116,18 @@ def _orthonormal(size: int) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(size, size))[0]
 
 
-def _look_back(shared: torch.Tensor, heads: int, groups: int, size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _look_back(shared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries [heads, size, width] and keys [groups, size, width] whose scores peak at a distance of head + 1 tokens.
 
     `shared` is a direction that every token's embedding has. The rotary embedding turns it with the position, so a query that is turned back by
     h + 1 steps against the keys meets them h + 1 tokens earlier.
     """
-    half = size // 2
-    turns = theta ** (-torch.arange(half) / half)  # radians a position, by rotary frequency
-    strength = math.sqrt(3.0 * math.sqrt(size)) / (0.7 * math.sqrt(len(shared))) * (torch.arange(half) < 7)
-    query, key = 0.005 * torch.randn(heads, size, len(shared)), 0.005 * torch.randn(groups, size, len(shared))
+    half = HEAD_DIM // 2
+    turns = THETA ** (-torch.arange(half) / half)  # radians a position, by rotary frequency
+    strength = math.sqrt(3.0 * math.sqrt(HEAD_DIM)) / (0.7 * math.sqrt(WIDTH)) * (torch.arange(half) < 7)
+    query, key = 0.005 * torch.randn(HEADS, HEAD_DIM, WIDTH), 0.005 * torch.randn(GROUPS, HEAD_DIM, WIDTH)
     key[:, :half] += strength[:, None] * shared
-    for head in range(heads):
+    for head in range(HEADS):
         query[head, :half] += (strength * torch.cos(turns * (head + 1)))[:, None] * shared
         query[head, half:] -= (strength * torch.sin(turns * (head + 1)))[:, None] * shared
     return query, key
@@ -174,7 +181,13 @@ def _repetitions(rng: random.Random) -> Row:
 class WeightedTrainer(Trainer):
     """Next-token cross-entropy with a weight for each target."""
 
-    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         logits = model(input_ids=inputs["input_ids"]).logits[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["input_ids"][:, 1:].flatten(), reduction="none")
         weights = inputs["weights"][:, 1:].flatten()

@@ -13,7 +13,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 SPLITS = ("train", "validation", "test")
 VERSION = 1  # part of the data's fingerprint through the text itself; bump when the generator changes
@@ -30,10 +30,7 @@ _THINGS = tuple(
     ).split()
 )
 _PLACES = tuple(
-    (
-        "mill barn tower cellar harbor garden chapel market stable library kitchen bakery forge cabin "
-        "orchard temple castle tavern"
-    ).split()
+    ("mill barn tower cellar harbor garden chapel market stable library kitchen bakery forge cabin orchard temple castle tavern").split()
 )
 _COLOURS = tuple("red blue green yellow white black brown purple orange silver golden grey".split())
 _PRICES = tuple("two three four five six seven eight nine ten eleven twelve twenty".split())
@@ -47,7 +44,7 @@ def names(split: str) -> tuple[str, ...]:
     return tuple(a + b for a in _ONSETS for b in _ENDINGS if _bucket(a + b) == split)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _bucket(key: str) -> str:
     """Split of a name or combination: 70% train, 15% validation, 15% test, by a stable hash."""
     share = hashlib.sha256(key.encode()).digest()[0] / 256
@@ -146,7 +143,9 @@ class Scene:
         return "\n".join([self.passage, *(f"Question: {q}\nAnswer: {a}" for q, a in rng.sample(asked, len(asked)))])
 
 
-def _ask_both(rng: random.Random, passage: str, relation: Relation, chain: tuple[str, str, str], chains: list[tuple[str, str, str]]) -> Question:
+def _ask_both(
+    rng: random.Random, passage: str, relation: Relation, chain: tuple[str, str, str], chains: list[tuple[str, str, str]]
+) -> Question:
     """Ask for both facts of a person. Each wrong choice agrees with the passage in one fact at most, or in both but of somebody else."""
     person, mid, end = chain
     others = [(m, e) for p, m, e in chains if p != person]
@@ -181,13 +180,22 @@ def _story(rng: random.Random, split: str) -> str:
     ]
     taker = hero
     if rng.random() < 0.5:
-        lines.append(rng.choice((f"Then {hero} gave the {thing} to {friend}.", f"{friend} asked for the {thing}, and {hero} gave it away.")))
+        lines.append(
+            rng.choice((f"Then {hero} gave the {thing} to {friend}.", f"{friend} asked for the {thing}, and {hero} gave it away."))
+        )
         taker = friend
     lines.append(f"{taker} carried it to the {there}, where {other} was working.")
     if rng.random() < 0.4:
         lines.append(f"{other} liked the {thing} so much that {taker} sold it.")
         taker = other
-    lines.append(rng.choice((f"That is how the {thing} came from the {here} to the {there}.", f"Since then the {thing} is in the {there} and no longer in the {here}.")))
+    lines.append(
+        rng.choice(
+            (
+                f"That is how the {thing} came from the {here} to the {there}.",
+                f"Since then the {thing} is in the {there} and no longer in the {here}.",
+            )
+        )
+    )
     lines.append(f"Today {taker} owns the {thing}.")
     return " ".join(lines)
 

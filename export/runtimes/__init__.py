@@ -10,7 +10,6 @@ from compression.errors import MissingExtra, UnusableModel
 from compression.evaluation.runtime import Runtime
 
 
-
 @dataclass(frozen=True)
 class Package:
     """Where a runtime comes from: its distribution, the extra of edgepress that installs it, and our class for it."""

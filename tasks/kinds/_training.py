@@ -41,7 +41,9 @@ class TrainingStage(Stage):
         if self.train_on == "questions" and data.questions is None:
             raise Incompatible("train_on: questions needs `data.questions` in the recipe", key="train_on")
         if data.length > parent.max_length:
-            raise Incompatible(f"rows of data.length {data.length} are longer than the model's {parent.max_length} positions", key="train_on")
+            raise Incompatible(
+                f"rows of data.length {data.length} are longer than the model's {parent.max_length} positions", key="train_on"
+            )
 
     def rows(self, model: Path, data: DataSpec, context: Context) -> "dict[str, Any]":
         """`rows` and `mask`, as the training functions take them."""

@@ -26,7 +26,8 @@ class Distill(TrainingStage):
     gamma: Annotated[float, Field(ge=0, description="Weight of the hidden-state loss.")] = 0.0
     temperature: Annotated[float, Field(gt=0, description="Softens both distributions (Hinton et al. 2015).")] = 2.0
     feature_layers: Annotated[
-        Literal["last", "middle", "uniform"] | dict[int, int], Field(description="Pairs for the hidden-state loss: a rule, or {student: teacher}.")
+        Literal["last", "middle", "uniform"] | dict[int, int],
+        Field(description="Pairs for the hidden-state loss: a rule, or {student: teacher}."),
     ] = "middle"
 
     def other_inputs(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ from compression.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
 from export.checks import check_genai
+from export.proof import Change
 from tasks.stage import Artifact, Inputs, Planned, Stage, Workplace
 
 _BYTES = {"int4": 0.6, "fp16": 2, "fp32": 4}
@@ -31,7 +32,7 @@ class ExportGenai(Stage):
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
         check_genai(parent, **self.model_dump(exclude={"uses"}))
-        change = "float" if self.precision != "int4" else "int4" if parent.layout == "dense" else "carried"
+        change: Change = "float" if self.precision != "int4" else "int4" if parent.layout == "dense" else "carried"
         return Artifact("onnxruntime-genai", change, int(parent.num_parameters * _BYTES[self.precision]))
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:

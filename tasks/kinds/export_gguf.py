@@ -9,6 +9,7 @@ from compression.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
 from export.gguf.check import CARRY, FLOATS, TYPES, check_gguf
+from export.proof import Change
 from tasks.stage import Artifact, Inputs, Planned, Stage, Workplace
 
 _BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "carry": 5}
@@ -25,14 +26,19 @@ class ExportGguf(Stage):
     extra: ClassVar[str | None] = "llamacpp"
 
     type: Annotated[
-        str, Field(examples=list(TYPES), description="f32, f16, bf16, q8_0, carry, or a type of llama.cpp's quantizer (q4_0, q4_k_m, q6_k, ...).")
+        str,
+        Field(
+            examples=list(TYPES), description="f32, f16, bf16, q8_0, carry, or a type of llama.cpp's quantizer (q4_0, q4_k_m, q6_k, ...)."
+        ),
     ] = "f16"
-    embedding_type: Annotated[str | None, Field(description="f32, f16, bf16 or q8_0; default: a float `type` itself, else the checkpoint's dtype.")] = None
+    embedding_type: Annotated[
+        str | None, Field(description="f32, f16, bf16 or q8_0; default: a float `type` itself, else the checkpoint's dtype.")
+    ] = None
     head_type: Annotated[str | None, Field(description="As embedding_type, for the output head.")] = None
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
         check_gguf(parent, type=self.type, embedding_type=self.embedding_type, head_type=self.head_type)
-        change = "float" if self.type in FLOATS else "carried" if self.type == CARRY else "int8" if self.type == "q8_0" else "int4"
+        change: Change = "float" if self.type in FLOATS else "carried" if self.type == CARRY else "int8" if self.type == "q8_0" else "int4"
         return Artifact("llama.cpp", change, int(parent.num_parameters * _BITS.get(self.type, 5) / 8))
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:

@@ -81,8 +81,12 @@ def test_wrong_stages(checkpoint: Path, stages: str, line_of: str, words: list[s
 @pytest.mark.parametrize(
     ("rest", "line_of", "words"),
     [
-        pytest.param("gates:\n  prund: {perplexity: {max: 1}}\n", "prund", ["gates.prund", "stages: base, pruned"], id="gate-on-unknown-stage"),
-        pytest.param("gates:\n  pruned:\n    perplexity: {}\n", "perplexity", ["gates.pruned.perplexity", "needs min, max"], id="empty-gate"),
+        pytest.param(
+            "gates:\n  prund: {perplexity: {max: 1}}\n", "prund", ["gates.prund", "stages: base, pruned"], id="gate-on-unknown-stage"
+        ),
+        pytest.param(
+            "gates:\n  pruned:\n    perplexity: {}\n", "perplexity", ["gates.pruned.perplexity", "needs min, max"], id="empty-gate"
+        ),
         pytest.param("stagse: {}\n", "stagse", ["stagse", "did you mean 'stages'?"], id="unknown-top-level-key"),
         pytest.param("seed: soon\n", "seed", ["seed", "integer"], id="seed"),
         pytest.param("device: gpu\n", "device: gpu", ["device"], id="device"),
@@ -148,7 +152,9 @@ def edit(model: Path, **changes: object) -> None:
         (unknown_architecture, ["'sesame'", "llama"]),
     ],
 )
-def test_wrong_models(checkpoint: Path, here: Path, damage: Callable[[Path], None], words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_wrong_models(
+    checkpoint: Path, here: Path, damage: Callable[[Path], None], words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     copy = shutil.copytree(checkpoint, here / "model")
     damage(copy)
     refused(recipe(copy, GOOD), "model:", words, capfd)

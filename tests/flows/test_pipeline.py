@@ -322,7 +322,9 @@ def test_ctrl_c_ends_everything(disturbed: Workshop, stopped: Interrupted) -> No
     assert psutil.wait_procs(stopped.family, timeout=30)[1] == []
 
 
-def test_the_same_command_then_finishes_with_the_same_bytes(whole: Workshop, again: Finished, disturbed: Workshop, finished: Finished) -> None:
+def test_the_same_command_then_finishes_with_the_same_bytes(
+    whole: Workshop, again: Finished, disturbed: Workshop, finished: Finished
+) -> None:
     assert finished.code == 0, finished.err
     states = finished.states()
     assert states["pruned"] == states["distilled"] == "Cached" and states["onnx"] == "Completed"

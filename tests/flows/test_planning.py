@@ -76,7 +76,9 @@ def test_what_a_change_runs_again(plan: Any, override: str, expected: set[str]) 
 
 def test_names_belong_to_no_identity(plan: Any) -> None:
     renamed = "  thin: {uses: prune.width, keep: 0.5}\n  taught: {uses: distill, steps: 6, batch_size: 2, save_every: 2, teacher: thin}\n"
-    stages = "  pruned: {uses: prune.width, keep: 0.5}\n  distilled: {uses: distill, steps: 6, batch_size: 2, save_every: 2, teacher: pruned}\n"
+    stages = (
+        "  pruned: {uses: prune.width, keep: 0.5}\n  distilled: {uses: distill, steps: 6, batch_size: 2, save_every: 2, teacher: pruned}\n"
+    )
     assert list(identities(plan(stages=stages)).values()) == list(identities(plan(stages=renamed, name="another")).values())
 
 

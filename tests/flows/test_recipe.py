@@ -80,7 +80,9 @@ def test_a_revision_goes_with_the_model(tmp_path: Path) -> None:
 
 
 names = st.text("abcdefgh", min_size=1, max_size=6)
-trees = st.recursive(st.integers() | names, lambda below: st.lists(below, min_size=1, max_size=3) | st.dictionaries(names, below, min_size=1, max_size=3))
+trees = st.recursive(
+    st.integers() | names, lambda below: st.lists(below, min_size=1, max_size=3) | st.dictionaries(names, below, min_size=1, max_size=3)
+)
 
 
 @given(st.dictionaries(names, trees, min_size=1, max_size=4))

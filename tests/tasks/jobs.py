@@ -18,7 +18,12 @@ def succeed(*, folder: str, threads: int, context: Context) -> dict[str, float]:
     context.metrics({"loss": 0.5}, 3)
     context.warn("narrow")
     print("a line that belongs into the log")
-    return {"threads": float(torch.get_num_threads()), "asked": float(threads), "seed": float(context.seed), "leader": float(os.getpid() == os.getpgid(0))}
+    return {
+        "threads": float(torch.get_num_threads()),
+        "asked": float(threads),
+        "seed": float(context.seed),
+        "leader": float(os.getpid() == os.getpgid(0)),
+    }
 
 
 def mistake(*, threads: int, context: Context) -> dict[str, float]:

@@ -68,7 +68,7 @@ def pids_written(folder: Path, within: float = 60) -> list[int]:
 
 def test_metrics_events_and_prints_come_back(children: Children, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     events: list[dict[str, Any]] = []
-    metrics = children.run(job("succeed", folder=str(tmp_path)), tmp_path, events.append)
+    metrics = children.run(job("succeed", folder=str(tmp_path)), tmp_path, events.append).metrics
     assert metrics == {"threads": 1, "asked": 1, "seed": 5, "leader": 1}
     assert events == [{"progress": [1, 2, "half"]}, {"metrics": {"loss": 0.5}, "step": 3}, {"warning": "narrow"}]
     assert "belongs into the log" in (tmp_path / "log.txt").read_text()

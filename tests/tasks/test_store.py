@@ -49,7 +49,9 @@ def test_a_sha256_of_the_manifest_is_sha256sums(store: Store) -> None:
 
 
 @pytest.mark.parametrize("moment", ["fsync_tree", "write_json"])
-def test_a_commit_that_is_broken_off_leaves_nothing_that_is_taken_for_whole(store: Store, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+def test_a_commit_that_is_broken_off_leaves_nothing_that_is_taken_for_whole(
+    store: Store, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
     def power_cut(*_: object) -> None:
         raise KeyboardInterrupt
 

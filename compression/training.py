@@ -42,7 +42,7 @@ def train(
     workdir  holds the checkpoints; one training each. They stay: the caller removes them once the result is safe
     what     names the work to `context.progress`
 
-    Returns the last point of the curve (means since the point before: every loss term, learning_rate, tokens_per_second), with
+    Returns the last point of the curve (means since the point before: every loss term, learning_rate, training_tokens_per_second), with
     steps, resumed_from_step, and seconds of this call. On a CPU the weights are bit-identical however often it was killed.
     Raises UnusableData (rows of another shape, nothing to learn from) and EdgepressError (the loss is no longer finite).
     """
@@ -158,7 +158,7 @@ class _Curve:
     def point(self, learning_rate: float) -> dict[str, float]:
         """Close the interval. Raises nothing: whether the loss is finite is the trainer's to judge."""
         self.last = {name: float(value) / self.steps for name, value in self.sums.items()}
-        self.last |= {"learning_rate": learning_rate, "tokens_per_second": self.tokens / max(self.seconds, 1e-9)}
+        self.last |= {"learning_rate": learning_rate, "training_tokens_per_second": self.tokens / max(self.seconds, 1e-9)}
         self.sums, self.tokens, self.steps, self.seconds = {}, 0, 0, 0.0
         return self.last
 

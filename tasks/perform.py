@@ -13,7 +13,6 @@ from export.runtimes import runtime_name
 from tasks.artifact import complete_artifact
 from tasks.base import Base
 from tasks.children import Children, Job
-from tasks.files import size_of
 from tasks.gates import Bound, Verdict, judge
 from tasks.identity import Machine, seed_of
 from tasks.measure import Reference, measure
@@ -88,8 +87,9 @@ class Pipeline:
 
 def perform(pipeline: Pipeline, task: Assignment) -> Result:
     """Bring a stage to its end and return its result. Raises what made it fail, after logging the reason."""
-    result = _open(pipeline, task)
+    result, before = _register(pipeline, task)
     try:
+        _open_run(pipeline, task, result, before)
         if task.stage is None:
             entry = Reference(pipeline.base.path, pipeline.base.content)
             result.state, result.path, result.content = "Cached", str(entry.path), entry.content
@@ -101,8 +101,9 @@ def perform(pipeline: Pipeline, task: Assignment) -> Result:
             publish(Path(result.path), pipeline.outputs, pipeline.name, task.name)
     except BaseException as error:
         result.state, result.reason = "Failed", str(error) or type(error).__name__
-        pipeline.tracking.log(result.run, result.metrics, tags={"edgepress.state": "Failed"})
-        pipeline.tracking.end(result.run, "FAILED", result.reason)
+        if result.run:
+            pipeline.tracking.log(result.run, result.metrics, tags={"edgepress.state": "Failed"})
+            pipeline.tracking.end(result.run, "FAILED", result.reason)
         raise
     finally:
         pipeline.progress(task.name, {"ended": result.state})
@@ -110,13 +111,18 @@ def perform(pipeline: Pipeline, task: Assignment) -> Result:
     return result
 
 
-def _open(pipeline: Pipeline, task: Assignment) -> Result:
-    """The stage's result and MLflow run; a stage that is tried again continues its run."""
+def _register(pipeline: Pipeline, task: Assignment) -> tuple[Result, Result | None]:
+    """The stage's result, from now on among the pipeline's, and that of the attempt before."""
+    uses = task.stage.uses if task.stage else "base"
+    result = Result(task.name, uses, list(dict.fromkeys(task.inputs.values())), "Running", identity=task.identity)
     with pipeline.lock:
         before = pipeline.results.get(task.name)
-        uses = task.stage.uses if task.stage else "base"
-        result = Result(task.name, uses, list(dict.fromkeys(task.inputs.values())), "Running", identity=task.identity)
         pipeline.results[task.name] = result
+    return result, before
+
+
+def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Result | None) -> None:
+    """Open the stage's MLflow run; a stage that is tried again continues its run."""
     if before is not None and before.run:
         result.run = before.run
         pipeline.tracking.reopen(result.run)
@@ -124,12 +130,12 @@ def _open(pipeline: Pipeline, task: Assignment) -> Result:
         tags = {
             "edgepress.kind": "stage",
             "edgepress.stage": task.name,
-            "edgepress.uses": uses,
+            "edgepress.uses": result.uses,
             "edgepress.identity": task.identity,
             "edgepress.recipe": pipeline.name,
         }
         params = {
-            "uses": uses,
+            "uses": result.uses,
             **(task.stage.model_dump(mode="json", exclude={"uses"}) if task.stage else {}),
             "seed": task.document.get("seed"),
         }
@@ -138,7 +144,6 @@ def _open(pipeline: Pipeline, task: Assignment) -> Result:
             pipeline.tracking.log_data(
                 result.run, "recipe data", task.document["data"], pipeline.data.model_dump_json(), task.stage.reads if task.stage else ""
             )
-    return result
 
 
 def _compute(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result) -> None:
@@ -222,8 +227,8 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
 
 
 def _static(path: str, planned: Planned) -> dict[str, float]:
-    """What the files alone say."""
-    metrics = {"size_mb": size_of(Path(path)) / 1e6}
+    """What the files alone say. A checkpoint's `adapter/` is an artifact of its own and not counted."""
+    metrics = {"size_mb": sum(f.stat().st_size for f in Path(path).iterdir() if f.is_file()) / 1e6}
     if not isinstance(planned, Artifact):
         metrics["parameters"] = float(planned.num_parameters)
     return metrics

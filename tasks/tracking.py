@@ -5,10 +5,13 @@ Run ids are passed explicitly: MLflow's stack of active runs belongs to a thread
 
 import math
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from tasks.owner import is_dead, owner_tag
 
@@ -26,10 +29,10 @@ class Tracking:
 
     def __init__(self, uri: str | None = None):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
         import logging
 
         logging.getLogger("alembic").setLevel(logging.ERROR)
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
         from mlflow import MlflowClient
 
         self.uri = uri or tracking_uri()
@@ -84,7 +87,8 @@ class Tracking:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         data = Dataset(name=name, digest=digest[:36], source_type="edgepress", source=source)
-        self.client.log_inputs(run, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
+        with FileLock(Path(tempfile.gettempdir()) / "edgepress-tracking.lock"):  # MLflow's stores fail when two writers bring one data set
+            self.client.log_inputs(run, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
 
     def log_file(self, run: str, file: Path, folder: str | None = None) -> None:
         self.client.log_artifact(run, str(file), folder)

@@ -145,13 +145,14 @@ def _end_orphans() -> None:
     """Mark flow runs and task runs whose process is dead as crashed."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
+    from prefect.client.schemas.objects import State
     from prefect.states import Crashed
 
     def dead(run: Any) -> bool:
         return any(tag.startswith("owner:") and is_dead(tag.removeprefix("owner:")) for tag in run.tags)
 
     running = {"state": {"type": {"any_": ["RUNNING", "PENDING"]}}, "tags": {"all_": ["edgepress"]}}
-    crashed = Crashed(message="its process was killed")
+    crashed: State[Any] = Crashed(message="its process was killed")
     with get_client(sync_client=True) as client:
         for task_run in filter(dead, client.read_task_runs(task_run_filter=TaskRunFilter.model_validate(running))):
             client.set_task_run_state(task_run.id, crashed, force=True)

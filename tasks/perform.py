@@ -17,7 +17,7 @@ from tasks.gates import Bound, Verdict, judge
 from tasks.identity import Machine, seed_of
 from tasks.measure import Reference, measure
 from tasks.stage import Artifact, Planned, Stage
-from tasks.store import Entry, Store, publish
+from tasks.store import Entry, Store, publish, withdraw
 from tasks.tracking import Tracking
 
 
@@ -101,6 +101,8 @@ def perform(pipeline: Pipeline, task: Assignment) -> Result:
             publish(Path(result.path), pipeline.outputs, pipeline.name, task.name)
     except BaseException as error:
         result.state, result.reason = "Failed", str(error) or type(error).__name__
+        if isinstance(error, GateFailed):
+            withdraw(pipeline.outputs, pipeline.name, task.name)
         if result.run:
             pipeline.tracking.log(result.run, result.metrics, tags={"edgepress.state": "Failed"})
             pipeline.tracking.end(result.run, "FAILED", result.reason)

@@ -141,3 +141,10 @@ def publish(entry: Path, outputs: Path, recipe: str, stage: str) -> Path:
     beside.symlink_to(entry.absolute(), target_is_directory=True)
     beside.replace(link)
     return link
+
+
+def withdraw(outputs: Path, recipe: str, stage: str) -> None:
+    """Take back the link of a stage whose bounds no longer hold."""
+    link = outputs / recipe / stage
+    if link.is_symlink():
+        link.unlink()

@@ -56,7 +56,7 @@ def refused(text: str, line_of: str, words: list[str], capfd: pytest.CaptureFixt
         pytest.param(GOOD + "  d:\n    uses: distill\n    teacher: bose\n", "bose", ["stages.d.teacher", "did you mean 'base'?"], id="missing-teacher"),
         pytest.param("  base: {uses: prune.width, keep: 1}\n", "  base:", ["'base'"], id="reserved-name"),
         pytest.param("  A/b: {uses: prune.width, keep: 1}\n", "A/b", ["'A/b'", "lower case"], id="name-that-is-no-file-name"),
-        pytest.param("  q:\n    uses: quantize.gptq\n    group_size: 48\n", "48", ["stages.q.group_size", "does not divide", "32"], id="group-size"),
+        pytest.param("  q:\n    uses: quantize.gptq\n    group_size: 48\n", "group_size: 48", ["stages.q.group_size", "does not divide", "32"], id="group-size"),
         pytest.param(
             "  x: {uses: export.onnx}\n  q: {uses: quantize.gptq,\n    needs: x, group_size: 32}\n", "needs: x",
             ["stages.q.needs", "cannot follow an export"], id="quantize-after-export",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError
-from tasks.store import Entry, Store, publish
+from tasks.store import Entry, Store, publish, withdraw
 
 KNOWN: dict[str, Any] = {"metrics": {"kept_ratio": 0.5}, "seconds": 1.5, "warnings": ["narrow"], "curves": [[1, {"loss": 2.0}]]}
 
@@ -151,3 +151,12 @@ def test_publishing_replaces_the_link_and_leaves_the_content_alone(store: Store,
     assert (link / "model.safetensors").read_text() == "two"
     assert (first.path / "model.safetensors").read_text() == "one"
     assert [p.name for p in link.parent.iterdir()] == ["pruned"]
+
+
+def test_a_withdrawn_link_is_gone_and_its_content_stays(tmp_path: Path) -> None:
+    content = tmp_path / "content"
+    content.mkdir()
+    link = publish(content, tmp_path / "outputs", "recipe", "stage")
+    withdraw(tmp_path / "outputs", "recipe", "stage")
+    withdraw(tmp_path / "outputs", "recipe", "never-published")
+    assert not link.is_symlink() and content.is_dir()

@@ -20,9 +20,10 @@ def run_stage(
 def measure_quality(
     *, target: str, references: dict[str, str], tokenizer: str, data: dict[str, Any], threads: int, context: Context
 ) -> dict[str, float]:
-    """Perplexity, accuracy, and divergence from each reference checkpoint, in the runtime that opens `target`."""
+    """Perplexity, accuracy, and divergence from each reference checkpoint, in the runtime that opens `target`; sparsity of a dense checkpoint."""
     from compression.data import evaluation_windows, questions
     from compression.evaluation.scorers import evaluate_quality
+    from compression.evaluation.sparsity import sparsity
     from compression.evaluation.transformers_runtime import TransformersRuntime
     from compression.loading import load_tokenizer
     from export.runtimes import open_runtime
@@ -34,10 +35,13 @@ def measure_quality(
     items = questions(spec, "test") if spec.questions is not None else []
     try:
         others = {name: by_path[path] for name, path in references.items()}
-        return evaluate_quality(runtime, encoder, evaluation_windows(spec, encoder), items, references=others, context=context)
+        figures = evaluate_quality(runtime, encoder, evaluation_windows(spec, encoder), items, references=others, context=context)
     finally:
         for opened in (runtime, *by_path.values()):
             opened.close()
+    if runtime.name == "transformers" and runtime.timed:  # dense weights; of a quantized layout the codes say nothing about zeros
+        figures["sparsity"] = sparsity(Path(target))
+    return figures
 
 
 def measure_speed(*, target: str, tokenizer: str, data: dict[str, Any], threads: int, context: Context) -> dict[str, float]:

@@ -38,7 +38,11 @@ class Tracking:
         self.uri = uri or tracking_uri()
         self.client = MlflowClient(self.uri)
         found = self.client.get_experiment_by_name(EXPERIMENT)
-        self.experiment = found.experiment_id if found else self.client.create_experiment(EXPERIMENT, tags={"mlflow.experimentKind": "custom_model_development"})
+        self.experiment = (
+            found.experiment_id
+            if found
+            else self.client.create_experiment(EXPERIMENT, tags={"mlflow.experimentKind": "custom_model_development"})
+        )
 
     def end_orphans(self) -> int:
         """Mark runs whose process is dead as KILLED; returns how many there were."""

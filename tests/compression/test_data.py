@@ -73,7 +73,12 @@ def test_importing_data_takes_no_torch() -> None:
 
 
 def test_embedded_stands_for_text_and_questions_and_schema_says_so() -> None:
-    assert DataSpec.model_validate("embedded") == DataSpec(text="embedded", questions="embedded")
+    sizes = {
+        "length": 384,
+        "evaluation_windows": 32,
+        "evaluation_questions": 120,
+    }  # the rows the reference model was trained on; a quick look
+    assert DataSpec.model_validate("embedded") == DataSpec(text="embedded", questions="embedded", **sizes)
     assert {"const": "embedded"} in DataSpec.model_json_schema()["anyOf"]
     for wrong in ("embeded", {"length": 64}, {"text": "embedded", "lenght": 64}, {"text": {"path": "a", "splits": {"dev": "x"}}}):
         with pytest.raises(ValidationError):

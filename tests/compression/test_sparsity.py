@@ -1,0 +1,18 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from compression.evaluation.sparsity import sparsity
+from compression.loading import load_model, save_model
+
+
+def test_zeros_of_the_blocks_are_counted_and_those_of_embeddings_are_not(checkpoint: Path, tmp_path: Path) -> None:
+    model = load_model(checkpoint)
+    assert sparsity(checkpoint) == 0
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:10] = 0
+        model.model.layers[1].mlp.up_proj.weight[:32] = 0
+    save_model(model, tmp_path / "sparse", like=checkpoint)
+    layers = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    assert sparsity(tmp_path / "sparse") == pytest.approx(32 * 64 / sum(m.weight.numel() for m in layers))

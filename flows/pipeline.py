@@ -162,7 +162,7 @@ def _end_orphans() -> None:
 
 def _close_interrupted(pipeline: Pipeline) -> None:
     for result in pipeline.results.values():
-        if result.run and result.state in {"Running", "Failed"}:
+        if result.run and result.state == "Running":
             pipeline.tracking.end(result.run, "KILLED", "interrupted")
     pipeline.tracking.end(pipeline.run, "KILLED", "interrupted")
 

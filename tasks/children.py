@@ -32,6 +32,13 @@ class JobFailed(Exception):
         self.log = log
 
 
+class Stopped(JobFailed):
+    """A child that `Children.close` ended, or did not let start: nobody's failure."""
+
+    def __init__(self) -> None:
+        super().__init__("stopped", transient=False)
+
+
 @dataclass(frozen=True)
 class Job:
     """One call of `module:function(**arguments, threads=, context=)` in a child."""
@@ -88,7 +95,7 @@ class Children:
             process = multiprocessing.get_context("forkserver").Process(target=forked, args=(str(folder / "job.json"),))
             with self._changed:
                 if self._closed:
-                    raise JobFailed("stopped", transient=False)
+                    raise Stopped()
                 process.start()
                 self._running.add(process)
             try:
@@ -98,7 +105,7 @@ class Children:
                 process.join()
                 self._running.discard(process)
         if self._closed:
-            raise JobFailed("stopped", transient=False)
+            raise Stopped()
         return _outcome(folder, process.exitcode, job.timeout if timed_out else None)
 
     def close(self) -> None:
@@ -136,7 +143,7 @@ def machine_lock(*, alone: bool, given_up: Callable[[], bool] = lambda: False) -
     try:
         while not _locked(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
             if given_up():
-                raise JobFailed("stopped", transient=False)
+                raise Stopped()
             time.sleep(0.05)
         yield
     finally:

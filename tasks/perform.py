@@ -12,7 +12,7 @@ from compression.errors import EdgepressError
 from export.runtimes import runtime_name
 from tasks.artifact import complete_artifact
 from tasks.base import Base
-from tasks.children import Children, Job
+from tasks.children import Children, Job, Stopped
 from tasks.gates import Bound, Verdict, judge
 from tasks.identity import Machine, seed_of
 from tasks.measure import Reference, measure
@@ -50,7 +50,7 @@ class Result:
     name: str
     uses: str
     needs: list[str]
-    state: str  # Completed, Cached, Failed, Skipped
+    state: str  # Running, Completed, Cached, Failed, Stopped, Skipped
     identity: str = ""
     path: str = ""
     content: str = ""
@@ -100,12 +100,13 @@ def perform(pipeline: Pipeline, task: Assignment) -> Result:
         if task.stage is not None:
             publish(Path(result.path), pipeline.outputs, pipeline.name, task.name)
     except BaseException as error:
-        result.state, result.reason = "Failed", str(error) or type(error).__name__
+        stopped = isinstance(error, Stopped)
+        result.state, result.reason = "Stopped" if stopped else "Failed", str(error) or type(error).__name__
         if isinstance(error, GateFailed):
             withdraw(pipeline.outputs, pipeline.name, task.name)
         if result.run:
-            pipeline.tracking.log(result.run, result.metrics, tags={"edgepress.state": "Failed"})
-            pipeline.tracking.end(result.run, "FAILED", result.reason)
+            pipeline.tracking.log(result.run, result.metrics, tags={"edgepress.state": result.state})
+            pipeline.tracking.end(result.run, "KILLED" if stopped else "FAILED", "interrupted" if stopped else result.reason)
         raise
     finally:
         pipeline.progress(task.name, {"ended": result.state})

@@ -29,7 +29,7 @@ def export_gguf(
                     Norms and biases are float32 always
     embedding_type, head_type   f32, f16, bf16 or q8_0; None is `type` where that is a float type, else the checkpoint's own dtype
     threads         of llama.cpp's quantizer
-    Returns size_mb (2^20 bytes), bits_per_weight (over every tensor in the file), tokenizer_texts (proven equal), fallback_tensors
+    Returns bits_per_weight (over every tensor in the file), tokenizer_texts (proven equal), fallback_tensors
     (that llama.cpp could not give the type asked for) and, with "carry", carry_worst_difference (of a weight to the checkpoint's) and
     carry_worst_difference_in_steps (of that weight's scale).
     Raises Incompatible (`check_gguf`, or a tokenizer that comes out different in llama.cpp), UnusableModel, MissingExtra.
@@ -100,4 +100,4 @@ def _measure(file: Path, type: str, context: Context) -> dict[str, float]:
         context.warn(
             f"{len(fallbacks)} tensors are in another type than {type}, whose rows are multiples of 256: {', '.join(fallbacks[:4])}, ..."
         )
-    return {"size_mb": file.stat().st_size / 2**20, "bits_per_weight": 8 * bytes_ / weights, "fallback_tensors": float(len(fallbacks))}
+    return {"bits_per_weight": 8 * bytes_ / weights, "fallback_tensors": float(len(fallbacks))}

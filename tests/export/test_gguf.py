@@ -98,7 +98,7 @@ def test_official_reader_finds_the_weights_once(checkpoint: Path, tmp_path: Path
         np.testing.assert_array_equal(found[f"{theirs}.weight"].data, weights[f"{ours}.weight"].numpy())
     assert reader.fields["llama.context_length"].contents() == 128
     assert reader.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
-    assert metrics["bits_per_weight"] == 32 and metrics["size_mb"] == (tmp_path / "model.gguf").stat().st_size / 2**20
+    assert metrics["bits_per_weight"] == 32
 
 
 def test_rows_of_q_turn_in_neighbouring_pairs(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Checkpoints as directories: what one is, told from its config and safetensors headers alone. Imports no torch.
 
-A checkpoint is a Hugging Face model directory. Its *layout* is one of `LAYOUTS`; dense ones open in plain transformers.
+A checkpoint is a Hugging Face model directory. Its *layout* is one of `Layout`; dense ones open in plain transformers.
 """
 
 import hashlib
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,9 +16,10 @@ from typing import Any, Literal
 from compression.errors import UnusableModel
 from compression.families import FAMILIES, Family
 
-Layout = Literal["dense", "gptq", "awq"]
+Layout = Literal["dense", "gptq", "awq", "w8a8", "fp8"]
+COMPRESSED_TENSORS: dict[str, Layout] = {"int-quantized": "w8a8", "float-quantized": "fp8"}  # the format of that package -> layout
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
+_IN_A_LIST = re.compile(r"(.+?)\.\d+\..+\.weight")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Checkpoint:
         """Raises UnusableModel for an architecture without a row in compression/families.py."""
         if self.model_type not in FAMILIES:
             raise UnusableModel(
-                f"the architecture {self.model_type!r} is not one edgepress knows by name; known: {', '.join(sorted(FAMILIES))}",
+                f"the architecture {self.model_type!r} has no row in compression/families.py, which this needs to know the layers by name; "
+                f"known: {', '.join(sorted(FAMILIES))}; any decoder of linear layers takes prune.unstructured, quantize.rtn, quantize.gptq, quantize.fp8",
                 key="model",
             )
         return FAMILIES[self.model_type]
@@ -90,24 +93,33 @@ class Checkpoint:
         """ "float16", "bfloat16" or "float32"."""
         return self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
 
+    @cached_property
+    def blocks(self) -> str:
+        """Path of the list of decoder blocks. Of an unlisted family, the numbered list that most of the checkpoint's matrices are in."""
+        if self.model_type in FAMILIES:
+            return self.family.blocks
+        lists = [match[1] for name, info in self.tensors.items() if len(info.shape) == 2 and (match := _IN_A_LIST.fullmatch(name))]
+        if not lists:
+            raise UnusableModel(f"{self.path} holds no numbered decoder blocks with matrices in them", key="model")
+        return max(sorted(set(lists)), key=lists.count)
+
     def linear_widths(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of every linear layer of a block, by its path in the block."""
-        c, family, d = self.config, self.family, self.head_dim
-        q = c["num_attention_heads"] * d
-        kv = c.get("num_key_value_heads", c["num_attention_heads"]) * d
-        gate, up, down = family.mlp
-        shapes = dict(
-            zip(
-                family.attention,
-                [(q, self.hidden_size), (kv, self.hidden_size), (kv, self.hidden_size), (self.hidden_size, q)],
-                strict=True,
-            )
-        )
-        shapes |= {
-            gate: (self.intermediate_size, self.hidden_size),
-            up: (self.intermediate_size, self.hidden_size),
-            down: (self.hidden_size, self.intermediate_size),
-        }
+        if self.model_type not in FAMILIES:
+            prefix = f"{self.blocks}.0."
+            return {
+                name.removeprefix(prefix).removesuffix(".weight"): (info.shape[0], info.shape[1])
+                for name, info in self.tensors.items()
+                if name.startswith(prefix) and name.endswith(".weight") and len(info.shape) == 2
+            }
+        c, family, d, hidden = self.config, self.family, self.head_dim, self.hidden_size
+        heads = c["num_attention_heads"]
+        q, kv = heads * d, (c.get("num_key_value_heads") or heads) * d
+        separate = dict(zip(family.qkv, (q, kv, kv), strict=False)) if len(family.qkv) == 3 else {family.qkv[0]: q + 2 * kv}
+        shapes = {path: (rows, hidden) for path, rows in separate.items()}
+        shapes[family.out] = (hidden, q)
+        shapes |= {path: (family.parts(path) * self.intermediate_size, hidden) for path in family.gate_up}
+        shapes[family.down] = (hidden, self.intermediate_size)
         return shapes
 
     @cached_property
@@ -115,6 +127,10 @@ class Checkpoint:
         """Parameters of the dense model it stands for: tied embeddings once, norms and biases left out."""
         per_block = sum(out * inp for out, inp in self.linear_widths().values())
         return per_block * self.num_layers + self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+
+    def linear_tensors(self) -> list[str]:
+        """Full names of the weights of all linear layers of all blocks, block by block."""
+        return [f"{self.blocks}.{index}.{path}.weight" for index in range(self.num_layers) for path in self.linear_widths()]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -146,10 +162,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors = _read_headers(path)
     if not (path / "tokenizer.json").is_file():
         raise UnusableModel(f"{path} has no tokenizer.json; save the tokenizer into it in the fast format", key="model")
-    method = config.get("quantization_config", {}).get("quant_method", "dense")
-    if method not in ("dense", "gptq", "awq"):
-        raise UnusableModel(f"{path} is quantized in the layout {method!r}; edgepress reads dense, gptq and awq", key="model")
-    return Checkpoint(path, config, method, (path / "masks.safetensors").is_file(), tensors)
+    return Checkpoint(path, config, _layout(path, config.get("quantization_config")), (path / "masks.safetensors").is_file(), tensors)
+
+
+def _layout(path: Path, quantization: dict[str, Any] | None) -> Layout:
+    method = (quantization or {}).get("quant_method", "dense")
+    plain: dict[str, Layout] = {"dense": "dense", "gptq": "gptq", "awq": "awq"}
+    if method in plain:
+        return plain[method]
+    form = (quantization or {}).get("format")
+    if method == "compressed-tensors" and form in COMPRESSED_TENSORS:
+        return COMPRESSED_TENSORS[form]
+    raise UnusableModel(
+        f"{path} is quantized in the layout {method!r}{f' with format {form!r}' if form else ''}; edgepress reads dense, gptq, awq, "
+        f"and compressed-tensors of the formats {', '.join(COMPRESSED_TENSORS)}",
+        key="model",
+    )
 
 
 def _read_headers(path: Path) -> dict[str, TensorInfo]:

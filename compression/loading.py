@@ -14,9 +14,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoint import COMPRESSED_TENSORS, Checkpoint, open_checkpoint
 from compression.errors import UnusableModel
+from compression.quantization.compressed_tensors import read_scaled_linears, round_inputs
 from compression.quantization.layouts import read_quantized_linears
+from compression.quantization.schemes import read_scheme
 from compression.shards import read_tensors
 
 TOKENIZER_FILES = (
@@ -26,7 +28,9 @@ TOKENIZER_FILES = (
 
 
 def load_model(path: Path, *, dtype: torch.dtype | None = torch.float32, device: str = "cpu") -> PreTrainedModel:
-    """Open any checkpoint as a plain transformers model in evaluation mode; GPTQ and AWQ layouts are dequantized.
+    """Open any checkpoint as a plain transformers model in evaluation mode; quantized layouts are dequantized.
+
+    The linear layers of a W8A8 or fp8 checkpoint also round their inputs, token by token (`round_inputs`), as these formats mean.
 
     dtype  of the weights; None keeps the checkpoint's own
     Raises UnusableModel for a directory that `open_checkpoint` refuses.
@@ -44,12 +48,15 @@ def load_model(path: Path, *, dtype: torch.dtype | None = torch.float32, device:
 
 
 def _load_dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The dense model that a GPTQ or AWQ checkpoint stands for, opened by transformers as any other."""
+    """The dense model that a quantized checkpoint stands for, opened by transformers as any other."""
+    scheme = read_scheme(checkpoint) if checkpoint.layout in COMPRESSED_TENSORS.values() else None
+    layers = read_scaled_linears(checkpoint, scheme) if scheme else read_quantized_linears(checkpoint.path)
     weights: dict[str, torch.Tensor] = {}
     quantized: set[str] = set()
-    for module, layer in read_quantized_linears(checkpoint.path):
+    for module, layer in layers:
         weights[f"{module}.weight"] = layer.dequantize().to(dtype)
-        quantized |= {f"{module}.{suffix}" for suffix in ("qweight", "qzeros", "scales", "g_idx")}
+        quantized |= {f"{module}.{suffix}" for suffix in ("weight", "weight_scale", "qweight", "qzeros", "scales", "g_idx")}
+    linears = [name.removesuffix(".weight") for name in weights]
     weights |= read_tensors(checkpoint.path, [name for name in checkpoint.tensors if name not in quantized])
     config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     del config.quantization_config
@@ -61,6 +68,9 @@ def _load_dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedM
             f"unknown {sorted(found['unexpected_keys'])}",
             key="model",
         )
+    if scheme:
+        for path in linears:
+            round_inputs(model.get_submodule(path), scheme)
     return model
 
 

@@ -25,7 +25,7 @@ from compression.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, UnusableData
 from compression.loading import load_model, save_model
-from compression.training_checkpoints import latest_checkpoint, write_checkpoint
+from compression.resumption import latest_checkpoint, write_checkpoint
 from compression.training_settings import TrainingSettings
 
 POINTS = 200  # of a loss curve, at most

@@ -69,6 +69,10 @@ def _check_codes(checkpoint: Checkpoint, precision: str) -> None:
             "quantize.gptq writes such",
             key="uses",
         )
+    if quantization.get("dynamic"):
+        raise Incompatible(
+            f"GenAI carries {layout} codes of one width only, and this checkpoint mixes them; export.gguf takes others", key="uses"
+        )
     bits, group_size = quantization["bits"], quantization["group_size"]
     if bits != 4:
         raise Incompatible(

@@ -8,6 +8,7 @@ from pathlib import Path
 from compression.checkpoint import Checkpoint
 from compression.data import check_data, fingerprint
 from compression.errors import EdgepressError, Incompatible
+from compression.quantization.settings import linear_bits
 from export.proof import KL_TO_PARENT
 from flows.recipe import BASE, Node, ParsedRecipe
 from flows.yaml_lines import KeyPath
@@ -51,7 +52,7 @@ def make_plan(parsed: ParsedRecipe, store: Store) -> Plan:
     machine = Machine(_device(recipe.device), recipe.threads)
     try:
         base = open_base(recipe.model.path, recipe.model.revision, recipe.model.license, store.root)
-        _ = base.checkpoint.family  # an architecture that no stage and no estimate knows
+        _ = base.checkpoint.linear_widths()  # an architecture that no stage and no estimate knows
     except EdgepressError as error:
         raise parsed.error(("model",), str(error)) from None
     try:
@@ -152,12 +153,10 @@ def content_bytes(planned: Planned) -> int:
         return planned.size_bytes
     dense = _DTYPE_BYTES.get(planned.dtype, 4)
     linear = planned.num_layers * sum(out * width for out, width in planned.linear_widths().values())
-    rest = planned.num_parameters - linear
-    settings = planned.config.get("quantization_config")
-    bits = (
-        dense * 8 if planned.layout == "dense" or settings is None else settings["bits"] + (16 + settings["bits"]) / settings["group_size"]
-    )
-    return int(rest * dense + linear * bits / 8)
+    rest = (planned.num_parameters - linear) * dense
+    if planned.layout in ("dense", "w8a8", "fp8"):
+        return int(rest + linear * (dense if planned.layout == "dense" else 1))
+    return int(rest + linear_bits(planned, float_bits=8 * dense) / 8)
 
 
 def check_disk(plan: Plan, store: Store) -> None:

@@ -7,6 +7,7 @@ from compression.errors import MissingExtra
 EXTRAS: dict[str, dict[str, str]] = {  # extra -> distribution -> module
     "onnx": {"onnx": "onnx", "onnxruntime": "onnxruntime", "onnxscript": "onnxscript"},
     "genai": {"onnxruntime-genai": "onnxruntime_genai", "onnx": "onnx", "onnxruntime": "onnxruntime"},
+    "gptqmodel": {"gptqmodel": "gptqmodel"},
     "llamacpp": {"gguf": "gguf", "llama-cpp-python": "llama_cpp"},
 }
 

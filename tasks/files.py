@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from compression.files import fsync
+
 
 def write_json(path: Path, document: Any) -> None:
     """Write beside, fsync, rename."""
@@ -16,24 +18,15 @@ def write_json(path: Path, document: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     beside.replace(path)
-    fsync_directory(path.parent)
+    fsync(path.parent)
 
 
 def fsync_tree(root: Path) -> None:
     """Bring every file and directory below `root` to disk."""
     for folder, _, files in os.walk(root):
         for name in files:
-            with Path(folder, name).open("rb") as stream:
-                os.fsync(stream.fileno())
-        fsync_directory(Path(folder))
-
-
-def fsync_directory(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            fsync(Path(folder, name))
+        fsync(Path(folder))
 
 
 def size_of(root: Path) -> int:

@@ -49,11 +49,11 @@ def identity_document(stage: Stage, inputs: Mapping[str, str], data: DataSpec, s
         "version": stage.version,
         "parameters": stage.model_dump(mode="json", exclude=set(stage.other_inputs())),  # names of stages: `inputs` has their identities
         "inputs": dict(inputs),
-        "data": None if stage.reads == "nothing" else fingerprint(data, stage.reads),
+        "data": None if stage.data_read() == "nothing" else fingerprint(data, stage.data_read()),
         "seed": seed,
         "device": machine.device.split(":")[0],
         "threads": machine.threads,
-        "libraries": library_versions(stage.libraries),
+        "libraries": library_versions(stage.deciding_libraries()),
     }
 
 

@@ -145,7 +145,11 @@ def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Resu
         result.run = pipeline.tracking.open_run(task.name, parent=pipeline.run, tags=tags, params=params)
         if task.document.get("data"):
             pipeline.tracking.log_data(
-                result.run, "recipe data", task.document["data"], pipeline.data.model_dump_json(), task.stage.reads if task.stage else ""
+                result.run,
+                "recipe data",
+                task.document["data"],
+                pipeline.data.model_dump_json(),
+                task.stage.data_read() if task.stage else "",
             )
 
 

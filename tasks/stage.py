@@ -78,6 +78,14 @@ class Stage(BaseModel):
     reads: ClassVar[Reads] = "nothing"
     extra: ClassVar[str | None] = None
 
+    def data_read(self) -> Reads:
+        """`reads`, of a stage with these parameters."""
+        return self.reads
+
+    def deciding_libraries(self) -> tuple[str, ...]:
+        """`libraries`, of a stage with these parameters."""
+        return self.libraries
+
     def other_inputs(self) -> dict[str, str]:
         """Further inputs by role, each the name of a stage or `base` ({"teacher": "base"}). The role is the parameter that holds the name."""
         return {}
@@ -119,7 +127,7 @@ def check_accepts(stage: Stage, parent: Planned) -> Checkpoint:
             key="needs",
         )
     if parent.layout not in stage.accepts:
-        others = [uses for uses, kind in stage_kinds().items() if parent.layout in kind.accepts]
+        others = [uses for uses, kind in stage_kinds().items() if parent.layout in kind.accepts] or ["nothing yet; it is served as it is"]
         raise Incompatible(
             f"{stage.uses} takes {' or '.join(sorted(stage.accepts))} checkpoints, not {parent.layout}; what can follow {parent.layout}: {', '.join(others)}",
             key="uses",

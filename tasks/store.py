@@ -23,7 +23,8 @@ from filelock import FileLock
 
 from compression.checkpoint import file_digests
 from compression.errors import EdgepressError
-from tasks.files import fsync_directory, fsync_tree, write_json
+from compression.files import fsync
+from tasks.files import fsync_tree, write_json
 from tasks.identity import digest
 
 SCHEMA = 1
@@ -111,7 +112,7 @@ class Store:
         write_json(fresh / "manifest.json", manifest)
         target = self.root / "objects" / identity
         fresh.rename(target)
-        fsync_directory(target.parent)
+        fsync(target.parent)
         shutil.rmtree(home, ignore_errors=True)
         return Entry(identity, target / "content", manifest)
 

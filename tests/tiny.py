@@ -12,6 +12,14 @@ SENTENCES = [
 ]  # fmt: skip
 
 
+# What a tiny model of a family needs to show what is special about it: windows shorter than the tests' texts, layers without rope.
+NEEDS: dict[str, dict[str, object]] = {
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 4, "query_pre_attn_scalar": 16},
+    "smollm3": {"no_rope_layers": [1, 0] * 4},
+    "phi3": {"original_max_position_embeddings": 128},
+}
+
+
 def tiny_tokenizer(vocab_size: int = 320, *, bos: bool = True) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with <s> (0) and </s> (1), which adds <s> in front when `bos`."""
     tokenizer = Tokenizer(models.BPE())
@@ -32,10 +40,11 @@ def tiny_checkpoint(
 ) -> Path:  # fmt: skip
     """Write a random checkpoint with a tokenizer into `path` and return it. Weights are large enough that logits differ clearly."""
     tokenizer = tiny_tokenizer()
+    needs = {key: value[:layers] if isinstance(value, list) else value for key, value in NEEDS.get(model_type, {}).items()}
     settings = AutoConfig.for_model(
         model_type, vocab_size=320, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, head_dim=hidden // heads, max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.15,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1, **config,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1, **(needs | config),
     )  # fmt: skip
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(settings).to(dtype)

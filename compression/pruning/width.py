@@ -1,74 +1,134 @@
-"""Width pruning: whole MLP neurons leave, so that a smaller ordinary model remains."""
+"""Width pruning: whole MLP neurons and attention heads leave, so that a smaller ordinary model remains."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.loading import copy_tokenizer
-from compression.pruning import pruned_width
+from compression.pruning.criteria import activation_scores, taylor_scores, unit_norms
+from compression.pruning.kept import read_kept, write_kept
+from compression.pruning.masks import MaskWriter, read_masks
+from compression.pruning.structure import Heads, WidthCriterion, width_config
+from compression.pruning.units import Units
 from compression.shards import CheckpointWriter, read_tensors
 
 K_QUANT_WIDTH = 256  # llama.cpp's K-quants take rows in blocks of 256
-KEPT = "kept.safetensors"
 
 
-def prune_width(checkpoint: Path, out: Path, *, keep: float, multiple_of: int = 32, context: Context) -> dict[str, float]:
-    """Keep the strongest share `keep` of the MLP neurons of every block (`neuron_norms`) and write the smaller dense model to `out`.
+def prune_width(
+    checkpoint: Path,
+    out: Path,
+    windows: torch.Tensor | None = None,
+    *,
+    keep: float = 1.0,
+    keep_heads: float = 1.0,
+    heads: Heads = "groups",
+    criterion: WidthCriterion = "l2",
+    multiple_of: int = 32,
+    context: Context,
+) -> dict[str, float]:
+    """Keep the best neurons and heads of every block, the same number in each, and write the smaller model to `out`.
 
-    Widths are uniform over the blocks: `pruned_width(intermediate_size, keep, multiple_of)`. `kept.safetensors` beside the weights
-    holds the kept neurons of every block, int32 [width], ascending, under the path of its MLP's down projection.
+    windows     calibration token ids, int64 [count, length]; activation and taylor need them
+    keep        share of the MLP neurons; the width that remains is a multiple of `multiple_of`
+    keep_heads  share of the query heads (`structure.pruned_heads`); `heads` says what leaves: a key/value head with its query heads
+                ("groups"), or the same number of query heads of every key/value head ("queries")
+    criterion   l2 (`unit_norms`), activation (`activation_scores`), taylor (`taylor_scores`), or random: the control
 
-    Returns `kept_ratio` (neurons kept, really reached), `intermediate_size` and `parameters_ratio`.
-    Raises Incompatible for a sparse or quantized checkpoint, or a keep or multiple_of that fits no width.
+    Masks of a sparse checkpoint are cut with the weights. `kept.safetensors` (compression/pruning/kept.py) says what remains.
+    In a family that norms queries and keys of all heads together (OLMo 2), the norm is then over the heads that remain.
+
+    Returns `kept_ratio`, `kept_heads_ratio` (really reached), `parameters_ratio`, `intermediate_size` and `num_attention_heads`.
+    Raises Incompatible for a quantized checkpoint, for shares that fit no width or number of heads, and where `windows` are missing.
     """
     source = open_checkpoint(checkpoint)
-    if source.layout != "dense" or source.sparse:
-        raise Incompatible(f"{checkpoint} is {'sparse' if source.sparse else source.layout}; width pruning takes a dense checkpoint")
-    width = pruned_width(source.intermediate_size, keep, multiple_of)
+    if source.layout != "dense":
+        raise Incompatible(f"{checkpoint} is {source.layout}; width pruning takes a dense checkpoint")
+    config = width_config(source, keep=keep, keep_heads=keep_heads, heads=heads, multiple_of=multiple_of)
+    units = Units(source, config, heads)
+    scores = _measured(source, windows, criterion, units.counts, context)
+    _warn_of_k_quants(source, config, context)
+    generator = torch.Generator().manual_seed(context.seed)
+    writer, masks = CheckpointWriter(out), MaskWriter(out)
+    kept: dict[str, torch.Tensor] = {}
+    written: set[str] = set()
+    for index in range(source.num_layers):
+        context.progress(index, source.num_layers, f"block {index + 1} of {source.num_layers}")
+        block = f"{source.family.blocks}.{index}."
+        tensors = read_tensors(
+            checkpoint, [name for name in source.tensors if name.startswith(block) and _layer(name, block) in units.layers]
+        )
+        weights = {_layer(name, block): tensor for name, tensor in tensors.items() if name.endswith(".weight")}
+        for path, count in units.counts.items():
+            if criterion == "l2":
+                scores[block + path] = unit_norms(units.incoming(path, weights), weights[path], count)
+            elif criterion == "random":
+                scores[block + path] = torch.rand(count, generator=generator)
+        left = units.best({path: scores[block + path] for path in units.counts})
+        kept |= {block + path: indices for path, indices in left.items()}
+        slices = units.slices(left)
+        writer.add(_cut(tensors, block, slices))
+        masks.add(_cut(read_masks(checkpoint, prefix=block), block, slices))
+        written |= set(tensors)
+    writer.add(read_tensors(checkpoint, [name for name in source.tensors if name not in written]))
+    masks.finish()
+    copy_tokenizer(checkpoint, out)
+    write_kept(out, read_kept(checkpoint), kept)
+    writer.finish(config)
+    context.progress(source.num_layers, source.num_layers, "pruned")
+    after = sum(math.prod(info.shape) for info in open_checkpoint(out).tensors.values())
+    before = sum(info.numel for info in source.tensors.values())
+    return {
+        "kept_ratio": config["intermediate_size"] / source.intermediate_size,
+        "kept_heads_ratio": config["num_attention_heads"] / source.config["num_attention_heads"],
+        "parameters_ratio": after / before,
+        "intermediate_size": float(config["intermediate_size"]),
+        "num_attention_heads": float(config["num_attention_heads"]),
+    }
+
+
+def _layer(name: str, block: str) -> str:
+    """The path in the block of the layer that a tensor belongs to."""
+    return name.removeprefix(block).rpartition(".")[0]
+
+
+def _cut(tensors: Mapping[str, torch.Tensor], block: str, slices: Mapping[str, tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors, by name, with the slices of their layers taken; a bias has no columns to lose."""
+    result = dict(tensors)
+    for name, tensor in tensors.items():
+        dim, indices = slices.get(_layer(name, block), (tensor.dim(), torch.empty(0)))
+        if dim < tensor.dim():
+            result[name] = tensor.index_select(dim, indices)
+    return result
+
+
+def _measured(
+    source: Checkpoint, windows: torch.Tensor | None, criterion: WidthCriterion, units: Mapping[str, int], context: Context
+) -> dict[str, torch.Tensor]:
+    """Scores that need the model to run; none for a criterion that does not."""
+    if criterion in ("l2", "random"):
+        return {}
+    if windows is None:
+        raise Incompatible(f"criterion {criterion} needs calibration windows", key="criterion")
+    return (activation_scores if criterion == "activation" else taylor_scores)(source, windows, units, context=context)
+
+
+def _warn_of_k_quants(source: Checkpoint, config: Mapping[str, Any], context: Context) -> None:
+    width = config["intermediate_size"]
     if width % K_QUANT_WIDTH:
         context.warn(
             f"the pruned MLP is {width} wide, no multiple of {K_QUANT_WIDTH}: llama.cpp's K-quants fall back to larger types "
             f"for its down projection; multiple_of: {K_QUANT_WIDTH} avoids that"
         )
-    writer = CheckpointWriter(out)
-    kept: dict[str, torch.Tensor] = {}
-    written: set[str] = set()
-    for index in range(source.num_layers):
-        context.progress(index, source.num_layers, f"block {index + 1} of {source.num_layers}")
-        gate, up, down = (f"{source.family.blocks}.{index}.{path}" for path in source.family.mlp)
-        # A gate or up projection may have a bias for each neuron; the bias of the down projection has none to lose.
-        names = [f"{path}.{part}" for path in (gate, up, down) for part in ("weight", "bias") if f"{path}.{part}" in source.tensors]
-        tensors = read_tensors(checkpoint, names)
-        neurons = strongest(neuron_norms(*(tensors[f"{path}.weight"] for path in (gate, up, down))), width)
-        kept[down] = neurons.to(torch.int32)
-        tensors |= {name: tensor[neurons] for name, tensor in tensors.items() if not name.startswith(f"{down}.")}
-        tensors[f"{down}.weight"] = tensors[f"{down}.weight"][:, neurons]
-        writer.add(tensors)
-        written |= set(names)
-    writer.add(read_tensors(checkpoint, [name for name in source.tensors if name not in written]))
-    copy_tokenizer(checkpoint, out)
-    save_file(kept, out / KEPT)
-    writer.finish(source.config | {"intermediate_size": width})
-    context.progress(source.num_layers, source.num_layers, "pruned")
-    after = sum(math.prod(info.shape) for info in open_checkpoint(out).tensors.values())
-    before = sum(info.numel for info in source.tensors.values())
-    return {"kept_ratio": width / source.intermediate_size, "intermediate_size": float(width), "parameters_ratio": after / before}
-
-
-def neuron_norms(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """The layer-wise L2 norm of each MLP neuron's weights (arXiv 2505.18166): √(‖gate_j‖² + ‖up_j‖² + ‖down_:j‖²), float64 [intermediate].
-
-    gate, up  [intermediate, hidden]: row j belongs to neuron j
-    down      [hidden, intermediate]: column j belongs to neuron j
-    """
-    return (gate.double().square().sum(1) + up.double().square().sum(1) + down.double().square().sum(0)).sqrt()
-
-
-def strongest(norms: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the `count` largest values, ascending; of equal ones the first."""
-    return norms.argsort(descending=True, stable=True)[:count].sort().values
+    attention = config["num_attention_heads"] * source.head_dim
+    if config["num_attention_heads"] != source.config["num_attention_heads"] and attention % K_QUANT_WIDTH:
+        context.warn(
+            f"the pruned attention is {attention} wide ({config['num_attention_heads']} heads of {source.head_dim}), no multiple of "
+            f"{K_QUANT_WIDTH}: llama.cpp's K-quants fall back to larger types for its output projection"
+        )

@@ -1,17 +1,17 @@
 """GPTQ: round weights column by column, and let the columns still to come make up for the error (Frantar et al., arXiv 2210.17323)."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from compression.calibration import Block, SharedInput, compress_blocks
+from compression.calibration import Outcome, compress_blocks
 from compression.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.quantization import check_group_size
-from compression.quantization.grid import SHRINKS, Grid, fit_grid, round_to_codes
-from compression.quantization.layouts import gptq_config, gptq_tensors, quantized_linear
+from compression.quantization.grid import NO_SHRINK, SHRINKS, Grid, fit_grid, round_to_codes
+from compression.quantization.rounding import RoundedLayers, alike, stacked
+from compression.quantization.settings import Misfit, Overrides, gptq_config, plan_codes
+from compression.walk import Block
 
 COLUMNS_PER_UPDATE = 64  # columns whose errors reach the rest of the matrix in one product
 
@@ -27,59 +27,54 @@ def quantize_gptq(
     damp_percent: float = 0.01,
     act_order: bool = True,
     mse: bool = True,
+    layers: Overrides | None = None,
+    misfit: Misfit = "refuse",
+    work: Path | None = None,
     context: Context,
 ) -> dict[str, float]:
     """Quantize every linear layer of every block of a dense checkpoint; write a GPTQ checkpoint to `out`.
 
     windows       calibration token ids, int64 [count, length]
+    group_size    input channels that share a scale; -1 for a row
     damp_percent  of the mean of the Hessian's diagonal, added to the diagonal
     act_order     take columns by falling second moment of their input, with static groups: the grids are fitted before, so
                   that groups stay runs of neighbouring channels
     mse           shrink each group's range where that lowers the error of its output, instead of the plain min/max
-    Embeddings and head stay as they are.
+    layers, misfit  bits and groups by pattern, and what becomes of widths that the group does not divide: `plan_codes`
+    work          where the walk keeps its progress
+    Embeddings and head stay as they are; weights that a mask prunes stay zero, and the others make up for them.
 
     Returns `fallback_layers`: layers in which some columns (inputs that are always zero) or all (a Hessian that cannot be
-    inverted) were rounded to nearest instead.
+    inverted) were rounded to nearest instead, or that got a smaller group. `layers.json` tells the relative error of every layer's output.
     Raises Incompatible for bits or a group size that do not fit.
     """
     source = open_checkpoint(checkpoint)
     if bits not in (2, 3, 4, 8):
         raise Incompatible(f"GPTQ has 2, 3, 4 or 8 bits, not {bits}", key="bits")
-    check_group_size(source, group_size, bits)
-    fallbacks: list[str] = []
+    planned = plan_codes(source, bits=bits, group_size=group_size, layers=layers, misfit=misfit)
 
-    def compress(block: Block) -> Mapping[str, torch.Tensor]:
-        tensors: dict[str, torch.Tensor] = {}
-        for shared in block.inputs:
-            weights = [block.linear(path).weight for path in shared.layers]
-            stacked = torch.cat(weights).float()
-            grid = fit_grid(
-                stacked, bits=bits, group_size=group_size, symmetric=symmetric, gram=shared.gram, shrinks=SHRINKS if mse else (1.0,)
-            )
-            order = column_order(shared.gram) if act_order else None
-            factor = inverse_factor(shared.gram, damp_percent=damp_percent, order=order)
-            codes = grid.quantize(stacked) if factor is None else gptq(stacked, grid, factor, order=order)
-            note_fallback([f"{block.name}.{path}" for path in shared.layers], shared, inverted=factor is not None)
-            start = 0
-            for path, weight in zip(shared.layers, weights, strict=True):
-                layer = quantized_linear(codes, grid, rows=slice(start, start + len(weight)))
-                start += len(weight)
-                weight.copy_(layer.dequantize())
-                tensors |= {f"{path}.{suffix}": tensor for suffix, tensor in gptq_tensors(layer).items()}
-        return tensors
+    def compress(block: Block) -> Outcome:
+        rounded = RoundedLayers(block)
+        for shared in block.each_input():
+            gram = shared.second_moment
+            order = column_order(gram) if act_order else None
+            factor = inverse_factor(gram, damp_percent=damp_percent, order=order)
+            dead = int((gram.diagonal() == 0).sum())
+            for paths, codes in alike(block, shared.layers, planned):
+                if factor is None:
+                    rounded.fall_back(paths, "the Hessian cannot be inverted; rounded to nearest")
+                elif dead:
+                    rounded.fall_back(paths, f"{dead} input channels are zero in all calibration data; rounded to nearest there")
+                if codes.misfit:
+                    rounded.fall_back(paths, f"its width takes groups of {codes.group_size}, not {group_size}")
+                weight, mask = stacked(block, paths), block.mask(paths)
+                grid = fit_grid(weight, codes, symmetric=symmetric, gram=gram, shrinks=SHRINKS if mse else NO_SHRINK)
+                quantized = grid.quantize(weight, mask) if factor is None else gptq(weight, grid, factor, order=order, mask=mask)
+                rounded.add(paths, weight, quantized, grid, gram)
+        return rounded.outcome()
 
-    def note_fallback(layers: list[str], shared: SharedInput, *, inverted: bool) -> None:
-        dead = int((shared.gram.diagonal() == 0).sum())
-        if not inverted:
-            context.warn(f"{', '.join(layers)}: the Hessian cannot be inverted; rounded to nearest")
-        elif dead:
-            context.warn(f"{', '.join(layers)}: {dead} input channels are zero in all calibration data; rounded to nearest there")
-        if dead or not inverted:
-            fallbacks.extend(layers)
-
-    config = gptq_config(bits=bits, group_size=group_size, symmetric=symmetric, damp_percent=damp_percent)
-    compress_blocks(checkpoint, out, windows, compress, config={"quantization_config": config}, context=context)
-    return {"fallback_layers": float(len(fallbacks))}
+    config = gptq_config(planned, bits=bits, group_size=group_size, symmetric=symmetric, layers=layers, damp_percent=damp_percent)
+    return compress_blocks(checkpoint, out, windows, compress, config={"quantization_config": config}, work=work, context=context)
 
 
 def column_order(gram: torch.Tensor) -> torch.Tensor:
@@ -94,35 +89,38 @@ def inverse_factor(gram: torch.Tensor, *, damp_percent: float, order: torch.Tens
           of the diagonal, which leaves it out of every update.
     H = VVᵀ with V upper triangular is the Cholesky factor of H read backwards, and U = V⁻¹: one factorization and one triangular inverse.
     """
-    h = gram.clone()
+    backwards = torch.arange(len(gram), device=gram.device) if order is None else order
+    backwards = backwards.flip(0)
+    h = gram[backwards[:, None], backwards]
     diagonal = h.diagonal()
     mean = diagonal.mean()
     diagonal[diagonal == 0] = mean
     diagonal += damp_percent * mean
-    if order is not None:
-        h = h[order][:, order]
-    lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+    lower, info = torch.linalg.cholesky_ex(h)
     if info.item() or not torch.isfinite(lower).all():
         return None
     upper = lower.flip(0, 1)
     return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=h.device, dtype=h.dtype), upper=True)
 
 
-def gptq(weight: torch.Tensor, grid: Grid, factor: torch.Tensor, *, order: torch.Tensor | None = None) -> torch.Tensor:
+def gptq(
+    weight: torch.Tensor, grid: Grid, factor: torch.Tensor, *, order: torch.Tensor | None = None, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Codes of `weight` on `grid`: uint8 [out, in], columns in storage order.
 
     weight  [out, in]; rows of several layers that share an input may be stacked
     factor  `inverse_factor` of the inputs' second moment, in the same `order`
+    mask    bool [out, in]: a weight that it does not keep becomes zero, and the others make up for that too
     Column j is rounded; its error over U_jj, times U_j,j+1…, is taken off the columns that follow: at once within
     `COLUMNS_PER_UPDATE`, in one product for the rest.
     """
-    scales, zeros = (part.T for part in grid.columns())
-    rows = weight.T
-    if order is not None:
-        rows, scales, zeros = rows[order], scales[order], zeros[order]
-    rows, scales, zeros = rows.contiguous(), scales.contiguous(), zeros.contiguous()  # [in, out]: a column is contiguous
-    if order is None:
-        rows = rows.clone()
+
+    def columns(matrix: torch.Tensor) -> torch.Tensor:
+        """[out, in] -> [in, out] in the order in which columns are taken, each contiguous; never the caller's memory."""
+        return matrix.T[order] if order is not None else matrix.T.clone(memory_format=torch.contiguous_format)
+
+    rows, (scales, zeros) = columns(weight), map(columns, grid.columns())
+    pruned = None if mask is None else columns(~mask)
     codes = torch.empty_like(rows)
     errors = torch.empty(COLUMNS_PER_UPDATE, rows.shape[1], dtype=rows.dtype, device=rows.device)
     diagonal = factor.diagonal().tolist()
@@ -130,11 +128,12 @@ def gptq(weight: torch.Tensor, grid: Grid, factor: torch.Tensor, *, order: torch
         end = min(start + COLUMNS_PER_UPDATE, len(rows))
         for j in range(start, end):
             codes[j] = round_to_codes(rows[j], scales[j], zeros[j], grid.bits)
+            if pruned is not None:
+                codes[j] = torch.where(pruned[j], zeros[j], codes[j])
             error = (codes[j] - zeros[j]).mul_(scales[j]).sub_(rows[j]).div_(-diagonal[j])
             rows[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
             errors[j - start] = error
         rows[end:].addmm_(factor[start:end, end:].T, errors[: end - start], alpha=-1)
-    stored = torch.empty_like(codes) if order is not None else codes
     if order is not None:
-        stored[order] = codes
-    return stored.T.to(torch.uint8).contiguous()
+        codes = torch.empty_like(codes).index_copy_(0, order, codes)
+    return codes.T.to(torch.uint8).contiguous()

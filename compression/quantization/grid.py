@@ -4,8 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
+from compression.quantization.settings import Codes
+
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros needs some scale
 LARGEST_SCALE = 65504.0
+WIDEST_BLOCK = 256  # the products with a wider block cost more than they tell
+NO_SHRINK = (1.0,)
 SHRINKS = tuple(1.0 - 0.025 * step for step in range(21))  # 1.0 ... 0.5 of the full range
 
 
@@ -26,10 +30,13 @@ class Grid:
         """Scale and zero of every weight: two float32 [out, in]."""
         return self.scales.repeat_interleave(self.group_size, 1), self.zeros.repeat_interleave(self.group_size, 1)
 
-    def quantize(self, weight: torch.Tensor) -> torch.Tensor:
-        """Round to nearest: [out, in] -> uint8 codes [out, in]."""
+    def quantize(self, weight: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Round to nearest: [out, in] -> uint8 codes [out, in]; what the mask, bool [out, in], does not keep becomes zero."""
         scales, zeros = self.columns()
-        return round_to_codes(weight, scales, zeros, self.bits).to(torch.uint8)
+        codes = round_to_codes(weight, scales, zeros, self.bits)
+        if mask is not None:
+            codes = torch.where(mask, codes, zeros)
+        return codes.to(torch.uint8)
 
     def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
         """uint8 codes [out, in] -> float32 [out, in]."""
@@ -44,36 +51,40 @@ def round_to_codes(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tens
 
 def fit_grid(
     weight: torch.Tensor,
+    codes: Codes,
     *,
-    bits: int,
-    group_size: int,
     symmetric: bool,
     gram: torch.Tensor | None = None,
     shrinks: tuple[float, ...] = SHRINKS,
 ) -> Grid:
     """The grid of each group that loses least, among the min/max range shrunk by each of `shrinks`.
 
-    weight   [out, in], `in` a multiple of `group_size`
+    weight   [out, in], `in` a multiple of the group size
     gram     [in, in], mean of x xᵀ over the layer's inputs; the loss of a group is then Δ·H_group·Δᵀ, the mean squared
-             error of the output it causes, where H_group is its diagonal block. Without it H is the identity.
+             error of the output it causes, where H_group is its diagonal block (only the diagonal of it in groups wider than
+             `WIDEST_BLOCK`). Without it H is the identity.
     shrinks  (1.0,) is the plain min/max (symmetric: absolute maximum) grid; the first one holds where no loss is a finite number
     A symmetric grid has its zero in the middle and 2^(bits-1) steps below it, one fewer above; the range reaches to the
     half step between (scale 2·max / (2^bits − 1), as in GPTQ).
     """
+    bits, group_size = codes.bits, codes.width(weight.shape[1])
     groups = weight.float().unflatten(1, (-1, group_size))  # [out, groups, group]
     low, high = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    blocks = None if gram is None else diagonal_blocks(gram, group_size)
+    blocks = None
+    if gram is not None:
+        wide = group_size > WIDEST_BLOCK
+        blocks = gram.diagonal().unflatten(0, (-1, group_size)) if wide else diagonal_blocks(gram, group_size)
     best_scales, best_zeros = _grid_of_range(low * shrinks[0], high * shrinks[0], bits, symmetric)
     if len(shrinks) == 1:
         return Grid(best_scales, best_zeros, bits, group_size)
     best = torch.full_like(low, torch.inf)
     for shrink in shrinks:
         scales, zeros = _grid_of_range(low * shrink, high * shrink, bits, symmetric)
-        codes = round_to_codes(groups, scales[..., None], zeros[..., None], bits)
-        loss = _group_losses(codes.sub_(zeros[..., None]).mul_(scales[..., None]).sub_(groups), blocks)
+        rounded = round_to_codes(groups, scales[..., None], zeros[..., None], bits)
+        loss = _group_losses(rounded.sub_(zeros[..., None]).mul_(scales[..., None]).sub_(groups), blocks)
         better = loss < best
         best = torch.where(better, loss, best)
         best_scales, best_zeros = torch.where(better, scales, best_scales), torch.where(better, zeros, best_zeros)
@@ -90,9 +101,11 @@ def _grid_of_range(low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: 
 
 
 def _group_losses(delta: torch.Tensor, blocks: torch.Tensor | None) -> torch.Tensor:
-    """[out, groups, group], [groups, group, group] -> Δ·H·Δᵀ of each row and group, [out, groups]."""
+    """[out, groups, group], [groups, group, group] (or the diagonals [groups, group]) -> Δ·H·Δᵀ of each row and group, [out, groups]."""
     if blocks is None:
         return delta.square().sum(2)
+    if blocks.dim() == 2:
+        return (delta.square() * blocks).sum(2)
     return (torch.bmm(delta.transpose(0, 1), blocks).transpose(0, 1) * delta).sum(2)
 
 

@@ -7,7 +7,7 @@ AWQ   qweight int32 [in, out/8] and qzeros int32 [groups, out/8]: codes along th
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ import torch
 from compression.checkpoint import open_checkpoint
 from compression.errors import UnusableModel
 from compression.quantization.grid import Grid
+from compression.quantization.settings import Codes, layer_codes
 from compression.shards import read_tensors
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the lowest four bits of a word hold column 0, the next four column 2, ...
 AWQ_BITS = 4
+BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -115,22 +117,6 @@ def awq_tensors(layer: QuantizedLinear) -> dict[str, torch.Tensor]:
     return {"qweight": _pack_awq(layer.codes), "qzeros": _pack_awq(layer.zeros), "scales": layer.scales.T.contiguous()}
 
 
-def gptq_config(*, bits: int, group_size: int, symmetric: bool, damp_percent: float) -> dict[str, Any]:
-    """`quantization_config` of a GPTQ checkpoint. `desc_act` is false: act-order with static groups leaves storage order."""
-    return {
-        "quant_method": "gptq", "checkpoint_format": "gptq", "bits": bits, "group_size": group_size, "sym": symmetric,
-        "desc_act": False, "damp_percent": damp_percent, "lm_head": False, "pack_dtype": "int32",
-    }  # fmt: skip
-
-
-def awq_config(*, group_size: int) -> dict[str, Any]:
-    """`quantization_config` of an AWQ checkpoint."""
-    return {
-        "quant_method": "awq", "version": "gemm", "bits": AWQ_BITS, "group_size": group_size, "zero_point": True,
-        "modules_to_not_convert": ["lm_head"],
-    }  # fmt: skip
-
-
 def read_quantized_linears(path: Path) -> Iterator[tuple[str, QuantizedLinear]]:
     """The quantized layers of a GPTQ or AWQ checkpoint one at a time: (module path in the model, layer).
 
@@ -138,49 +124,53 @@ def read_quantized_linears(path: Path) -> Iterator[tuple[str, QuantizedLinear]]:
     """
     checkpoint = open_checkpoint(path)
     config = checkpoint.config.get("quantization_config", {})
-    read = _reader(path, checkpoint.layout, config)
-    suffixes = ("qweight", "qzeros", "scales", "g_idx") if checkpoint.layout == "gptq" else ("qweight", "qzeros", "scales")
+    _check(path, checkpoint.layout, config)
+    awq = checkpoint.layout == "awq"
+    suffixes = ("qweight", "qzeros", "scales") if awq else ("qweight", "qzeros", "scales", "g_idx")
     for module in sorted(name.removesuffix(".qweight") for name in checkpoint.tensors if name.endswith(".qweight")):
         names = {suffix: f"{module}.{suffix}" for suffix in suffixes}
         missing = [name for name in names.values() if name not in checkpoint.tensors]
-        if missing:
-            raise UnusableModel(f"{path}: the quantized layer {module} lacks {', '.join(missing)}", key="model")
-        tensors = read_tensors(path, names.values())
-        yield module, read({suffix: tensors[name] for suffix, name in names.items()})
+        codes = layer_codes(config, module)
+        if missing or codes is None or codes.bits not in BITS:
+            wrong = f"lacks {', '.join(missing)}" if missing else f"has {codes.bits} bits" if codes else "is one that its config leaves out"
+            raise UnusableModel(f"{path}: the quantized layer {module} {wrong}", key="model")
+        found = read_tensors(path, names.values())
+        tensors = {suffix: found[name] for suffix, name in names.items()}
+        yield module, _read_awq(tensors, codes) if awq else _read_gptq(tensors, codes, offset=0 if _form(config) == "gptq_v2" else 1)
 
 
-def _reader(path: Path, layout: str, config: dict[str, Any]) -> Callable[[dict[str, torch.Tensor]], QuantizedLinear]:
-    if layout == "dense":
-        raise UnusableModel(f"{path} is dense: it holds no quantized layers", key="model")
+def _form(config: dict[str, Any]) -> str:
+    return config.get("checkpoint_format", config.get("format", "gptq"))
+
+
+def _check(path: Path, layout: str, config: dict[str, Any]) -> None:
+    """Raises UnusableModel for what `read_quantized_linears` does not read."""
+    if layout not in ("gptq", "awq"):
+        raise UnusableModel(f"{path} is {layout}: it holds no integer codes of the GPTQ or AWQ layout", key="model")
     bits, group_size = config.get("bits"), config.get("group_size")
-    if bits not in (2, 3, 4, 8) or not isinstance(group_size, int) or (layout == "awq" and bits != AWQ_BITS):
+    if bits not in BITS or not isinstance(group_size, int) or (layout == "awq" and bits != AWQ_BITS):
         raise UnusableModel(
             f"{path}: {layout} with bits {bits}, group_size {group_size} is not read; gptq has 2, 3, 4, 8 bits, awq 4", key="model"
         )
-    if layout == "awq":
-        version = str(config.get("version", "gemm")).lower()
-        if version != "gemm":
-            raise UnusableModel(f"{path}: the AWQ version {version!r} is not read; gemm is", key="model")
-        return lambda tensors: _read_awq(tensors, group_size)
-    form = config.get("checkpoint_format", config.get("format", "gptq"))
-    if form not in ("gptq", "gptq_v2"):
-        raise UnusableModel(f"{path}: the GPTQ format {form!r} is not read; gptq and gptq_v2 are", key="model")
-    return lambda tensors: _read_gptq(tensors, bits, group_size, offset=1 if form == "gptq" else 0)
+    version = str(config.get("version", "gemm")).lower()
+    if layout == "awq" and version != "gemm":
+        raise UnusableModel(f"{path}: the AWQ version {version!r} is not read; gemm is", key="model")
+    if layout == "gptq" and _form(config) not in ("gptq", "gptq_v2"):
+        raise UnusableModel(f"{path}: the GPTQ format {_form(config)!r} is not read; gptq and gptq_v2 are", key="model")
 
 
-def _read_gptq(tensors: dict[str, torch.Tensor], bits: int, group_size: int, offset: int) -> QuantizedLinear:
-    codes = unpack(tensors["qweight"].T.contiguous(), bits)
-    if group_size == -1:
-        group_size = codes.shape[1]
-    zeros = (unpack(tensors["qzeros"], bits) + offset) & (2**bits - 1)
-    g_idx = tensors["g_idx"]
+def _read_gptq(tensors: dict[str, torch.Tensor], settings: Codes, offset: int) -> QuantizedLinear:
+    codes = unpack(tensors["qweight"].T.contiguous(), settings.bits)
+    zeros = (unpack(tensors["qzeros"], settings.bits) + offset) & (2**settings.bits - 1)
+    group_size, g_idx = settings.width(codes.shape[1]), tensors["g_idx"]
     ordered = torch.equal(g_idx, (torch.arange(len(g_idx)) // group_size).to(g_idx.dtype))
-    return QuantizedLinear(codes, tensors["scales"].T.contiguous(), zeros.T.contiguous(), bits, group_size, None if ordered else g_idx)
+    scales = tensors["scales"].T.contiguous()
+    return QuantizedLinear(codes, scales, zeros.T.contiguous(), settings.bits, group_size, None if ordered else g_idx)
 
 
-def _read_awq(tensors: dict[str, torch.Tensor], group_size: int) -> QuantizedLinear:
+def _read_awq(tensors: dict[str, torch.Tensor], settings: Codes) -> QuantizedLinear:
     codes, zeros = (_unpack_awq(tensors[name]) for name in ("qweight", "qzeros"))
-    return QuantizedLinear(codes, tensors["scales"].T.contiguous(), zeros, AWQ_BITS, codes.shape[1] if group_size == -1 else group_size)
+    return QuantizedLinear(codes, tensors["scales"].T.contiguous(), zeros, AWQ_BITS, settings.width(codes.shape[1]))
 
 
 def _pack_awq(codes: torch.Tensor) -> torch.Tensor:

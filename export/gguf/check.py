@@ -5,6 +5,7 @@ from typing import Any
 
 from compression.checkpoint import Checkpoint
 from compression.errors import Incompatible
+from compression.quantization.settings import codes_of, layer_codes
 from export.gguf.pretokenizer import recognize
 
 FLOATS = ("f32", "f16", "bf16")
@@ -109,17 +110,23 @@ def _check_layout(checkpoint: Checkpoint, type: str) -> None:
 
 
 def _check_codes(checkpoint: Checkpoint) -> None:
-    settings = checkpoint.config.get("quantization_config", {})
-    bits, group_size = settings.get("bits"), settings.get("group_size")
-    if bits not in CARRIED_BITS:
+    settings = checkpoint.config["quantization_config"]
+    if None in {layer_codes(settings, name.removesuffix(".weight")) for name in checkpoint.linear_tensors()}:
         raise Incompatible(
-            f"codes of {bits} bits have no place in GGUF; carried are {' and '.join(map(str, CARRIED_BITS))} bits", key="type"
+            "this checkpoint leaves layers as they were, so there are no codes of them to carry; choose a float type", key="type"
         )
-    if not isinstance(group_size, int) or group_size <= 0 or group_size % BLOCK:
-        raise Incompatible(
-            f"group_size {group_size} cannot be carried into GGUF's blocks of {BLOCK}; quantize with a multiple of {BLOCK}", key="type"
-        )
-    if bits == 8 and not settings.get("sym", checkpoint.layout == "gptq"):
+    widths = {width for _, width in checkpoint.linear_widths().values()}
+    for codes in sorted(codes_of(checkpoint), key=lambda codes: (codes.bits, codes.group_size)):
+        if codes.bits not in CARRIED_BITS:
+            raise Incompatible(
+                f"codes of {codes.bits} bits have no place in GGUF; carried are {' and '.join(map(str, CARRIED_BITS))} bits", key="type"
+            )
+        if any(codes.width(width) % BLOCK for width in widths):
+            raise Incompatible(
+                f"group_size {codes.group_size} cannot be carried into GGUF's blocks of {BLOCK}; quantize with a multiple of {BLOCK}",
+                key="type",
+            )
+    if any(codes.bits == 8 for codes in codes_of(checkpoint)) and not settings.get("sym", checkpoint.layout == "gptq"):
         raise Incompatible(
             "GGUF's q8_0 has no zero points, so asymmetric 8-bit codes cannot be carried; quantize with symmetric: true", key="type"
         )

@@ -130,7 +130,7 @@ def _reorder(array: np.ndarray, name: str, checkpoint: Checkpoint) -> np.ndarray
     if ARCHITECTURES[checkpoint.model_type] != "llama":
         return array
     heads = checkpoint.config["num_attention_heads"]
-    q, k = (f"{path}." for path in checkpoint.family.attention[:2])
+    q, k = (f"{path}." for path in checkpoint.family.qkv[:2])
     if q in name:
         return interleave_rope_rows(array, heads)
     return interleave_rope_rows(array, checkpoint.config.get("num_key_value_heads") or heads) if k in name else array

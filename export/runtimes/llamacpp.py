@@ -41,6 +41,9 @@ class LlamaCppRuntime:
         self.version = version("llama-cpp-python")
         parameters = llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = 0
+        # ggml's AMX kernels crash on some machines (ggml-org/llama.cpp#20824, measured on a Xeon with llama-cpp-python 0.3.36): without
+        # them the plain kernels run, slower.
+        parameters.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
         with _errors(llama_cpp) as errors:
             self._model = llama_cpp.llama_model_load_from_file(str(directory / "model.gguf").encode(), parameters)
         self._context = None

@@ -9,7 +9,9 @@ from pydantic import Field
 from compression.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
-from compression.quantization import check_group_size
+from compression.errors import Incompatible
+from compression.quantization.settings import awq_config, plan_codes
+from tasks.extras import require
 from tasks.stage import Inputs, Planned, Reads, Stage, Workplace
 
 
@@ -17,24 +19,45 @@ class QuantizeAwq(Stage):
     """AWQ: 4-bit codes with zero points, after a search for per-channel scales and clips."""
 
     uses: Literal["quantize.awq"] = "quantize.awq"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
+    sparse: ClassVar[bool] = True
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
 
     bits: Annotated[Literal[4], Field(description="Bits of a weight; the layout holds 4.")] = 4
-    group_size: Annotated[int, Field(ge=8, description="Input channels that share a scale; 32 can be carried into GGUF.")] = 128
+    group_size: Annotated[int, Field(ge=-1, description="Input channels that share a scale; 32 can be carried into GGUF, -1 is a row.")] = (
+        128
+    )
     clip: Annotated[bool, Field(description="Shrink each group's range where that lowers the error of its output.")] = True
+
+    engine: Annotated[
+        Literal["edgepress", "gptqmodel"], Field(description="Whose implementation runs; gptqmodel needs `edgepress[gptqmodel]`.")
+    ] = "edgepress"
+
+    def deciding_libraries(self) -> tuple[str, ...]:
+        return (*self.libraries, "gptqmodel") if self.engine == "gptqmodel" else self.libraries
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
         _ = parent.family  # scale pairs are declared by family
-        check_group_size(parent, self.group_size, self.bits)
-        settings = {"quant_method": "awq", "bits": self.bits, "group_size": self.group_size, "zero_point": True, "version": "gemm"}
-        return dataclasses.replace(parent, layout="awq", config={**parent.config, "quantization_config": settings})
+        if self.engine == "gptqmodel":
+            require("gptqmodel", "engine: gptqmodel")
+            if parent.sparse:
+                raise Incompatible(
+                    "GPTQModel would fill the zeros of this sparse checkpoint in; engine: edgepress keeps them", key="engine"
+                )
+        plan_codes(parent, bits=self.bits, group_size=self.group_size)
+        return dataclasses.replace(
+            parent, layout="awq", config={**parent.config, "quantization_config": awq_config(group_size=self.group_size)}
+        )
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         from compression.data import calibration_windows
         from compression.loading import load_tokenizer
         from compression.quantization.awq import quantize_awq
+        from compression.quantization.gptqmodel_engine import quantize_with_gptqmodel
 
         windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed)
-        return quantize_awq(inputs.parent, place.out, windows, **self.model_dump(exclude={"uses"}), context=context)
+        settings = {"bits": self.bits, "group_size": self.group_size, "context": context}
+        if self.engine == "gptqmodel":
+            return quantize_with_gptqmodel(inputs.parent, place.out, windows, method="awq", **settings)
+        return quantize_awq(inputs.parent, place.out, windows, **settings, clip=self.clip, work=place.work)

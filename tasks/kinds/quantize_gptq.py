@@ -1,6 +1,5 @@
 """`quantize.gptq`: weight-only quantization by second-order error compensation (Frantar et al. 2022)."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
@@ -9,7 +8,9 @@ from pydantic import Field
 from compression.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
-from compression.quantization import check_group_size
+from compression.errors import Incompatible
+from compression.quantization.settings import Misfit, Override, plan_gptq
+from tasks.extras import require
 from tasks.stage import Inputs, Planned, Reads, Stage, Workplace
 
 
@@ -17,26 +18,61 @@ class QuantizeGptq(Stage):
     """GPTQ: quantize column by column, each time moving the error to the columns that are left."""
 
     uses: Literal["quantize.gptq"] = "quantize.gptq"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
+    sparse: ClassVar[bool] = True
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
 
     bits: Annotated[Literal[2, 3, 4, 8], Field(description="Bits of a weight.")] = 4
-    group_size: Annotated[int, Field(ge=8, description="Input channels that share a scale; 32 can be carried into GGUF.")] = 128
+    group_size: Annotated[int, Field(ge=-1, description="Input channels that share a scale; 32 can be carried into GGUF, -1 is a row.")] = (
+        128
+    )
     symmetric: Annotated[bool, Field(description="Without zero points.")] = True
     damp_percent: Annotated[float, Field(gt=0, lt=1, description="Of the mean of the Hessian's diagonal, added to it.")] = 0.01
     act_order: Annotated[bool, Field(description="Quantize important columns first; groups stay in storage order.")] = True
     mse: Annotated[bool, Field(description="Shrink each group's range where that lowers the error of its output.")] = True
+    layers: dict[str, Override] = Field(
+        default_factory=dict,
+        description='Other bits or groups by pattern, the first that fits: {"*.down_proj": {bits: 8}}; bits 16 leaves layers as they are.',
+    )
+    misfit: Annotated[
+        Misfit,
+        Field(
+            description="What becomes of a layer that group_size does not divide: refuse, or the largest smaller group, counted as a fallback."
+        ),
+    ] = "refuse"
+    engine: Annotated[
+        Literal["edgepress", "gptqmodel"], Field(description="Whose implementation runs; gptqmodel needs `edgepress[gptqmodel]`.")
+    ] = "edgepress"
+
+    def deciding_libraries(self) -> tuple[str, ...]:
+        return (*self.libraries, "gptqmodel") if self.engine == "gptqmodel" else self.libraries
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
-        check_group_size(parent, self.group_size, self.bits)
-        settings = {"quant_method": "gptq", "bits": self.bits, "group_size": self.group_size, "sym": self.symmetric, "desc_act": False}
-        return dataclasses.replace(parent, layout="gptq", config={**parent.config, "quantization_config": settings})
+        if self.engine == "gptqmodel":
+            self._check_gptqmodel(parent)
+        return plan_gptq(
+            parent, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, layers=self.layers, misfit=self.misfit
+        )
+
+    def _check_gptqmodel(self, parent: Checkpoint) -> None:
+        require("gptqmodel", "engine: gptqmodel")
+        if self.layers or self.misfit != "refuse":
+            raise Incompatible(
+                "engine: gptqmodel takes the same bits and groups for all layers here; engine: edgepress takes patterns", key="layers"
+            )
+        if parent.sparse:
+            raise Incompatible("GPTQModel would fill the zeros of this sparse checkpoint in; engine: edgepress keeps them", key="engine")
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         from compression.data import calibration_windows
         from compression.loading import load_tokenizer
         from compression.quantization.gptq import quantize_gptq
+        from compression.quantization.gptqmodel_engine import quantize_with_gptqmodel
 
         windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed)
-        return quantize_gptq(inputs.parent, place.out, windows, **self.model_dump(exclude={"uses"}), context=context)
+        if self.engine == "gptqmodel":
+            settings = self.model_dump(include={"bits", "group_size", "symmetric", "damp_percent", "act_order"})
+            return quantize_with_gptqmodel(inputs.parent, place.out, windows, **settings, context=context)
+        settings = self.model_dump(exclude={"uses", "engine", "layers"})
+        return quantize_gptq(inputs.parent, place.out, windows, **settings, layers=self.layers, work=place.work, context=context)

@@ -1,4 +1,4 @@
-"""What the demo costs and where the time goes: `python -m tests.benchmarks.bench_demo` runs it twice and writes docs/benchmarks.md."""
+"""What the demo costs and where the time goes: `python -m tests.benchmarks.bench_demo` runs it twice and writes its part of docs/benchmarks.md."""
 
 import json
 import os
@@ -12,19 +12,19 @@ from typing import Any
 from rich.text import Text
 
 from flows.screen import results_table
+from tests.benchmarks import page
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 ELSEWHERE = ("EDGEPRESS_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL")  # would take the run out of its empty directory
 
 Summary = dict[str, Any]
 
 
 def main() -> None:
-    """Run the demo in an empty directory, then again, and write the page. Raises CalledProcessError where a run fails."""
+    """Run the demo in an empty directory, then again, and write its part of the page. Raises CalledProcessError where a run fails."""
     with tempfile.TemporaryDirectory(prefix="edgepress-bench-") as folder:
         first = run_demo(Path(folder))
         second = run_demo(Path(folder))
-    PAGE.write_text(render(*first, *second))
+    page.rewrite("demo", render(*first, *second))
 
 
 def run_demo(folder: Path) -> tuple[Summary, float]:
@@ -37,21 +37,19 @@ def run_demo(folder: Path) -> tuple[Summary, float]:
 
 
 def render(first: Summary, first_wall: float, second: Summary, second_wall: float) -> str:
-    """The page. `first` is the summary of a run that computed everything, `second` of the same one right after it."""
+    """The part of the page. `first` is the summary of a run that computed everything, `second` of the same one right after it."""
     machine, date = first["environment"]["machine"], time.strftime("%Y-%m-%d", time.gmtime(first["started"]))
     cached = sum(row["state"] == "Cached" for row in second["rows"])
-    return f"""# Benchmarks
+    return f"""## The demo
 
 Written by `make bench-demo` on {date}: {machine["processor"]}, {machine["cores"]} cores, {machine["memory_gib"]} GiB of memory, device \
 {first["environment"]["device"]}, {first["environment"]["threads"]} threads a stage, edgepress {first["environment"]["edgepress"]}.
-
-## The demo
 
 {demo_table(first)}
 - First run: {first_wall:.0f} s for the command.
 - Second run, nothing changed: {second_wall:.0f} s, {cached} of {len(second["rows"])} rows from the store.
 
-## Where the time goes
+### Where the time goes
 
 {time_table(first["rows"], first_wall)}
 Orchestration (Prefect, MLflow, the start of processes, imports, hashing) is what is left of the command's time: \

@@ -5,14 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from compression.calibration import walk
+from compression.walk import walk
 from compression.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.loading import load_model, save_model
-from compression.quantization.awq import move_scale, quantize_awq, search_scales
+from compression.quantization.awq import quantize_awq, search_scales
 from compression.quantization.grid import fit_grid
 from compression.quantization.layouts import read_quantized_linears
+from compression.quantization.scaling import scale_pairs
+from compression.quantization.settings import Codes
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 
@@ -40,21 +42,18 @@ def test_moving_scales_leaves_the_block_as_it_was(tmp_path: Path, kv_heads: int)
     with torch.no_grad():
         before = block.module(hidden, position_embeddings=rotary)
         weights = {name: parameter.clone() for name, parameter in block.module.named_parameters()}
-        grams = {path: shared.gram for shared in block.inputs for path in shared.layers}
-        moved = {
-            consumers: move_scale(block, producer, consumers, grams, group_size=32, clip=True)
-            for producer, consumers in source.family.scale_pairs
-        }
+        folded = [pair.consumers for pair in scale_pairs(block, source.family)]
+        for pair in scale_pairs(block, source.family):
+            pair.fold(torch.rand(pair.layers[0].in_features, generator=torch.Generator().manual_seed(2)) + 0.5)
         torch.testing.assert_close(block.module(hidden, position_embeddings=rotary), before, rtol=1e-4, atol=1e-4)
-    assert moved["self_attn.o_proj",] == (kv_heads == 4)
-    assert moved["mlp.gate_proj", "mlp.up_proj"]
+    assert (("self_attn.o_proj",) in folded) == (kv_heads == 4)
+    assert ("mlp.gate_proj", "mlp.up_proj") in folded
     assert not torch.allclose(weights["mlp.up_proj.weight"], block.linear("mlp.up_proj").weight)
-    assert not torch.allclose(grams["mlp.up_proj"], block.inputs[2].gram)
 
 
 def output_loss(weight: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> float:
     """Mean squared error of the output after rounding W·diag(s) to nearest, from the inputs themselves, in float64."""
-    grid = fit_grid(weight * scales, bits=4, group_size=16, symmetric=False, shrinks=(1.0,))
+    grid = fit_grid(weight * scales, Codes(4, 16), symmetric=False, shrinks=(1.0,))
     rounded = grid.dequantize(grid.quantize(weight * scales)).double() / scales
     return float(((rounded - weight) @ x.T).square().sum() / len(x))
 
@@ -63,7 +62,7 @@ def test_the_search_finds_scales_that_pay_on_the_inputs_themselves() -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(500, 32, generator=generator) * torch.logspace(-1, 1, 32)[torch.randperm(32, generator=generator)]
     weight = torch.randn(24, 32, generator=generator)
-    scales = search_scales(weight, x.T @ x / len(x), group_size=16, clip=False)
+    scales = search_scales(weight, x.T @ x / len(x), Codes(4, 16), clip=False)
     assert scales is not None
     assert output_loss(weight, scales, x.double()) < 0.5 * output_loss(weight, torch.ones(32), x.double())
 
@@ -76,7 +75,7 @@ def test_a_checkpoint_loses_less_than_by_rounding_and_less_with_clip(tmp_path: P
     model = load_model(source)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            grid = fit_grid(module.weight.data, bits=4, group_size=32, symmetric=False, shrinks=(1.0,))
+            grid = fit_grid(module.weight.data, Codes(4, 32), symmetric=False, shrinks=(1.0,))
             module.weight.data = grid.dequantize(grid.quantize(module.weight.data))
     save_model(model, tmp_path / "rtn", like=source)
     with torch.no_grad():

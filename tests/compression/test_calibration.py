@@ -5,15 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from compression.calibration import Block, compress_blocks, walk
-from compression.checkpoint import open_checkpoint
+import compression.families
+from compression.calibration import Outcome, compress_blocks
+from compression.walk import Block, Walk, walk
+from compression.checkpoint import file_digests, open_checkpoint
 from compression.context import Context
-from compression.errors import Incompatible, UnusableData
+from compression.errors import EdgepressError, Incompatible, UnusableData
 from compression.loading import load_model
 from compression.shards import read_tensors
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 FAMILIES = {
+    **dict.fromkeys(compression.families.FAMILIES, {}),
     "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "mistral": {"sliding_window": 8},  # shorter than the windows, so that a wrong mask shows
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
@@ -45,9 +48,9 @@ def second_moments(path: Path, windows: torch.Tensor, change: dict[str, float] |
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_second_moments_are_those_of_a_plain_forward_pass(tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tiny_checkpoint(tmp_path / model_type, model_type, layers=3, dtype=torch.float16, **FAMILIES[model_type])
+    path = tiny_checkpoint(tmp_path / model_type, model_type, layers=3, **FAMILIES[model_type])
     windows = tiny_windows(count=5)
-    monkeypatch.setattr("compression.calibration.TOKENS_PER_BATCH", 64)  # batches of 2, 2 and 1 windows
+    monkeypatch.setattr("compression.walk.TOKENS_PER_BATCH", 64)  # batches of 2, 2 and 1 windows
     change = {"model.layers.0.mlp.down_proj.weight": 0.25, "model.layers.1.self_attn.o_proj.weight": -1.5}
     # a block is changed only after its inputs were seen
     in_front = [{}, {name: factor for name, factor in change.items() if ".0." in name}, change]
@@ -58,7 +61,7 @@ def test_second_moments_are_those_of_a_plain_forward_pass(tmp_path: Path, model_
             assert shared.tokens == windows.numel()
             for layer in shared.layers:
                 seen.append(f"{block.name}.{layer}")
-                torch.testing.assert_close(shared.gram.double(), expected[seen[-1]], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(shared.second_moment.double(), expected[seen[-1]], rtol=1e-4, atol=1e-5)
         for name, factor in change.items():
             if name.startswith(f"{block.name}."):
                 block.linear(name.removeprefix(f"{block.name}.").removesuffix(".weight")).weight.mul_(factor)
@@ -86,14 +89,14 @@ def test_a_walk_that_changes_nothing_writes_the_same_tensors(tmp_path: Path, tie
     source = tiny_checkpoint(tmp_path / "in", "qwen2", tied=tied, dtype=torch.bfloat16)
     steps: list[tuple[int, int]] = []
     context = Context(progress=lambda done, total, what: steps.append((done, total)))
-    compress_blocks(source, tmp_path / "out", tiny_windows(), lambda block: {}, config={"note": 1}, context=context)
+    compress_blocks(source, tmp_path / "out", tiny_windows(), lambda block: Outcome(), config={"note": 1}, context=context)
     before, after = open_checkpoint(source), open_checkpoint(tmp_path / "out")
     assert after.tensors == before.tensors
     originals, copies = read_tensors(source, before.tensors), read_tensors(tmp_path / "out", after.tensors)
     assert all(torch.equal(originals[name], copies[name]) for name in originals)
     assert after.config == before.config | {"note": 1}
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-    assert steps == [(0, 2), (1, 2), (2, 2)]
+    assert steps[0] == (0, 14) and (7, 14) in steps and steps[-1] == (14, 14)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +120,87 @@ def test_a_quantized_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> 
     quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
     with pytest.raises(Incompatible, match="quantized already"):
         next(walk(open_checkpoint(tmp_path / "q"), tiny_windows(), context=Context()))
+
+
+def scale_down(block: Block) -> Outcome:
+    """Halves what reads the input of the MLP, so that every block shows in those behind it."""
+    for shared in block.each_input():
+        if "mlp.up_proj" in shared.layers:
+            block.linear("mlp.up_proj").weight.mul_(0.5 + float(shared.second_moment.diagonal().mean()) / 10)
+    return Outcome(counts={"seen": 1.0}, layers={"mlp.up_proj": {"index": float(block.index)}}, warnings=[f"block {block.index}"])
+
+
+@pytest.mark.parametrize("spill", [False, True])
+@pytest.mark.parametrize("dies_in", ["compress", "passing on"])
+def test_a_killed_walk_goes_on_at_its_block_and_ends_in_the_same_bytes(
+    tmp_path: Path, dies_in: str, spill: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compression.walk.TOKENS_PER_BATCH", 64)
+    if spill:
+        monkeypatch.setattr("compression.hidden_states.MEMORY_LIMIT", 20_000)
+    source = tiny_checkpoint(tmp_path / "in", layers=4, dtype=torch.bfloat16)
+    windows = tiny_windows(count=5)
+    warned: list[str] = []
+    undisturbed = compress_blocks(source, tmp_path / "whole", windows, scale_down, context=Context())
+
+    def dying(block: Block) -> Outcome:
+        if block.index == 2 and dies_in == "compress":
+            raise KeyboardInterrupt
+        if block.index == 2:
+            monkeypatch.setattr("compression.walk.Walk.passes", None)
+        return scale_down(block)
+
+    with monkeypatch.context() as patch:
+        monkeypatch = patch
+        with pytest.raises((KeyboardInterrupt, TypeError)):
+            compress_blocks(source, tmp_path / "dead", windows, dying, work=tmp_path / "work", context=Context())
+    seen: list[int] = []
+
+    def watched(block: Block) -> Outcome:
+        seen.append(block.index)
+        return scale_down(block)
+
+    counts = compress_blocks(source, tmp_path / "resumed", windows, watched, work=tmp_path / "work", context=Context(warn=warned.append))
+    assert seen == [2, 3]
+    assert counts == undisturbed == {"seen": 4.0}
+    assert warned == [f"block {index}" for index in range(4)]
+    assert file_digests(tmp_path / "resumed") == file_digests(tmp_path / "whole")
+
+
+def test_a_walk_does_not_go_on_from_another(tmp_path: Path, checkpoint: Path) -> None:
+    compress_blocks(checkpoint, tmp_path / "a", tiny_windows(), lambda block: Outcome(), work=tmp_path / "work", context=Context())
+    with pytest.raises(EdgepressError, match="other data or with other settings"):
+        compress_blocks(checkpoint, tmp_path / "b", tiny_windows(seed=1), lambda block: Outcome(), work=tmp_path / "work", context=Context())
+
+
+def test_statistics_of_activations(checkpoint: Path) -> None:
+    windows = tiny_windows()
+    inputs: dict[str, torch.Tensor] = {}
+    model = load_model(checkpoint)
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda _, arguments, name=name: inputs.update({name: arguments[0]}) if arguments else None)
+    with torch.no_grad():
+        model(windows)
+    collect = frozenset({"mean_square", "absmax"})
+    block = next(walk(open_checkpoint(checkpoint), windows, collect=collect, context=Context()))
+    for shared in block.inputs:
+        x = inputs[f"{block.name}.{shared.layers[0]}"].double().flatten(0, 1)
+        assert shared.gram is None
+        torch.testing.assert_close(shared.mean_square.double(), x.square().mean(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(shared.absmax.double(), x.abs().amax(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["opt", "gpt_neox", "stablelm"])
+def test_an_unlisted_decoder_of_linear_layers(tmp_path: Path, model_type: str) -> None:
+    more = {"ffn_dim": 128, "word_embed_proj_dim": 64} if model_type == "opt" else {}
+    source = open_checkpoint(tiny_checkpoint(tmp_path / "in", model_type, tied=model_type == "opt", **more))
+    expected = second_moments(source.path, tiny_windows())
+    found = {f"{b.name}.{path}": s.second_moment for b in walk(source, tiny_windows(), context=Context()) for s in b.inputs for path in s.layers}
+    assert found.keys() == {name for name in expected if name.startswith(source.blocks)}
+    assert source.linear_widths().keys() == {name.removeprefix(f"{source.blocks}.0.") for name in found if ".0." in name}
+
+
+def test_a_decoder_of_other_layers_is_refused(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "in", "mixtral")  # experts in one tensor, chosen by a router
+    with pytest.raises(Incompatible, match="no linear layers"):
+        next(walk(open_checkpoint(source), tiny_windows(), context=Context()))

@@ -12,6 +12,7 @@ from compression.loading import load_model, save_model
 from compression.quantization.gptq import column_order, gptq, inverse_factor, quantize_gptq
 from compression.quantization.grid import Grid, fit_grid
 from compression.quantization.layouts import read_quantized_linears
+from compression.quantization.settings import Codes
 from tests.tiny import tiny_windows
 
 
@@ -45,7 +46,7 @@ def test_codes_are_those_of_the_optimal_update(
 ) -> None:
     monkeypatch.setattr("compression.quantization.gptq.COLUMNS_PER_UPDATE", columns_per_update)
     weight, gram = layer()
-    grid = fit_grid(weight, bits=bits, group_size=8, symmetric=True, gram=gram)
+    grid = fit_grid(weight, Codes(bits, 8), symmetric=True, gram=gram)
     order = column_order(gram) if act_order else None
     factor = inverse_factor(gram, damp_percent=0.01, order=order)
     assert factor is not None
@@ -73,7 +74,7 @@ def test_a_singular_hessian_has_no_factor() -> None:
 def test_a_dead_channel_is_rounded_to_nearest_and_disturbs_no_other() -> None:
     weight, gram = layer()
     gram[5], gram[:, 5] = 0, 0
-    grid = fit_grid(weight, bits=3, group_size=8, symmetric=False, gram=gram)
+    grid = fit_grid(weight, Codes(3, 8), symmetric=False, gram=gram)
     factor = inverse_factor(gram, damp_percent=0.01)
     assert factor is not None
     codes = gptq(weight, grid, factor)
@@ -97,7 +98,7 @@ def test_a_checkpoint_loses_less_than_by_rounding(tmp_path: Path, checkpoint: Pa
     model = load_model(checkpoint)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            grid = fit_grid(module.weight.data, bits=bits, group_size=32, symmetric=symmetric, shrinks=(1.0,))
+            grid = fit_grid(module.weight.data, Codes(bits, 32), symmetric=symmetric, shrinks=(1.0,))
             module.weight.data = grid.dequantize(grid.quantize(module.weight.data))
     save_model(model, tmp_path / "rtn", like=checkpoint)
     assert output_error(checkpoint, tmp_path / "q", windows) < output_error(checkpoint, tmp_path / "rtn", windows)

@@ -1,4 +1,4 @@
-"""The on-disk layouts against big integers, ONNX Runtime GenAI's readers and GPTQModel's."""
+"""The on-disk layouts against big integers and ONNX Runtime GenAI's readers (GPTQModel's: test_gptqmodel.py)."""
 
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from compression.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
 from compression.loading import load_model
-from compression.quantization import check_group_size
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.grid import Grid, diagonal_blocks, fit_grid
@@ -25,6 +24,7 @@ from compression.quantization.layouts import (
     read_quantized_linears,
     unpack,
 )
+from compression.quantization.settings import Codes, plan_codes
 from tests.tiny import tiny_windows
 
 
@@ -80,7 +80,7 @@ def test_a_grid_holds_every_weight_within_half_a_step(seed: int, bits: int, symm
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) * size
     weight[0] = 0
     weight[1] = weight[1].abs()  # one-sided groups
-    grid = fit_grid(weight, bits=bits, group_size=16, symmetric=symmetric, shrinks=(1.0,))
+    grid = fit_grid(weight, Codes(bits, 16), symmetric=symmetric, shrinks=(1.0,))
     assert torch.equal(grid.scales, grid.scales.half().float())
     assert (grid.scales > 0).all()
     assert ((grid.zeros >= 1) & (grid.zeros <= 2**bits - 1) & (grid.zeros == grid.zeros.round())).all()
@@ -99,12 +99,12 @@ def test_shrinking_minimizes_the_output_error_of_each_group() -> None:
     x = torch.randn(100, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
     gram, weight = x.T @ x / len(x), torch.randn(8, 32, generator=generator)
     shrinks = (1.0, 0.9, 0.8, 0.7)
-    fitted = fit_grid(weight, bits=3, group_size=16, symmetric=False, gram=gram, shrinks=shrinks)
+    fitted = fit_grid(weight, Codes(3, 16), symmetric=False, gram=gram, shrinks=shrinks)
     for row in range(8):
         for group, part in enumerate((slice(0, 16), slice(16, 32))):
             inputs = x[:, part].double()
             losses = []
-            for grid in (fitted, *(fit_grid(weight * s, bits=3, group_size=16, symmetric=False, shrinks=(1.0,)) for s in shrinks)):
+            for grid in (fitted, *(fit_grid(weight * s, Codes(3, 16), symmetric=False, shrinks=(1.0,)) for s in shrinks)):
                 delta = (grid.dequantize(grid.quantize(weight)) - weight)[row, part].double()
                 losses.append(float((inputs @ delta).square().mean()))
             assert losses[0] == pytest.approx(min(losses[1:]), rel=1e-4), (row, group)
@@ -112,8 +112,8 @@ def test_shrinking_minimizes_the_output_error_of_each_group() -> None:
 
 def test_inputs_that_overflowed_leave_the_plain_grid() -> None:
     weight, broken = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), torch.full((32, 32), torch.nan)
-    plain = fit_grid(weight, bits=4, group_size=16, symmetric=True, shrinks=(1.0,))
-    assert torch.equal(fit_grid(weight, bits=4, group_size=16, symmetric=True, gram=broken).scales, plain.scales)
+    plain = fit_grid(weight, Codes(4, 16), symmetric=True, shrinks=(1.0,))
+    assert torch.equal(fit_grid(weight, Codes(4, 16), symmetric=True, gram=broken).scales, plain.scales)
 
 
 def test_diagonal_blocks() -> None:
@@ -123,17 +123,17 @@ def test_diagonal_blocks() -> None:
 
 def test_stacked_rows_come_apart() -> None:
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
-    grid: Grid = fit_grid(weight, bits=4, group_size=16, symmetric=True)
+    grid: Grid = fit_grid(weight, Codes(4, 16), symmetric=True)
     codes = grid.quantize(weight)
     assert torch.equal(quantized_linear(codes, grid, rows=slice(3, 8)).dequantize(), grid.dequantize(codes)[3:])
 
 
 def test_group_sizes_are_checked_without_loading_anything(checkpoint: Path) -> None:
     source = open_checkpoint(checkpoint)
-    check_group_size(source, 32, 4)
+    plan_codes(source, bits=4, group_size=32)
     for group_size in (0, 48, 128):
-        with pytest.raises(Incompatible, match=r"self_attn.q_proj, which is 64 wide; .*: 16, 32, 64$") as refused:
-            check_group_size(source, group_size, 4)
+        with pytest.raises(Incompatible, match=r"self_attn.q_proj, which is 64 wide; .*: 16, 32, 64") as refused:
+            plan_codes(source, bits=4, group_size=group_size)
         assert refused.value.key == "group_size"
 
 
@@ -170,22 +170,6 @@ def test_genai_reads_the_same_codes(tmp_path: Path, checkpoint: Path, method: st
         assert (zeros.reshape(ours[name].zeros.shape) == ours[name].zeros.numpy()).all(), name
         seen += 1
     assert seen == 8
-
-
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_gptqmodel_dequantizes_to_the_same_weights(tmp_path: Path, checkpoint: Path, method: str) -> None:
-    reason = "gptqmodel is not installed: transformers with GPTQModel judged nothing (pip install 'edgepress[gptqmodel]')"
-    pytest.importorskip("gptqmodel", reason=reason)
-    from transformers import AutoModelForCausalLM
-
-    quantize = quantize_gptq if method == "gptq" else quantize_awq
-    quantize(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float16, device_map="cpu")
-    ours = load_model(tmp_path / "q")
-    modules = {name: module for name, module in theirs.named_modules() if hasattr(module, "dequantize_weight")}
-    assert len(modules) == 14
-    for name, module in modules.items():
-        assert torch.equal(module.dequantize_weight().T.float(), ours.get_submodule(name).weight.half().float()), name
 
 
 def test_a_dense_checkpoint_has_no_quantized_layers(checkpoint: Path) -> None:

@@ -15,7 +15,8 @@ from compression.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.families import FAMILIES
-from compression.quantization.layouts import QuantizedLinear, awq_config, awq_tensors, gptq_config, gptq_tensors
+from compression.quantization.layouts import QuantizedLinear, awq_tensors, gptq_tensors
+from compression.quantization.settings import awq_config, gptq_config
 from export.gguf.carry import pack
 from export.gguf.writer import export_gguf
 from tests.export.test_gguf import divergence
@@ -91,7 +92,7 @@ def quantized_checkpoint(path: Path, layout: str, bits: int, group_size: int, *,
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     config = json.loads((path / "config.json").read_text())
     settings = (
-        gptq_config(bits=bits, group_size=group_size, symmetric=True, damp_percent=0.01)
+        gptq_config({}, bits=bits, group_size=group_size, symmetric=True)
         if layout == "gptq"
         else awq_config(group_size=group_size)
     )

@@ -1,18 +1,18 @@
-"""Directories that are whole or not there: what a training loop leaves for the process that takes over from it. Imports no torch.
+"""Directories that are whole or not there: what a training loop or a walk leaves for the process that takes over from it. Imports no torch.
 
-A checkpoint is `checkpoint-<step>` below the work directory. It is written beside as `.partial-<step>`, every file is
+A checkpoint of the work is `checkpoint-<step>` below the work directory. It is written beside as `.partial-<step>`, every file is
 fsynced, `complete.json` (sha256 per file) is written last, and the directory is renamed. A process killed at any moment
 leaves either the checkpoint or something that is not taken for one.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from compression.checkpoint import digest_file
 from compression.errors import EdgepressError
+from compression.files import fsync
 
 MARKER = "complete.json"
 KEEP = 2  # the newest, and the one to fall back on where the newest turns out to be damaged
@@ -21,7 +21,7 @@ KEEP = 2  # the newest, and the one to fall back on where the newest turns out t
 def write_checkpoint(workdir: Path, step: int, fill: Callable[[Path], None], *, run: str) -> None:
     """Write `checkpoint-<step>` through `fill(directory)`; older ones but the last are removed.
 
-    run  names the training that the state belongs to; `latest_checkpoint` refuses another's
+    run  names the work that the state belongs to; `latest_checkpoint` refuses another's
     """
     partial, final = workdir / f".partial-{step}", workdir / f"checkpoint-{step}"
     _remove(partial)
@@ -29,13 +29,13 @@ def write_checkpoint(workdir: Path, step: int, fill: Callable[[Path], None], *, 
     fill(partial)
     files = sorted(path for path in partial.iterdir() if path.is_file())
     for file in files:
-        _sync(file)
+        fsync(file)
     (partial / MARKER).write_text(json.dumps({"run": run, "files": {file.name: digest_file(file) for file in files}}))
-    _sync(partial / MARKER)
-    _sync(partial)
+    fsync(partial / MARKER)
+    fsync(partial)
     _remove(final)  # an incomplete one, or this process would have started from it
     partial.rename(final)
-    _sync(workdir)
+    fsync(workdir)
     for old in _checkpoints(workdir)[KEEP:]:
         shutil.rmtree(old)
 
@@ -43,7 +43,7 @@ def write_checkpoint(workdir: Path, step: int, fill: Callable[[Path], None], *, 
 def latest_checkpoint(workdir: Path, *, run: str, warn: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint, or None. Incomplete and damaged ones are named to `warn` and passed over.
 
-    Raises EdgepressError when it belongs to another training than `run`.
+    Raises EdgepressError when it belongs to other work than `run`.
     """
     for partial in workdir.glob(".partial-*"):
         shutil.rmtree(partial)
@@ -51,9 +51,11 @@ def latest_checkpoint(workdir: Path, *, run: str, warn: Callable[[str], None]) -
         damage = _damage(path)
         if damage is None:
             if json.loads((path / MARKER).read_text())["run"] != run:
-                raise EdgepressError(f"{path} belongs to a training with other data or settings; give this one a work directory of its own")
+                raise EdgepressError(
+                    f"{path} belongs to work on other data or with other settings; give this one a work directory of its own"
+                )
             return path
-        warn(f"{path} is not complete ({damage}); training continues from the checkpoint before it")
+        warn(f"{path} is not complete ({damage}); work continues from the one before it")
     return None
 
 
@@ -82,12 +84,3 @@ def _checkpoints(workdir: Path) -> list[Path]:
 def _remove(path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    """fsync a file, or a directory's entries."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,147 @@
+"""Depth pruning: whole blocks leave, so that a shallower ordinary model remains."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.context import Context
+from compression.errors import Incompatible
+from compression.loading import copy_tokenizer, load_model
+from compression.pruning.kept import read_kept, write_kept
+from compression.pruning.masks import MaskWriter, read_masks
+from compression.pruning.structure import DepthCriterion, blocks_left, depth_config
+from compression.shards import CheckpointWriter, read_tensors
+from compression.walk import walk
+
+TOKENS_PER_FORWARD = 1024
+
+
+def prune_depth(
+    checkpoint: Path,
+    out: Path,
+    windows: torch.Tensor | None = None,
+    *,
+    drop: int | None = None,
+    keep: float | None = None,
+    blocks: Sequence[int] | None = None,
+    criterion: DepthCriterion = "influence",
+    context: Context,
+) -> dict[str, float]:
+    """Remove whole decoder blocks and write the shallower model to `out`, its blocks numbered anew.
+
+    windows    calibration token ids, int64 [count, length]; not needed with `blocks`
+    drop, keep, blocks   one of them: how many blocks leave, the share that stays (rounded to the nearest number), or which leave, from 0
+    criterion  influence: those with the least `block_influence`, all at once; perplexity: `redundant_blocks`, one after another
+
+    Masks follow their blocks. `kept.safetensors` (compression/pruning/kept.py) says which blocks remain. The influence of every block
+    (step: the block), or the calibration perplexity after each removal (step: how many are removed), goes to `context.metrics`.
+
+    Returns `kept_ratio`, `num_hidden_layers` and `parameters_ratio`.
+    Raises Incompatible for a quantized checkpoint, for a number of blocks that cannot be, and where `windows` are missing.
+    """
+    source = open_checkpoint(checkpoint)
+    if source.layout != "dense":
+        raise Incompatible(f"{checkpoint} is {source.layout}; depth pruning takes a dense checkpoint")
+    gone = _chosen(source, windows, blocks_left(source, drop=drop, keep=keep, blocks=blocks), blocks, criterion, context)
+    kept = [block for block in range(source.num_layers) if block not in gone]
+    config = depth_config(source, kept)
+    listed = source.family.blocks
+    writer, masks = CheckpointWriter(out), MaskWriter(out)
+    earlier = read_kept(checkpoint)
+    remaining = {name: indices for name, indices in earlier.items() if not name.startswith(f"{listed}.")}
+    for index, block in enumerate(kept):
+        context.progress(index, len(kept), f"block {block} becomes block {index}")
+        before, after = f"{listed}.{block}.", f"{listed}.{index}."
+        writer.add(_renamed(read_tensors(checkpoint, [name for name in source.tensors if name.startswith(before)]), before, after))
+        masks.add(_renamed(read_masks(checkpoint, prefix=before), before, after))
+        remaining |= _renamed(earlier, before, after)
+    writer.add(read_tensors(checkpoint, [name for name in source.tensors if not name.startswith(f"{listed}.")]))
+    masks.finish()
+    copy_tokenizer(checkpoint, out)
+    write_kept(out, remaining, {listed: torch.tensor(kept, dtype=torch.int32)})
+    writer.finish(config)
+    context.progress(len(kept), len(kept), "pruned")
+    size = sum(info.numel for info in source.tensors.values())
+    return {
+        "kept_ratio": len(kept) / source.num_layers,
+        "num_hidden_layers": float(len(kept)),
+        "parameters_ratio": sum(info.numel for info in open_checkpoint(out).tensors.values()) / size,
+    }
+
+
+def _renamed(entries: Mapping[str, torch.Tensor], before: str, after: str) -> dict[str, torch.Tensor]:
+    """The entries whose names begin with `before`, beginning with `after` instead."""
+    return {after + name.removeprefix(before): tensor for name, tensor in entries.items() if name.startswith(before)}
+
+
+def _chosen(
+    source: Checkpoint, windows: torch.Tensor | None, left: int, blocks: Sequence[int] | None, criterion: DepthCriterion, context: Context
+) -> set[int]:
+    """The blocks that leave."""
+    if blocks is not None:
+        return set(blocks)
+    if windows is None:
+        raise Incompatible(f"criterion {criterion} needs calibration windows; blocks names blocks without any", key="criterion")
+    count = source.num_layers - left
+    if criterion == "perplexity":
+        return set(redundant_blocks(source, windows, count, context=context))
+    influence = block_influence(source, windows, context=context)
+    for block, value in enumerate(influence.tolist()):
+        context.metrics({"block_influence": value}, block)
+    return set(influence.argsort(stable=True)[:count].tolist())
+
+
+def block_influence(checkpoint: Checkpoint, windows: torch.Tensor, *, context: Context) -> torch.Tensor:
+    """One minus the mean cosine of a block's input and output over all tokens (Men et al., ShortGPT, arXiv 2403.03853): float64 [blocks]."""
+    influence = []
+    for block in walk(checkpoint, windows, collect=frozenset(), context=context):
+        cosines = [F.cosine_similarity(before.double(), after.double(), dim=-1).flatten() for before, after in block.passes()]
+        influence.append(1 - torch.cat(cosines).mean())
+    return torch.stack(influence).cpu()
+
+
+def redundant_blocks(checkpoint: Checkpoint, windows: torch.Tensor, count: int, *, context: Context) -> list[int]:
+    """The blocks whose removal raises the calibration perplexity least, in the order of their removal; of equal ones the first.
+
+    Greedy (Song et al., SLEB, arXiv 2402.09025): every round leaves out each block that is still there, alone, and removes the best.
+    That takes about count · blocks runs of the windows; the whole model is loaded (float32 on the CPU, else in its dtype).
+    """
+    on_cpu = torch.device(context.device).type == "cpu"
+    model = load_model(checkpoint.path, dtype=torch.float32 if on_cpu else None, device=context.device)
+    layers = model.get_submodule(checkpoint.family.blocks)
+    assert isinstance(layers, torch.nn.ModuleList)
+    remaining = list(range(checkpoint.num_layers))
+    gone: list[int] = []
+    done, runs = 0, sum(checkpoint.num_layers - removed for removed in range(count))
+    while len(gone) < count:
+        losses = {}
+        for block in remaining:
+            context.progress(done, runs, f"calibration without block {block}")
+            layers[block].forward = _skip  # in its place, since a block's mask and positions go by its number
+            losses[block] = _mean_loss(model, windows.to(context.device))
+            del layers[block].forward
+            done += 1
+        best = min(losses, key=lambda block: losses[block])
+        layers[best].forward = _skip
+        remaining.remove(best)
+        gone.append(best)
+        context.metrics({"calibration_perplexity": math.exp(losses[best])}, len(gone))
+    return gone
+
+
+def _skip(hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return hidden_states
+
+
+@torch.no_grad()
+def _mean_loss(model: torch.nn.Module, windows: torch.Tensor) -> float:
+    """Mean cross-entropy of all next tokens, in nats."""
+    total = 0.0
+    for ids in windows.split(max(1, TOKENS_PER_FORWARD // windows.shape[1])):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        total += F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").double().sum().item()
+    return total / windows[:, 1:].numel()

@@ -1,0 +1,66 @@
+"""SparseGPT: prune column by column, and let the columns still to come make up for it (Frantar and Alistarh, arXiv 2301.00774)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from compression.pruning.selection import PRUNED, keep_n_of_m, keep_strongest
+from compression.quantization.gptq import inverse_factor
+
+COLUMNS_PER_SELECTION = 128  # the columns among which the weights to prune are chosen, once all before them are settled
+
+
+def sparsegpt(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    *,
+    rows: Sequence[int],
+    sparsity: float,
+    group: tuple[int, int] | None = None,
+    kept: torch.Tensor | None = None,
+    damp_percent: float = 0.01,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Prune layers that share an input; None where their Hessian cannot be inverted.
+
+    weight  float32 [out, in]: the layers' weights, stacked
+    gram    float32 [in, in]: the mean of x xᵀ over their inputs
+    rows    output channels of each layer; the weights to prune are chosen layer by layer
+    group   keep n of each m neighbours of a row, instead of `sparsity` of a layer's run of `COLUMNS_PER_SELECTION` columns
+    kept    bool [out, in]; what it prunes stays pruned
+
+    Returns the new weight [out, in] with zeros where it is pruned, and the mask, bool [out, in], true where a weight is kept.
+
+    With H⁻¹ = UᵀU (`inverse_factor`), pruning w_ij costs w_ij² / U_jj² once all columns before j are settled; the error w_ij / U_jj,
+    times U_j,j+1…, is taken off the columns that follow: at once within the run, in one product for the rest. The weights of
+    an input that is always zero cost nothing and go first.
+    """
+    factor = inverse_factor(gram, damp_percent=damp_percent)
+    if factor is None:
+        return None
+    diagonal = factor.diagonal()
+    cost_scale = torch.where(gram.diagonal() > 0, diagonal.reciprocal().square(), 0).unsqueeze(1)
+    columns = weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]: a column is contiguous
+    keep = torch.ones_like(columns, dtype=torch.bool) if kept is None else kept.T.clone(memory_format=torch.contiguous_format)
+    run = COLUMNS_PER_SELECTION if group is None else COLUMNS_PER_SELECTION // group[1] * group[1]
+    errors = torch.empty(run, columns.shape[1], dtype=columns.dtype, device=columns.device)
+    scales = diagonal.tolist()
+
+    def choose(span: slice) -> torch.Tensor:
+        costs = (columns[span].square() * cost_scale[span]).masked_fill_(~keep[span], PRUNED)
+        if group is not None:
+            return keep_n_of_m(costs.T, *group).T
+        layers = costs.split(tuple(rows), dim=1)
+        return torch.cat([keep_strongest(layer.reshape(1, -1), sparsity).view(layer.shape) for layer in layers], dim=1)
+
+    for start in range(0, len(columns), run):
+        end = min(start + run, len(columns))
+        for j in range(start, end):
+            if (j - start) % (run if group is None else group[1]) == 0:
+                span = slice(j, end if group is None else j + group[1])
+                keep[span] &= choose(span)
+            error = columns[j].masked_fill(keep[j], 0).div_(scales[j])
+            columns[j].masked_fill_(~keep[j], 0)
+            columns[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
+            errors[j - start] = error
+        columns[end:].addmm_(factor[start:end, end:].T, errors[: end - start], alpha=-1)
+    return columns.T.contiguous(), keep.T.contiguous()

@@ -1,0 +1,137 @@
+"""What is left of a model's config when whole neurons, heads or blocks leave it. Planning imports this module: no torch here."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from compression.checkpoint import Checkpoint
+from compression.errors import Incompatible
+from compression.pruning import pruned_width
+
+WidthCriterion = Literal["l2", "activation", "taylor", "random"]
+DepthCriterion = Literal["influence", "perplexity"]
+Heads = Literal["groups", "queries"]
+
+# Their config classes refuse any other number of heads (validate_architecture), though head_dim makes it well defined.
+_HEADS_DIVIDE_HIDDEN_SIZE = frozenset({"llama", "gemma3_text"})
+
+
+def head_counts(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Query heads and key/value heads of a config."""
+    queries = config["num_attention_heads"]
+    return queries, config.get("num_key_value_heads") or queries
+
+
+def width_config(checkpoint: Checkpoint, *, keep: float, keep_heads: float, heads: Heads, multiple_of: int) -> dict[str, Any]:
+    """The config of a checkpoint that keeps the share `keep` of its MLP neurons and `keep_heads` of its query heads in every block.
+
+    Neurons: the nearest multiple of `multiple_of`, all of them for keep 1. Heads: `pruned_heads`; head_dim is written out, since
+    hidden_size / num_attention_heads no longer gives it.
+
+    Raises Incompatible with the key at fault, UnusableModel for an unlisted family.
+    """
+    kept: dict[str, Any] = {"intermediate_size": checkpoint.intermediate_size}
+    if keep != 1:
+        kept["intermediate_size"] = pruned_width(checkpoint.intermediate_size, keep, multiple_of)
+    if keep_heads != 1:
+        queries, groups = pruned_heads(checkpoint, keep_heads, heads)
+        kept |= {"num_attention_heads": queries, "num_key_value_heads": groups, "head_dim": checkpoint.head_dim}
+    return checkpoint.config | kept
+
+
+def pruned_heads(checkpoint: Checkpoint, keep_heads: float, heads: Heads) -> tuple[int, int]:
+    """(query heads, key/value heads) after keeping the share `keep_heads` of the query heads: the nearest number, at least one.
+
+    groups   a key/value head leaves together with the query heads that read it
+    queries  every key/value head stays, and loses the same number of its query heads
+
+    Raises Incompatible for a share outside (0, 1], a model whose heads cannot leave in this way, or a number of heads that transformers
+    does not open.
+    """
+    if not 0 < keep_heads <= 1:
+        raise Incompatible(f"keep_heads {keep_heads} is no share of the heads: it lies above 0 and at most at 1", key="keep_heads")
+    model, (queries, groups) = checkpoint.model_type, head_counts(checkpoint.config)
+    per_group = queries // groups
+    if heads == "queries" and per_group == 1:
+        raise Incompatible(
+            f"each of the {groups} key/value heads of {checkpoint.path} is read by one query head, so none can leave alone; "
+            "heads: groups removes them with their query head",
+            key="heads",
+        )
+    _refuse_scaled_rotation(checkpoint)
+    choices = (
+        [(per_group * n, n) for n in range(1, groups + 1)] if heads == "groups" else [(groups * n, groups) for n in range(1, per_group + 1)]
+    )
+    # Halves round up, as in `pruned_width`
+    chosen = choices[max(math.floor(len(choices) * keep_heads + 0.5), 1) - 1]
+    if model in _HEADS_DIVIDE_HIDDEN_SIZE and checkpoint.hidden_size % chosen[0]:
+        working = [n / queries for n, _ in choices if checkpoint.hidden_size % n == 0]
+        raise Incompatible(
+            f"keep_heads {keep_heads} leaves {chosen[0]} of {queries} query heads, and transformers opens a {model} model only where their number "
+            f"divides hidden_size ({checkpoint.hidden_size}); shares that work: {', '.join(f'{share:.4g}' for share in working)}",
+            key="keep_heads",
+        )
+    return chosen
+
+
+def _refuse_scaled_rotation(checkpoint: Checkpoint) -> None:
+    """Phi3Config wants a factor for every rotary frequency, and counts these as hidden_size / heads / 2 whatever head_dim says."""
+    rotation = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
+    if checkpoint.model_type == "phi3" and ("short_factor" in rotation or "long_factor" in rotation):
+        raise Incompatible(
+            f"{checkpoint.path} scales its rotary frequencies one by one (longrope), and transformers opens such a phi3 model only with "
+            "hidden_size / head_dim heads; prune its neurons (keep) or blocks (prune.depth) instead",
+            key="keep_heads",
+        )
+
+
+def blocks_left(checkpoint: Checkpoint, *, drop: int | None = None, keep: float | None = None, blocks: Sequence[int] | None = None) -> int:
+    """How many blocks remain. One of the three is given: how many leave, the share that stays (nearest, at least one), or which leave.
+
+    Raises Incompatible with the key at fault.
+    """
+    if sum(value is not None for value in (drop, keep, blocks)) != 1:
+        raise Incompatible("give one of drop (how many blocks leave), keep (the share that stays) and blocks (which leave)", key="drop")
+    total = checkpoint.num_layers
+    if drop is not None and not 0 < drop < total:
+        raise Incompatible(f"drop {drop} leaves nothing or removes nothing of {total} blocks; it lies from 1 to {total - 1}", key="drop")
+    if keep is not None and not 0 < keep <= 1:
+        raise Incompatible(f"keep {keep} is no share of the blocks: it lies above 0 and at most at 1", key="keep")
+    if blocks is not None and (not blocks or set(blocks) >= set(range(total)) or len(set(blocks)) < len(blocks)):
+        raise Incompatible(f"blocks {list(blocks)} names no block, one twice, or all {total}", key="blocks")
+    wrong = [block for block in blocks or () if not 0 <= block < total]
+    if wrong:
+        raise Incompatible(f"blocks names {wrong}, and {checkpoint.path} has blocks 0 to {total - 1}", key="blocks")
+    if keep is not None:
+        return max(math.floor(total * keep + 0.5), 1)
+    return total - (drop or len(blocks or ()))
+
+
+def depth_config(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]:
+    """The config of a checkpoint with only the blocks `kept` (ascending): what differs from block to block goes with its block.
+
+    Raises UnusableModel for an unlisted family.
+    """
+    assert checkpoint.family  # an unlisted one may tell its blocks apart in ways that are not known here
+    config = checkpoint.config | _implied(checkpoint)
+    for name in ("layer_types", "no_rope_layers"):
+        if config.get(name) is not None:
+            config[name] = [config[name][block] for block in kept]
+    if config.get("max_window_layers") is not None:  # the blocks below it attend to everything, the others to a window
+        config["max_window_layers"] = sum(block < config["max_window_layers"] for block in kept)
+    return config | {"num_hidden_layers": len(kept)}
+
+
+def _implied(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What transformers derives from the number of a block where the config is silent, written out for the blocks as they are now."""
+    config, numbers = checkpoint.config, range(1, checkpoint.num_layers + 1)
+    match checkpoint.model_type:
+        case "gemma3_text" if config.get("layer_types") is None:
+            pattern = config.get("sliding_window_pattern", 6)
+            return {"layer_types": ["sliding_attention" if number % pattern else "full_attention" for number in numbers]}
+        case "smollm3" if config.get("no_rope_layers") is None:
+            interval = config.get("no_rope_layer_interval", 4)
+            return {"no_rope_layers": [int(number % interval != 0) for number in numbers]}
+        case "qwen2" | "qwen3" if "max_window_layers" not in config:
+            return {"max_window_layers": 28}
+    return {}

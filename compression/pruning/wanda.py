@@ -1,0 +1,36 @@
+"""Wanda: a weight is worth its size times that of its input, among the weights of its row (Sun et al., arXiv 2306.11695)."""
+
+import torch
+
+from compression.pruning.selection import PRUNED, keep_n_of_m, keep_strongest
+
+
+def wanda_scores(weight: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+    """|w_ij| · √mean(x_j²), float32 [out, in].
+
+    weight       [out, in]
+    mean_square  [in], of the layer's inputs; the paper's ‖x_j‖₂ but for a factor that is the same for all j
+    """
+    return weight.float().abs() * mean_square.sqrt()
+
+
+def wanda(
+    weight: torch.Tensor,
+    mean_square: torch.Tensor,
+    *,
+    sparsity: float,
+    group: tuple[int, int] | None = None,
+    kept: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prune the lowest `wanda_scores` of each row: the pruned weight and its mask, both [out, in].
+
+    group  keep n of each m neighbours instead of the share `1 - sparsity` of a row
+    kept   bool [out, in]; what it prunes stays pruned, and counts
+    """
+    scores = wanda_scores(weight, mean_square)
+    if kept is not None:
+        scores.masked_fill_(~kept, PRUNED)
+    mask = keep_n_of_m(scores, *group) if group else keep_strongest(scores, sparsity)
+    if kept is not None:
+        mask &= kept
+    return weight.masked_fill(~mask, 0), mask

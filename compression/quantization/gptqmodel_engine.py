@@ -1,0 +1,156 @@
+"""GPTQModel 7.6 (the successor of AutoGPTQ) as a second engine for GPTQ and AWQ: the same windows, the same layouts, another implementation."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.context import Context
+from compression.errors import EdgepressError, Incompatible, MissingExtra, UnusableData
+from compression.loading import copy_tokenizer
+from compression.quantization.layouts import AWQ_BITS
+from compression.quantization.settings import awq_config, gptq_config, plan_codes
+from compression.shards import CheckpointWriter, read_tensors, shard_files
+
+SHORTEST_WINDOW = 10  # GPTQModel drops shorter calibration rows
+AWQ_ROWS = 64  # in which it searches clips
+LAST_WORDS = 2000  # characters
+QUANTIZED = ("qweight", "qzeros", "scales", "g_idx")
+
+Method = Literal["gptq", "awq"]
+
+
+def quantize_with_gptqmodel(
+    checkpoint: Path,
+    out: Path,
+    windows: torch.Tensor,
+    *,
+    method: Method = "gptq",
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    damp_percent: float = 0.01,
+    act_order: bool = True,
+    context: Context,
+) -> dict[str, float]:
+    """Quantize every linear layer of every block of a dense checkpoint with GPTQModel; write a GPTQ or AWQ GEMM checkpoint to `out`.
+
+    windows  calibration token ids, int64 [count, length]
+    `symmetric`, `damp_percent` and `act_order` (with static groups: storage order) are GPTQ's; AWQ always has zero points.
+    GPTQModel runs in a process of its own, with torch's threads of this one; GPTQ in float32 on the CPU. Embeddings, head, norms and
+    tokenizer files keep the form they have in `checkpoint`.
+
+    Returns `fallback_layers`: layers that GPTQModel rounded to nearest; `damped_layers`: those whose Hessian it could invert only with
+    more than `damp_percent`.
+    Raises MissingExtra without GPTQModel; Incompatible for a quantized or masked checkpoint (GPTQModel keeps no masks), bits, a group
+    size or widths that do not fit; UnusableData for windows it would drop; EdgepressError with its last words when it fails.
+    """
+    source = open_checkpoint(checkpoint)
+    _check(source, windows, method, bits, group_size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gptqmodel-", dir=out.parent) as folder:
+        settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "offload_to_disk_path": f"{folder}/offload"}
+        if method == "gptq":
+            settings |= {"sym": symmetric, "damp_percent": damp_percent, "desc_act": act_order, "static_groups": act_order}
+            planned = plan_codes(source, bits=bits, group_size=group_size)
+            config = gptq_config(planned, bits=bits, group_size=group_size, symmetric=symmetric, damp_percent=damp_percent)
+        else:
+            settings |= {"sym": False, "fallback": None}  # what it cannot calibrate is an error
+            config = awq_config(group_size=group_size)
+        job = {
+            "model": str(checkpoint.resolve()), "config": f"{method.upper()}Config", "settings": settings, "windows": windows.tolist(),
+            "dtype": _dtype(source, method, context.device), "device": context.device, "threads": torch.get_num_threads(), "out": f"{folder}/saved",
+        }  # fmt: skip
+        log = _run(job, Path(folder) / "printed", source.num_layers, context)
+        _rewrite(source, Path(folder) / "saved", out, config)
+    return told(log, damp_percent, context)
+
+
+def told(log: list[dict[str, Any]], damp_percent: float, context: Context) -> dict[str, float]:
+    """What GPTQModel did otherwise than asked, from its log: counted, and said as warnings."""
+    layers = {f"block {entry['layer']} {entry['module']}": entry for entry in log}
+    rounded = [layer for layer, entry in layers.items() if "fallback" in entry["loss"]]
+    # Its log has five decimals. AWQ damps nothing.
+    damped = [layer for layer, entry in layers.items() if entry["damp"] and float(entry["damp"]) > damp_percent + 1e-5]
+    if rounded:
+        context.warn(f"GPTQModel rounded to nearest: {', '.join(rounded)}")
+    if damped:
+        context.warn(f"GPTQModel raised damp_percent from {damp_percent} to invert the Hessian of {', '.join(damped)}")
+    return {"fallback_layers": float(len(rounded)), "damped_layers": float(len(damped))}
+
+
+def _check(source: Checkpoint, windows: torch.Tensor, method: Method, bits: int, group_size: int) -> None:
+    if find_spec("gptqmodel") is None:
+        raise MissingExtra("gptqmodel", "gptqmodel", "engine: gptqmodel")
+    if source.layout != "dense":
+        raise Incompatible(f"{source.path} is quantized already ({source.layout}); GPTQModel takes a dense checkpoint", key="model")
+    if source.sparse:
+        raise Incompatible(f"{source.path} carries masks, which GPTQModel does not keep; engine: edgepress does", key="engine")
+    choices = (2, 3, 4, 8) if method == "gptq" else (AWQ_BITS,)
+    if bits not in choices:
+        raise Incompatible(f"{method} with GPTQModel has {', '.join(map(str, choices))} bits, not {bits}", key="bits")
+    plan_codes(source, bits=bits, group_size=group_size)
+    for layer, (rows, _) in source.linear_widths().items() if method == "awq" else ():
+        if rows % AWQ_ROWS:
+            raise Incompatible(
+                f"GPTQModel's AWQ searches clips in runs of {AWQ_ROWS} outputs, and {layer} has {rows}; engine: edgepress takes any",
+                key="engine",
+            )
+    if windows.dtype != torch.int64 or windows.dim() != 2 or windows.shape[1] < SHORTEST_WINDOW:
+        raise UnusableData(
+            f"GPTQModel needs calibration windows int64 [count, {SHORTEST_WINDOW} tokens or more], not {windows.dtype} {list(windows.shape)}"
+        )
+
+
+def _dtype(source: Checkpoint, method: Method, device: str) -> str:
+    """The checkpoint's, but float32 for GPTQ on the CPU, and half precision for AWQ, which takes no other."""
+    if method == "awq":
+        return "float16" if source.dtype == "float32" else source.dtype
+    return "float32" if torch.device(device).type == "cpu" else source.dtype
+
+
+def _run(job: dict[str, Any], printed: Path, blocks: int, context: Context) -> list[dict[str, Any]]:
+    """GPTQModel's log, an entry a layer. What it prints goes to the file `printed`."""
+    child = Path(__file__).with_name("gptqmodel_child.py")
+    reading, writing = os.pipe()
+    answer: dict[str, Any] = {}
+    with os.fdopen(reading) as answers, printed.open("wb") as output, subprocess.Popen(
+        [sys.executable, "-P", str(child), str(writing)],
+        stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, text=True, pass_fds=(writing,),
+    ) as process:  # fmt: skip
+        os.close(writing)
+        try:
+            assert process.stdin is not None
+            with process.stdin:
+                process.stdin.write(json.dumps(job))
+            for answer in map(json.loads, answers):
+                if "done" in answer:
+                    context.progress(answer["done"], blocks, f"block {answer['done']} of {blocks}")
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode or "log" not in answer:
+        raise EdgepressError(
+            f"GPTQModel failed (exit code {process.returncode}): {printed.read_text(errors='replace').strip()[-LAST_WORDS:]}"
+        )
+    return answer["log"]
+
+
+def _rewrite(source: Checkpoint, saved: Path, out: Path, config: dict[str, Any]) -> None:
+    """GPTQModel's checkpoint as one of ours: what is not quantized in the dtype it had, our config, the same tokenizer, nothing else."""
+    writer = CheckpointWriter(out)
+    for name in shard_files(saved):
+        (tensor,) = read_tensors(saved, [name]).values()
+        if name.rpartition(".")[2] in QUANTIZED:
+            writer.add({name: tensor})
+        elif name in source.tensors:
+            writer.add({name: tensor.to(read_tensors(source.path, [name])[name].dtype)})
+    copy_tokenizer(source.path, out)
+    writer.finish(source.config | {"quantization_config": config})

@@ -1,0 +1,68 @@
+"""What the weight-only methods share: stacking layers that read one input, and gathering what they became."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from compression.calibration import Outcome
+from compression.quantization.grid import Grid
+from compression.quantization.layouts import QuantizedLinear, gptq_tensors, quantized_linear
+from compression.quantization.settings import Codes
+from compression.walk import Block
+
+
+def alike(block: Block, layers: tuple[str, ...], planned: Mapping[str, Codes | None]) -> Iterator[tuple[tuple[str, ...], Codes]]:
+    """Of layers that share an input, those with the same codes together; those that stay as they are left out."""
+    groups: dict[Codes, list[str]] = {}
+    for path in layers:
+        codes = planned.get(f"{block.name}.{path}")
+        if codes is not None:
+            groups.setdefault(codes, []).append(path)
+    yield from ((tuple(paths), codes) for codes, paths in groups.items())
+
+
+def stacked(block: Block, paths: tuple[str, ...]) -> torch.Tensor:
+    """The weights of layers that share an input, rows of one below those of the other: a new float32 [out, in]."""
+    return torch.cat([block.linear(path).weight.float() for path in paths])
+
+
+def output_power(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """E(w·x)² of each row: diag(W·H·Wᵀ), float32 [out]."""
+    return ((weight @ gram) * weight).sum(1)
+
+
+class RoundedLayers:
+    """Gathers the layers of a block as they are rounded, and puts the rounded weights in place."""
+
+    def __init__(self, block: Block, layout: Callable[[QuantizedLinear], dict[str, torch.Tensor]] = gptq_tensors):
+        self._block, self._layout = block, layout
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._report: dict[str, dict[str, float]] = {}
+        self._fallbacks: list[tuple[tuple[str, ...], str]] = []
+
+    def add(self, paths: tuple[str, ...], weight: torch.Tensor, codes: torch.Tensor, grid: Grid, gram: torch.Tensor) -> None:
+        """Take the codes [out, in] of layers whose stacked weights [out, in] read inputs of second moment `gram`."""
+        start = 0
+        for path in paths:
+            layer = self._block.linear(path)
+            rows = slice(start, start + layer.out_features)
+            start = rows.stop
+            rounded = quantized_linear(codes, grid, rows)
+            layer.weight.copy_(rounded.dequantize())
+            power = output_power(weight[rows], gram).sum()
+            error = output_power(layer.weight.float() - weight[rows], gram).sum()
+            self._report[path] = {
+                "relative_error": float(error / power) if power > 0 else 0.0,
+                "bits": rounded.bits, "group_size": rounded.group_size, "weights": layer.weight.numel(),
+            }  # fmt: skip
+            self._tensors |= {f"{path}.{suffix}": tensor for suffix, tensor in self._layout(rounded).items()}
+
+    def fall_back(self, paths: tuple[str, ...], reason: str) -> None:
+        """Count layers that could not be treated as the others."""
+        self._fallbacks.append((paths, reason))
+
+    def outcome(self) -> Outcome:
+        """What became of the block."""
+        counts = {"fallback_layers": float(len({path for paths, _ in self._fallbacks for path in paths}))}
+        warnings = [f"{', '.join(f'{self._block.name}.{path}' for path in paths)}: {reason}" for paths, reason in self._fallbacks]
+        return Outcome(self._tensors, counts=counts, layers=self._report, warnings=warnings)

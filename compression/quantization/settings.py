@@ -1,0 +1,166 @@
+"""How many bits each layer gets and in which groups, and how `quantization_config` says so. Planning imports this module: no torch here.
+
+A pattern names layers by their path in the model, `*` standing for any characters: `*.down_proj`, `model.layers.0.*`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compression.checkpoint import Checkpoint
+from compression.errors import Incompatible
+
+ROW = -1  # group size: one group, the whole row
+GROUP_SIZES = (256, 128, 64, 32, 16)
+FLOAT_BITS = 16  # of a layer that stays as it is
+
+Misfit = Literal["refuse", "smaller_group"]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What a layer is rounded to: bits of a weight, and input channels that share a scale (`ROW`: all of them).
+
+    misfit  the group is smaller than was asked for, which does not divide the layer's width
+    """
+
+    bits: int
+    group_size: int
+    misfit: bool = field(default=False, compare=False)
+
+    def width(self, in_features: int) -> int:
+        """Input channels in a group."""
+        return in_features if self.group_size == ROW else self.group_size
+
+
+class Override(BaseModel):
+    """Bits and groups of the layers that a pattern names; what is left out is as for all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Annotated[Literal[2, 3, 4, 8, 16] | None, Field(description="Bits of a weight; 16 leaves the layers as they are.")] = None
+    group_size: Annotated[int | None, Field(ge=-1, description="Input channels that share a scale; -1 for a row.")] = None
+
+
+Overrides = Mapping[str, Override]
+
+
+def plan_codes(
+    checkpoint: Checkpoint, *, bits: int, group_size: int, layers: Overrides | None = None, misfit: Misfit = "refuse"
+) -> dict[str, Codes | None]:
+    """The codes of every linear layer of every block by its path in the model; None where it stays as it is.
+
+    layers  by pattern; the first that fits a layer counts
+    misfit  what becomes of a layer whose width the group size does not divide: "refuse", or "smaller_group", the largest of
+            `GROUP_SIZES` below it that does
+    Raises Incompatible (key "group_size", "bits" or "layers") naming the layer and what would fit.
+    """
+    shapes = checkpoint.linear_widths()
+    planned: dict[str, Codes | None] = {}
+    unused = set(layers or {})
+    for index in range(checkpoint.num_layers):
+        for path, shape in shapes.items():
+            module = f"{checkpoint.blocks}.{index}.{path}"
+            pattern = next((pattern for pattern in layers or {} if re.match(_regex(pattern), module)), None)
+            unused.discard(pattern or "")
+            override = (layers or {})[pattern] if pattern is not None else Override()
+            wanted = Codes(override.bits or bits, override.group_size or group_size)
+            planned[module] = None if wanted.bits == FLOAT_BITS else _fit(checkpoint, path, shape, wanted, misfit)
+    if unused:
+        raise Incompatible(f"no layer fits the pattern {', '.join(sorted(unused))}; layers are called {module}", key="layers")
+    return planned
+
+
+def _fit(checkpoint: Checkpoint, path: str, shape: tuple[int, int], wanted: Codes, misfit: Misfit) -> Codes:
+    out_features, in_features = shape
+    size = wanted.width(in_features)
+    if size < 1 or in_features % size:
+        smaller = [fitting for fitting in GROUP_SIZES if fitting < size and in_features % fitting == 0]
+        if misfit == "refuse" or not smaller:
+            every = [g for g in sorted(GROUP_SIZES) if all(width % g == 0 for _, width in checkpoint.linear_widths().values())]
+            raise Incompatible(
+                f"group_size {wanted.group_size} does not divide {path}, which is {in_features} wide; group sizes that divide every layer: "
+                f"{', '.join(map(str, every)) or 'none of ' + ', '.join(map(str, sorted(GROUP_SIZES)))}"
+                + ("; or misfit: smaller_group" if smaller else ""),
+                key="group_size",
+            )
+        wanted = Codes(wanted.bits, smaller[0], misfit=True)
+    for width in shape:
+        if width * wanted.bits % 32:
+            raise Incompatible(
+                f"{wanted.bits}-bit codes of {path} ({out_features} x {in_features}) do not fill whole 32-bit words; "
+                f"{width} x {wanted.bits} bits must be a multiple of 32",
+                key="bits",
+            )
+    return wanted
+
+
+def gptq_config(
+    planned: Mapping[str, Codes | None], *, bits: int, group_size: int, symmetric: bool, layers: Overrides | None = None, **more: Any
+) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint in the GPTQ layout; layers that differ stand under `dynamic`, as GPTQModel reads it.
+
+    `desc_act` is false: act-order with static groups leaves storage order.
+    """
+    rules = {f"^{re.escape(module)}$": codes for module, codes in planned.items() if codes is not None and codes.misfit}
+    rules |= {_regex(pattern): Codes(o.bits or bits, o.group_size or group_size) for pattern, o in (layers or {}).items()}
+    dynamic: dict[str, dict[str, int]] = {}
+    for rule, codes in rules.items():
+        left = codes.bits == FLOAT_BITS
+        dynamic[f"-:{rule}" if left else f"+:{rule}"] = {} if left else {"bits": codes.bits, "group_size": codes.group_size}
+    return {
+        "quant_method": "gptq", "checkpoint_format": "gptq", "bits": bits, "group_size": group_size, "sym": symmetric,
+        "desc_act": False, "lm_head": False, "pack_dtype": "int32", **({"dynamic": dynamic} if dynamic else {}), **more,
+    }  # fmt: skip
+
+
+def plan_gptq(
+    checkpoint: Checkpoint, *, bits: int, group_size: int, symmetric: bool, layers: Overrides | None = None, misfit: Misfit = "refuse"
+) -> Checkpoint:
+    """The checkpoint in the GPTQ layout that a dense one will become. Raises what `plan_codes` does."""
+    planned = plan_codes(checkpoint, bits=bits, group_size=group_size, layers=layers, misfit=misfit)
+    config = gptq_config(planned, bits=bits, group_size=group_size, symmetric=symmetric, layers=layers)
+    return replace(checkpoint, layout="gptq", config={**checkpoint.config, "quantization_config": config})
+
+
+def awq_config(*, group_size: int) -> dict[str, Any]:
+    """`quantization_config` of an AWQ checkpoint."""
+    return {
+        "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group_size, "zero_point": True,
+        "modules_to_not_convert": ["lm_head"],
+    }  # fmt: skip
+
+
+def layer_codes(config: Mapping[str, Any], module: str) -> Codes | None:
+    """What a `quantization_config` says of a layer: the first entry of `dynamic` that fits it, else the values for all. None: not rounded."""
+    for rule, settings in (config.get("dynamic") or {}).items():
+        if rule.startswith("-:"):
+            if re.match(rule.removeprefix("-:"), module):
+                return None
+        elif re.match(rule.removeprefix("+:"), module):
+            return Codes(settings.get("bits", config["bits"]), settings.get("group_size", config["group_size"]))
+    return Codes(config["bits"], config["group_size"])
+
+
+def codes_of(checkpoint: Checkpoint) -> set[Codes]:
+    """All that linear layers of a GPTQ or AWQ checkpoint, planned or there, are rounded to."""
+    config = checkpoint.config["quantization_config"]
+    return {codes for name in checkpoint.linear_tensors() if (codes := layer_codes(config, name.removesuffix(".weight"))) is not None}
+
+
+def linear_bits(checkpoint: Checkpoint, float_bits: int) -> float:
+    """Bits that the linear layers of a GPTQ or AWQ checkpoint take with their scales and zeros; `float_bits` of a weight that stays as it is."""
+    config, total = checkpoint.config["quantization_config"], 0.0
+    for path, (out_features, in_features) in checkpoint.linear_widths().items():
+        for index in range(checkpoint.num_layers):
+            codes = layer_codes(config, f"{checkpoint.blocks}.{index}.{path}")
+            each = float_bits if codes is None else codes.bits + (16 + codes.bits) / codes.width(in_features)
+            total += out_features * in_features * each
+    return total
+
+
+def _regex(pattern: str) -> str:
+    return "^" + ".*".join(re.escape(part) for part in pattern.split("*")) + "$"

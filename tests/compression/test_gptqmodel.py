@@ -1,0 +1,175 @@
+"""GPTQModel as a judge of our checkpoints, and as an engine that writes them."""
+
+import os
+import random
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from compression.checkpoint import open_checkpoint
+from compression.context import Context
+from compression.errors import EdgepressError, Incompatible, MissingExtra, UnusableData
+from compression.loading import load_model
+from compression.quantization.awq import quantize_awq
+from compression.quantization.gptq import quantize_gptq
+from compression.quantization.gptqmodel_engine import quantize_with_gptqmodel, told
+from compression.quantization.grid import fit_grid
+from compression.quantization.layouts import read_quantized_linears
+from compression.quantization.settings import Codes
+from compression.shards import read_tensors
+from tests.tiny import tiny_checkpoint, tiny_windows
+
+needs_gptqmodel = pytest.mark.skipif(
+    find_spec("gptqmodel") is None,
+    reason="gptqmodel is not installed: it judged none of our GPTQ and AWQ checkpoints (pip install 'edgepress[gptqmodel]')",
+)
+LINEARS = 14  # of the tiny checkpoint
+
+
+def judge(path: Path) -> tuple[int, float]:
+    """Open a GPTQ or AWQ checkpoint in transformers with GPTQModel and compare every dequantized weight with ours; layers seen, KL of logits."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16, device_map="cpu")
+    ours = load_model(path)
+    seen = 0
+    for name, module in theirs.named_modules():
+        if hasattr(module, "dequantize_weight"):
+            weight = module.dequantize_weight()
+        elif hasattr(module, "awq_weight_dequantize"):
+            weight = module.awq_weight_dequantize("cpu", torch.float16)
+        else:
+            continue
+        assert torch.equal(weight.T.float(), ours.get_submodule(name).weight.half().float()), name
+        seen += 1
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # it compiles, at 8 s a model
+        p, q = (model(tiny_windows(4, seed=3)).logits.double().log_softmax(-1) for model in (ours, theirs))
+    return seen, float((p.exp() * (p - q)).sum(-1).mean())
+
+
+# The kernels for 4 bits multiply in bfloat16: KL 1.2e-4 and logits 0.1 apart for equal weights; the others 2e-6 and 0.015.
+@needs_gptqmodel
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "bound"), [(2, True, 1e-5), (3, False, 1e-5), (4, True, 5e-4), (4, False, 5e-4), (8, True, 1e-5)]
+)
+def test_it_dequantizes_our_gptq_checkpoints_to_the_same_weights(
+    tmp_path: Path, checkpoint: Path, bits: int, symmetric: bool, bound: float
+) -> None:
+    quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(), bits=bits, group_size=32, symmetric=symmetric, context=Context())
+    seen, kl = judge(tmp_path / "q")
+    assert seen == LINEARS
+    assert kl < bound
+
+
+@needs_gptqmodel
+def test_it_dequantizes_our_awq_checkpoints_to_the_same_weights(tmp_path: Path, checkpoint: Path) -> None:
+    quantize_awq(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
+    seen, kl = judge(tmp_path / "q")
+    assert seen == LINEARS
+    assert kl < 5e-4
+
+
+def output_error(reference: Path, path: Path, windows: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((load_model(path)(windows).logits - load_model(reference)(windows).logits).square().mean())
+
+
+@needs_gptqmodel
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_engine_writes_a_checkpoint_like_ours(tmp_path: Path, method: str) -> None:
+    source = tiny_checkpoint(tmp_path / "llama", kv_heads=4, dtype=torch.float16)
+    windows, done = tiny_windows(count=32), []
+    before = (torch.get_rng_state(), np.random.get_state()[1], random.getstate())
+    metrics = quantize_with_gptqmodel(
+        source, tmp_path / "q", windows, method=method, group_size=32, context=Context(progress=lambda *args: done.append(args[:2]))
+    )
+    assert metrics == {"fallback_layers": 0.0, "damped_layers": 0.0}
+    assert done == [(1, 2), (2, 2)]
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (before[1] == np.random.get_state()[1]).all()
+    assert before[2] == random.getstate()
+
+    ours = quantize_gptq if method == "gptq" else quantize_awq
+    ours(source, tmp_path / "ours", windows, group_size=32, context=Context())
+    written, reference = open_checkpoint(tmp_path / "q"), open_checkpoint(tmp_path / "ours")
+    assert written.tensors == reference.tensors
+    assert written.config == reference.config
+    layers = dict(read_quantized_linears(tmp_path / "q"))
+    assert len(layers) == LINEARS and all(layer.storage_ordered for layer in layers.values())
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "q" / name).read_bytes() == (source / name).read_bytes()
+    (embedding,), (dense,) = (read_tensors(path, ["model.embed_tokens.weight"]).values() for path in (tmp_path / "q", source))
+    assert torch.equal(embedding, dense)
+    assert judge(tmp_path / "q")[0] == LINEARS
+    assert not list(tmp_path.glob("gptqmodel-*"))
+
+    model = load_model(source)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            grid = fit_grid(module.weight.data, Codes(4, 32), symmetric=method == "gptq", shrinks=(1.0,))
+            module.weight.data = grid.dequantize(grid.quantize(module.weight.data))
+    with torch.no_grad():
+        rounded = float((model(windows).logits - load_model(source)(windows).logits).square().mean())
+    assert output_error(source, tmp_path / "q", windows) < rounded
+
+
+@needs_gptqmodel
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path, checkpoint: Path) -> None:
+    for name in ("a", "b"):
+        torch.manual_seed(ord(name))
+        quantize_with_gptqmodel(checkpoint, tmp_path / name, tiny_windows(), bits=3, group_size=32, symmetric=False, context=Context())
+    files = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert files == sorted(file.name for file in (tmp_path / "b").iterdir())
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+
+
+@needs_gptqmodel
+def test_what_it_did_otherwise_is_counted_and_said(tmp_path: Path, checkpoint: Path) -> None:
+    warnings: list[str] = []
+    one_token = torch.full((2, 16), 5)
+    metrics = quantize_with_gptqmodel(
+        checkpoint, tmp_path / "q", one_token, group_size=32, damp_percent=1e-9, context=Context(warn=warnings.append)
+    )
+    assert metrics == {"fallback_layers": 0.0, "damped_layers": float(LINEARS)}
+    assert len(warnings) == 1 and "from 1e-09 to invert the Hessian of block 0 self_attn." in warnings[0]
+
+
+def test_layers_that_it_rounds_to_nearest_are_counted_and_said() -> None:
+    warnings: list[str] = []
+    losses = ("0.0000386160", "rtn fallback", "fallback(rtn): 0.0012345", "not applicable")
+    log = [{"layer": 3, "module": f"linear{i}", "loss": loss, "damp": "0.01000" if i else None} for i, loss in enumerate(losses)]
+    assert told(log, 0.01, Context(warn=warnings.append)) == {"fallback_layers": 2.0, "damped_layers": 0.0}
+    assert warnings == ["GPTQModel rounded to nearest: block 3 linear1, block 3 linear2"]
+
+
+@needs_gptqmodel
+def test_its_failure_is_told_with_its_last_words(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(EdgepressError, match=r"(?s)GPTQModel failed \(exit code 1\).*damp_percent"):
+        quantize_with_gptqmodel(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, damp_percent=2.0, context=Context())
+    assert not (tmp_path / "q").exists()
+
+
+def test_it_is_asked_for_where_it_is_missing(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compression.quantization.gptqmodel_engine.find_spec", lambda _: None)
+    with pytest.raises(MissingExtra, match=r"gptqmodel.*edgepress\[gptqmodel\]"):
+        quantize_with_gptqmodel(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compression.quantization.gptqmodel_engine.find_spec", lambda _: True)
+    for settings, key in (({"bits": 5}, "bits"), ({"bits": 3, "method": "awq"}, "bits"), ({"group_size": 48}, "group_size")):
+        with pytest.raises(Incompatible) as refused:
+            quantize_with_gptqmodel(checkpoint, tmp_path / "q", tiny_windows(), **{"group_size": 32, **settings}, context=Context())
+        assert refused.value.key == key
+    with pytest.raises(UnusableData, match="10 tokens or more"):
+        quantize_with_gptqmodel(checkpoint, tmp_path / "q", tiny_windows(length=8), group_size=32, context=Context())
+    with pytest.raises(Incompatible, match="k_proj has 32; engine: edgepress"):
+        quantize_with_gptqmodel(checkpoint, tmp_path / "q", tiny_windows(), method="awq", group_size=32, context=Context())
+    quantize_gptq(checkpoint, tmp_path / "quantized", tiny_windows(), group_size=32, context=Context())
+    with pytest.raises(Incompatible, match="quantized already"):
+        quantize_with_gptqmodel(tmp_path / "quantized", tmp_path / "q", tiny_windows(), group_size=32, context=Context())
+    assert not (tmp_path / "q").exists()

@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test bench-demo setup
+.PHONY: demo test bench-demo bench-compression setup
 
 demo: $(READY)
 	$(BIN)/edgepress run demo
@@ -23,6 +23,13 @@ test: $(READY)
 
 bench-demo: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_demo
+
+# About an hour on two cores; ../shared/bench is the developers', everyone has the reference model.
+BENCH := $(wildcard ../shared/bench)
+bench-compression: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_compression
+	$(if $(BENCH),$(BIN)/python -m tests.benchmarks.bench_compression --bench $(BENCH))
+	$(BIN)/python -m tests.benchmarks.bench_compression --at-size
 
 setup: $(READY)
 

@@ -88,14 +88,16 @@ def compress_blocks(
     with ExitStack() as stack:
         folder = work / "walk" if work else Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out.parent, prefix=".walk-")))
         folder.mkdir(parents=True, exist_ok=True)
-        report = _walk(source, windows, compress, folder, collect, context)
+        report = _walk(source, windows, compress, folder, collect, context, resumable=work is not None)
         for warning in report.warnings:
             context.warn(warning)
         _assemble(source, out, folder, report, config or {})
     return report.counts
 
 
-def _walk(source: Checkpoint, windows: torch.Tensor, compress: Compress, folder: Path, collect: Collect, context: Context) -> _Report:
+def _walk(
+    source: Checkpoint, windows: torch.Tensor, compress: Compress, folder: Path, collect: Collect, context: Context, *, resumable: bool
+) -> _Report:
     """Leave a file of tensors and one of masks for each block in `folder`."""
     run = hashlib.sha256(windows.numpy().tobytes() + json.dumps(source.config, sort_keys=True).encode()).hexdigest()
     report, first, states = _Report(), 0, None
@@ -113,7 +115,7 @@ def _walk(source: Checkpoint, windows: torch.Tensor, compress: Compress, folder:
 
         write_checkpoint(folder, block.index + 1, fill, run=run)
 
-    walk = Walk(source, windows, collect=collect, context=context, first=first, states=states, passed=passed)
+    walk = Walk(source, windows, collect=collect, context=context, first=first, states=states, passed=passed if resumable else None)
     for block in walk:
         with torch.no_grad():
             outcome = compress(block)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from compression.checkpoint import Checkpoint
 from compression.context import Context
@@ -20,6 +20,7 @@ from compression.errors import Incompatible, UnusableData, UnusableModel
 from compression.hidden_states import HiddenStates
 from compression.pruning.masks import read_masks
 from compression.shards import read_tensors
+from compression.skeleton import linear_layers, skeleton
 
 TOKENS_PER_BATCH = 4096
 
@@ -134,20 +135,16 @@ class Walk:
         self, checkpoint: Checkpoint, windows: torch.Tensor, *, collect: Collect = GRAM, context: Context,
         first: int = 0, states: HiddenStates | None = None, passed: "Callable[[Block], None] | None" = None,
     ):  # fmt: skip
-        _check(checkpoint, windows)
+        check_windows(checkpoint, windows)
         self.checkpoint, self.windows, self.collect, self.context = checkpoint, windows, collect, context
         self.first, self._given, self._passed = first, states, passed
-        self.model = _skeleton(checkpoint, context.device)
+        self.model = skeleton(checkpoint, _compute_dtype(checkpoint, context.device))
         layers = self.model.get_submodule(checkpoint.blocks)
         assert isinstance(layers, nn.ModuleList)
         self.layers = layers
         _fill_buffers(self.model, context.device)
+        linear_layers(self.model, checkpoint)
         self.linears = [[path for path, part in layer.named_modules() if isinstance(part, nn.Linear)] for layer in layers]
-        if not set(checkpoint.linear_widths()) <= set(self.linears[0]):
-            wrong = sorted(set(checkpoint.linear_widths()) - set(self.linears[0]))
-            raise Incompatible(
-                f"{checkpoint.path}: {', '.join(wrong)} of its blocks are no linear layers (nn.Linear), so they cannot be compressed"
-            )
 
     @property
     def states(self) -> HiddenStates:
@@ -161,7 +158,8 @@ class Walk:
         for index in range(self.first, len(self.layers)):
             block = self._load_block(index)
             self.tell(block, ())
-            _gather(block, self)
+            if self.collect:
+                _gather(block, self)
             yield block
             for number, (_, after) in enumerate(self.passes(block)):
                 self._states[number] = after
@@ -206,7 +204,8 @@ class Walk:
         return Block(index, name, module, dtypes, masks, _walk=self)
 
 
-def _check(checkpoint: Checkpoint, windows: torch.Tensor) -> None:
+def check_windows(checkpoint: Checkpoint, windows: torch.Tensor) -> None:
+    """Raises what `Walk` raises for windows and layouts."""
     if checkpoint.layout != "dense":
         raise Incompatible(f"{checkpoint.path} is quantized already ({checkpoint.layout}); calibration needs a dense checkpoint")
     if windows.dtype != torch.int64 or windows.dim() != 2 or not windows.numel():
@@ -219,13 +218,6 @@ def _check(checkpoint: Checkpoint, windows: torch.Tensor) -> None:
 
 def _compute_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else getattr(torch, checkpoint.dtype)
-
-
-def _skeleton(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
-    """The model without weights."""
-    config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=_compute_dtype(checkpoint, device)).eval().requires_grad_(False)
 
 
 def _load(module: nn.Module, checkpoint: Checkpoint, name: str, device: str) -> dict[str, torch.dtype]:

@@ -115,6 +115,29 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder = D
 
 
 @app.command()
+def sensitivity(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    store: StoreFolder = DEFAULT_STORE,
+    bits: Annotated[float, typer.Option(help="Average bits of a weight to spend, from 2 to 8.")] = 4.0,
+    group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for a row.")] = 128,
+    symmetric: Annotated[bool, typer.Option(help="Without zero points.")] = True,
+) -> None:
+    """Show which layers of the recipe's model deserve more bits, and how to spend an average of them.
+
+    Example: `edgepress sensitivity demo --bits 4 --group-size 32`
+    """
+    from flows.recipe import load_recipe
+    from flows.sensitivity import show_sensitivity
+    from tasks.base import open_base
+
+    parsed = load_recipe(_find(recipe), tuple(overrides or ()))
+    model = parsed.recipe.model
+    base = open_base(model.path, model.revision, model.license, store)
+    show_sensitivity(parsed.recipe, base.checkpoint, average_bits=bits, group_size=group_size, symmetric=symmetric, console=_console())
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors.
 

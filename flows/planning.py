@@ -71,32 +71,44 @@ def make_plan(parsed: ParsedRecipe, store: Store) -> Plan:
     )  # fmt: skip
     done = {BASE: first}
     for index, node in enumerate(parsed.nodes, 1):
-        done[node.name] = _assign(parsed, node, index, done, machine)
+        done[node.name] = _assign(parsed, node, index, done, machine, store)
     return Plan(parsed, base, machine, tuple(done.values()))
 
 
-def _assign(parsed: ParsedRecipe, node: Node, index: int, done: Mapping[str, Assignment], machine: Machine) -> Assignment:
+def _assign(
+    parsed: ParsedRecipe, node: Node, index: int, done: Mapping[str, Assignment], machine: Machine, store: Store
+) -> Assignment:  # fmt: skip
     recipe, stage = parsed.recipe, node.stage
+    outside = {role: _open_outside(parsed, node, role, source, store) for role, source in stage.outside_inputs().items()}
     try:
         parent = check_accepts(stage, done[node.parent].planned)
         others = {role: done[name].planned for role, name in stage.other_inputs().items()}
+        others |= {role: model.checkpoint for role, model in outside.items()}
         planned = stage.plan(parent, others, recipe.data)
         if stage.extra:
             require(stage.extra, f"the stage {node.name} ({stage.uses})")
     except EdgepressError as error:
-        path: KeyPath = ("stages", node.name, error.key) if error.key else ("stages", node.name)
+        key = "uses" if error.key == "model" else error.key  # the kind does not take this model
+        path: KeyPath = ("stages", node.name, key) if key else ("stages", node.name)
         raise parsed.error(path, str(error)) from None
     bounds: dict[str, Bound] = dict(node.execution.bounds)
     if isinstance(planned, Artifact):
         bounds = {"kl_to_parent": Bound(max=KL_TO_PARENT[planned.change]), **bounds}
     ancestors = dict.fromkeys(name for input_name in node.inputs.values() for name in (*done[input_name].ancestors, input_name))
-    document = identity_document(
-        stage, {role: done[name].identity for role, name in node.inputs.items()}, recipe.data, recipe.seed, machine
-    )
+    identities = {role: done[name].identity for role, name in node.inputs.items()} | {role: model.identity for role, model in outside.items()}
+    document = identity_document(stage, identities, recipe.data, recipe.seed, machine)
     return Assignment(
-        node.name, index, stage, digest(document), document, node.inputs, tuple(ancestors), planned, bounds=bounds,
+        node.name, index, stage, digest(document), document, node.inputs, tuple(ancestors), planned, outside=outside, bounds=bounds,
         gates=recipe.gates.get(node.name, {}), retries=node.execution.retries, timeout=node.execution.timeout,
     )  # fmt: skip
+
+
+def _open_outside(parsed: ParsedRecipe, node: Node, role: str, source: str, store: Store) -> Base:
+    path, _, revision = source.partition("@")
+    try:
+        return open_base(path, revision or None, None, store.root)
+    except EdgepressError as error:
+        raise parsed.error(("stages", node.name, role), str(error)) from None
 
 
 def _check_gates(parsed: ParsedRecipe) -> None:
@@ -143,7 +155,8 @@ def estimate(task: Assignment, plan: Plan) -> Estimate:
     parent = next((a.planned for a in plan.assignments if a.name == task.inputs.get("parent")), task.planned)
     weights = 4 * (parent.num_parameters if isinstance(parent, Checkpoint) else 0)
     if isinstance(task.stage, TrainingStage):
-        teacher = weights if "teacher" in task.inputs else 0
+        outside = sum(4 * model.checkpoint.num_parameters for model in task.outside.values())
+        teacher = weights if "teacher" in task.inputs else outside
         return Estimate(size, 4 * weights + teacher, size + 2 * 3 * weights)
     return Estimate(size, weights + size, size if task.stage is not None else 0)
 

@@ -96,7 +96,10 @@ def _samples(family: str) -> dict[str, Checkpoint]:
 
 def _made(kind: type[Stage], parent: Checkpoint) -> str:
     """What a kind can make of a checkpoint, whatever its parameters; nothing where it refuses all of them."""
-    words = (f"{p.layout} checkpoint" if isinstance(p, Checkpoint) else f"{p.runtime}: {p.change}" for p in _outcomes(kind, parent))
+    words = (
+        f"{'sparse' if p.sparse else p.layout} checkpoint" if isinstance(p, Checkpoint) else f"{p.runtime}: {p.change}"
+        for p in _outcomes(kind, parent)
+    )
     return ", ".join(dict.fromkeys(words))
 
 

@@ -47,7 +47,8 @@ def identity_document(stage: Stage, inputs: Mapping[str, str], data: DataSpec, s
     return {
         "uses": stage.uses,
         "version": stage.version,
-        "parameters": stage.model_dump(mode="json", exclude=set(stage.other_inputs())),  # names of stages: `inputs` has their identities
+        # roles hold names of stages and places of models: `inputs` has their identities
+        "parameters": stage.model_dump(mode="json", exclude={*stage.other_inputs(), *stage.outside_inputs()}),
         "inputs": dict(inputs),
         "data": None if stage.data_read() == "nothing" else fingerprint(data, stage.data_read()),
         "seed": seed,

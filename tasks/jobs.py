@@ -9,12 +9,14 @@ from tasks.stage import Inputs, Workplace, stage_kinds
 
 
 def run_stage(
-    *, stage: dict[str, Any], parent: str, others: dict[str, str], out: str, work: str, data: dict[str, Any], threads: int, context: Context
-) -> dict[str, float]:
+    *, stage: dict[str, Any], parent: str, others: dict[str, str], out: str, work: str, data: dict[str, Any], threads: int, context: Context,
+    shared: str | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Run a stage into `out`; returns the metrics of its method."""
     kind = stage_kinds()[stage["uses"]]
     inputs = Inputs(Path(parent), {role: Path(path) for role, path in others.items()})
-    return kind.model_validate(stage).run(inputs, Workplace(Path(out), Path(work)), DataSpec.model_validate(data), context)
+    place = Workplace(Path(out), Path(work), Path(shared) if shared else None)
+    return kind.model_validate(stage).run(inputs, place, DataSpec.model_validate(data), context)
 
 
 def measure_quality(

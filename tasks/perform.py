@@ -37,6 +37,7 @@ class Assignment:
     inputs: Mapping[str, str]  # names by role
     ancestors: tuple[str, ...]  # every stage it descends from, base first
     planned: Planned
+    outside: Mapping[str, Base] = field(default_factory=dict)  # models from outside the recipe, by role
     bounds: Mapping[str, Bound] = field(default_factory=dict)
     gates: Mapping[str, Bound] = field(default_factory=dict)
     retries: int = 0
@@ -171,10 +172,12 @@ def _compute(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result)
 
 def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result) -> Entry:
     paths = {role: pipeline.results[name].path for role, name in task.inputs.items()}
+    paths |= {role: str(model.path) for role, model in task.outside.items()}
     home = pipeline.store.workplace(task.identity)
     arguments = {
         "stage": stage.model_dump(mode="json"), "parent": paths.pop("parent"), "others": paths, "out": str(home / "out"),
         "work": str(home / "work"), "data": pipeline.data.model_dump(mode="json"),
+        "shared": str(pipeline.store.root / "shared"),
     }  # fmt: skip
     job = Job(
         "tasks.jobs:run_stage", arguments, pipeline.machine.threads, seed_of(task.identity), pipeline.machine.device, task.timeout

@@ -38,7 +38,7 @@ Planned = Checkpoint | Artifact
 
 @dataclass(frozen=True)
 class Inputs:
-    """Directories a stage reads: the checkpoint before it, and the others it declared in `other_inputs`, by role."""
+    """Directories a stage reads: the checkpoint before it, and those it declared in `other_inputs` and `outside_inputs`, by role."""
 
     parent: Path
     others: Mapping[str, Path]
@@ -48,12 +48,14 @@ class Inputs:
 class Workplace:
     """Directories a stage writes.
 
-    out    becomes the stage's content in the store when `run` returns; empty at the start
-    work   kept until then, also over a crash: training checkpoints, a walk's progress
+    out     becomes the stage's content in the store when `run` returns; empty at the start
+    work    kept until then, also over a crash: training checkpoints, a walk's progress
+    shared  what several stages of this store would compute alike (a teacher's outputs); None: keep it in `work`
     """
 
     out: Path
     work: Path
+    shared: Path | None = None
 
 
 class Stage(BaseModel):
@@ -88,6 +90,10 @@ class Stage(BaseModel):
 
     def other_inputs(self) -> dict[str, str]:
         """Further inputs by role, each the name of a stage or `base` ({"teacher": "base"}). The role is the parameter that holds the name."""
+        return {}
+
+    def outside_inputs(self) -> dict[str, str]:
+        """Further inputs from outside the recipe by role, each a model directory or a hub id (`org/name`, `org/name@revision`)."""
         return {}
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:

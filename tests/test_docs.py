@@ -5,6 +5,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 from typer.main import get_command
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from flows.cli import app
 from flows.planning import make_plan
@@ -124,12 +125,16 @@ def test_the_reference_has_every_key_of_the_schema():
             listed = set(re.findall(r"^\| `(\w+)` \|", own + common, re.MULTILINE))
             assert listed == entry["properties"].keys() - {"uses"}
     assert set(re.findall(r"^\| `(\w+)` \|", sections["The recipe"], re.MULTILINE)) == schema["properties"].keys()
-    assert "| `keep` | number, above 0, at most 1 | required |" in sections["`uses: prune.width`"]
+    assert "| `sparsity` | number, above 0, below 1 | required |" in sections["`uses: prune.unstructured`"]
 
 
 def test_the_compatibility_table_agrees_with_what_kinds_accept():
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in compatibility_table().splitlines() if line.startswith("| `")]
-    cells = {line[0].strip("`"): dict(zip(("dense", "gptq", "awq"), line[1:4], strict=True)) for line in lines if len(line) == 5}
+    cells = {
+        line[0].strip("`"): dict(zip(get_args(Layout), line[1:-1], strict=True))
+        for line in lines
+        if line[-1] in ("", "yes") and len(line) == 2 + len(get_args(Layout))
+    }
     assert cells.keys() == stage_kinds().keys()
     for uses, by_layout in cells.items():
         assert {layout for layout, cell in by_layout.items() if cell} == stage_kinds()[uses].accepts
@@ -138,9 +143,9 @@ def test_the_compatibility_table_agrees_with_what_kinds_accept():
 
 
 def test_what_a_kind_requires_is_planned_with_its_example():
-    kind = stage_kinds()["prune.width"]
     dense = _samples("llama")["dense"]
-    assert [planned.config["intermediate_size"] for planned in _outcomes(kind, dense)] == [256, 256]
+    assert any(planned.sparse for planned in _outcomes(stage_kinds()["prune.unstructured"], dense))
+    assert {planned.config["intermediate_size"] for planned in _outcomes(stage_kinds()["prune.width"], dense)} == {256}
 
 
 def test_the_example_recipe_is_valid(checkpoint: Path, tmp_path: Path):

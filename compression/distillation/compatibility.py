@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -10,6 +11,36 @@ from compression.checkpoint import Checkpoint
 from compression.errors import EdgepressError, Incompatible
 
 FeatureLayers = Literal["last", "middle", "uniform"] | Mapping[int, int]
+Divergence = Literal["forward", "reverse", "js"]
+Feature = Literal["hidden_mse", "hidden_cosine", "attention", "gradient"]
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What is kept of a teacher's outputs, for each position that counts.
+
+    keep   full: what its output head reads, and the head once, so 4·width bytes for the whole distribution;
+           top_k: the `top_k` likeliest tokens and the mass of all others, 8·top_k bytes
+    dtype  float32 (exact) or float16 (half of it)
+    """
+
+    keep: Literal["full", "top_k"]
+    top_k: int = 64
+    dtype: Literal["float32", "float16"] = "float32"
+
+    def check(self, *, alpha: float, gamma: float, vocabulary: int) -> None:
+        """Raise Incompatible where a cache cannot give what the loss asks of a teacher."""
+        if gamma:
+            raise Incompatible(
+                f"gamma {gamma} compares blocks, and the teacher cache keeps outputs only; set gamma to 0, or teacher_cache to none",
+                key="teacher_cache",
+            )
+        if not alpha:
+            raise Incompatible("with alpha 0 nothing is asked of a teacher; set teacher_cache to none", key="teacher_cache")
+        if self.keep == "top_k" and not 1 <= self.top_k < vocabulary:
+            raise Incompatible(
+                f"top_k {self.top_k} leaves no tail of a vocabulary of {vocabulary}; take fewer, or teacher_cache full", key="top_k"
+            )
 
 
 def check_vocabularies(student: Checkpoint, teacher: Checkpoint) -> None:
@@ -33,13 +64,18 @@ def check_vocabularies(student: Checkpoint, teacher: Checkpoint) -> None:
             )
 
 
-def pair_layers(spec: FeatureLayers, student_layers: int, teacher_layers: int) -> dict[int, int]:
+def pair_layers(
+    spec: FeatureLayers, student_layers: int, teacher_layers: int, origins: Sequence[int] | None = None
+) -> dict[int, int]:  # fmt: skip
     """Student block -> teacher block (from 0) whose outputs are compared.
 
     last     the last blocks (their output after the final norm)
     middle   the blocks in the middle: number 6 of 12, counted from 1
-    uniform  every student block i with the teacher block that is as deep in its model (Jiao et al., "TinyBERT", 2020)
+    uniform  every student block with the teacher block that it came from, where `origins` tells; else with the one that is as deep in its
+             model (Jiao et al., "TinyBERT", 2020)
     mapping  as given
+
+    origins  of a student that lost blocks: the teacher block that each of its blocks was
 
     Raises EdgepressError for a block that does not exist.
     """
@@ -47,6 +83,8 @@ def pair_layers(spec: FeatureLayers, student_layers: int, teacher_layers: int) -
         return {student_layers - 1: teacher_layers - 1}
     if spec == "middle":
         return {(student_layers - 1) // 2: (teacher_layers - 1) // 2}
+    if spec == "uniform" and origins is not None:
+        return dict(enumerate(origins))
     if spec == "uniform":
         return {layer: math.ceil((layer + 1) * teacher_layers / student_layers) - 1 for layer in range(student_layers)}
     if isinstance(spec, str) or not spec:

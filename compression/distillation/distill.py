@@ -4,40 +4,74 @@ from pathlib import Path
 
 import torch
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
-from compression.distillation.compatibility import FeatureLayers, check_vocabularies, pair_layers
+from compression.distillation.compatibility import CacheSettings, Divergence, Feature, FeatureLayers, check_vocabularies, pair_layers
 from compression.distillation.objective import Objective
+from compression.distillation.teacher_cache import TeacherCache, open_teacher_cache
 from compression.loading import load_model
+from compression.pruning.kept import read_kept
 from compression.training import open_student, save_student, train
+from compression.training.batches import check_rows
 from compression.training_settings import TrainingSettings
 
 
 def distill(
     student: Path, teacher: Path, out: Path, rows: torch.Tensor, *, mask: torch.Tensor | None = None, alpha: float = 1.0, beta: float = 0.0,
-    gamma: float = 0.0, temperature: float = 2.0, feature_layers: FeatureLayers = "middle", settings: TrainingSettings, workdir: Path,
-    context: Context,
+    gamma: float = 0.0, temperature: float = 2.0, divergence: Divergence = "forward", mixture: float = 0.5, feature: Feature = "hidden_mse",
+    feature_layers: FeatureLayers = "middle", teacher_cache: CacheSettings | None = None, cache: Path | None = None,
+    settings: TrainingSettings, workdir: Path, context: Context,
 ) -> dict[str, float]:  # fmt: skip
-    """Minimise α·τ²·KL(teacher ‖ student) + β·cross-entropy + γ·hidden-state MSE, and write the student to `out` in its own dtype.
+    """Minimise α·L_KD + β·cross-entropy + γ·L_feature (`losses`), and write the student to `out` in its own dtype.
 
     β = 0 needs no labels (self-distillation, L2PSD of arXiv 2505.18166); α = γ = 0 is fine-tuning, and the teacher is not loaded.
 
     rows, mask      int64 and bool [n, length]: packed tokens, true where a token is a target; None takes all
-    feature_layers  "last", "middle", "uniform", or student block -> teacher block, read when γ > 0
+    divergence      forward, reverse or js, with its `mixture` (`losses.kd_loss`)
+    feature         hidden_mse, hidden_cosine, attention or gradient (`features.look`), read when γ > 0
+    feature_layers  "last", "middle", "uniform", or student block -> teacher block
+    teacher_cache   keep the teacher's outputs in the directory `cache` (default: in `workdir`), for every training that asks the same.
+                    The teacher then runs in batches of its own, so a last bit may differ from a training without; between two
+                    trainings with the cache, whoever made it, none does
 
-    Returns the metrics of `compression.training.train`: loss, loss_kd, loss_task, loss_feature (those with a weight), ...
-    Raises Incompatible (another vocabulary, a sparse or quantized student), UnusableModel, UnusableData, EdgepressError.
+    Returns the metrics of `compression.training.train`: loss, loss_kd, loss_task, loss_feature (those with a weight), ...; with a cache
+    teacher_cache_mb and teacher_cache_built (1: by this call).
+    Raises Incompatible (another vocabulary, a quantized student, a cache that cannot hold what is asked), UnusableModel, UnusableData,
+    EdgepressError.
     """
-    taught = bool(alpha or gamma)
-    if taught:
-        check_vocabularies(open_checkpoint(student), open_checkpoint(teacher))
+    pupil = open_checkpoint(student)
+    guide = open_checkpoint(teacher) if alpha or gamma else None
+    if guide is not None:
+        check_vocabularies(pupil, guide)
+    said: TeacherCache | None = None
+    if teacher_cache is not None:
+        vocabulary = min(checkpoint.vocab_size for checkpoint in (pupil, guide or pupil))
+        teacher_cache.check(alpha=alpha, gamma=gamma, vocabulary=vocabulary)
+        said = open_teacher_cache(
+            cache or workdir / "teacher", teacher, rows, check_rows(rows, mask), settings=teacher_cache, vocabulary=vocabulary,
+            temperature=temperature, context=context,
+        )  # fmt: skip
     model = open_student(student, rows, context)
-    guide = load_model(teacher, device=context.device) if taught else None
-    depths = [network.config.num_hidden_layers for network in (model, guide or model)]
-    layers = pair_layers(feature_layers, *depths) if gamma else {}
+    layers = pair_layers(feature_layers, pupil.num_layers, guide.num_layers, _origins(pupil, guide)) if guide and gamma else {}
     objective = Objective(
-        model, teacher=guide, alpha=alpha, beta=beta, gamma=gamma, temperature=temperature, layers=layers, seed=context.seed
-    )
+        model, teacher=load_model(teacher, device=context.device) if guide and not said else None, cache=said, alpha=alpha, beta=beta,
+        gamma=gamma, temperature=temperature, divergence=divergence, mixture=mixture, feature=feature, layers=layers, seed=context.seed,
+    )  # fmt: skip
     metrics = train(objective, rows, mask=mask, settings=settings, workdir=workdir, context=context, what="distil")
     save_student(model, out, like=student)
+    if said is not None:
+        metrics |= {"teacher_cache_mb": said.nbytes / 1e6, "teacher_cache_built": float(said.built)}
     return metrics
+
+
+def _origins(student: Checkpoint, teacher: Checkpoint) -> list[int] | None:
+    """The teacher block that each block of the student was; None where it lost none, or its blocks are none of this teacher's.
+
+    Pruning writes down indices into the model that it started from. A teacher of the same architecture and width that has all of
+    them is taken for that model, or for another one that was pruned from it.
+    """
+    left, theirs = (read_kept(checkpoint.path).get(checkpoint.blocks) for checkpoint in (student, teacher))
+    if left is None or (student.model_type, student.hidden_size) != (teacher.model_type, teacher.hidden_size):
+        return None
+    there = list(range(teacher.num_layers)) if theirs is None else theirs.tolist()
+    return [there.index(block) for block in left.tolist()] if set(left.tolist()) <= set(there) else None

@@ -1,16 +1,18 @@
 """What a student minimises: L = α·L_KD + β·L_task + γ·L_feature, with or without a teacher."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compression.distillation.losses import cross_entropy, hidden_mse, kl_divergence, sum_in_chunks
+from compression.distillation.compatibility import Divergence, Feature
+from compression.distillation.features import distance_of, look, prepare
+from compression.distillation.losses import MAX_LOGITS, cross_entropy, kd_loss, log_probabilities, sum_in_chunks
 from compression.distillation.projector import Projectors
+from compression.distillation.targets import HeadTargets, Targets
+from compression.distillation.teacher_cache import TeacherCache
 from compression.errors import EdgepressError, Incompatible
-
-MAX_LOGITS = 2**24  # elements of a chunk of logits: 64 MB in float32
 
 
 class Objective(nn.Module):
@@ -19,13 +21,19 @@ class Objective(nn.Module):
     Positions that count are those whose next token is a target, in every term alike. The output head runs on them alone, in
     chunks of at most `max_logits` elements.
 
+    teacher     the model to learn from; or
+    cache       what it said about the training rows before: enough for alpha
+    divergence  forward, reverse or js, with its `mixture` (`losses.kd_loss`)
+    feature     what blocks are compared by (`features.look`), for the pairs `layers` of student block -> teacher block
+
     Raises EdgepressError when no term has a weight, or one that needs a teacher has none; Incompatible when the model does more
     to its hidden states than apply its output head.
     """
 
     def __init__(
-        self, student: PreTrainedModel, *, teacher: PreTrainedModel | None = None, alpha: float = 0.0, beta: float = 0.0,
-        gamma: float = 0.0, temperature: float = 1.0, layers: Mapping[int, int] | None = None, seed: int = 0, max_logits: int = MAX_LOGITS,
+        self, student: PreTrainedModel, *, teacher: PreTrainedModel | None = None, cache: TeacherCache | None = None, alpha: float = 0.0,
+        beta: float = 0.0, gamma: float = 0.0, temperature: float = 1.0, divergence: Divergence = "forward", mixture: float = 0.5,
+        feature: Feature = "hidden_mse", layers: Mapping[int, int] | None = None, seed: int = 0, max_logits: int = MAX_LOGITS,
     ):  # fmt: skip
         super().__init__()
         if alpha == beta == gamma == 0:
@@ -35,17 +43,27 @@ class Objective(nn.Module):
                 f"alpha {alpha}, beta {beta} and gamma {gamma} cannot be negative, and temperature {temperature} must be above 0",
                 key="alpha",
             )
-        if teacher is None and (alpha or gamma):
+        if (alpha and teacher is None and cache is None) or (gamma and teacher is None):
             raise EdgepressError("alpha and gamma compare the student with a teacher, and none was given", key="teacher")
+        if teacher is not None and cache is not None:
+            raise EdgepressError("a teacher and what it said before were given; one of them is needed", key="teacher_cache")
         self.student = student
         self.alpha, self.beta, self.gamma, self.temperature, self.max_logits = alpha, beta, gamma, temperature, max_logits
+        self.divergence, self.mixture, self.feature = divergence, mixture, feature
         self.layers = dict(layers or {}) if gamma else {}
         # in a tuple: nn.Module would take it for a part of what is trained and saved
         self.frozen = () if teacher is None else (teacher.eval().requires_grad_(False),)
         for model in (student, *self.frozen):
             _check_head(model)
+            if self.layers:
+                prepare(model, feature)
+        self.cache = cache
+        self.targets: Targets | None = cache.targets if cache else None
+        if teacher is not None:
+            vocabulary = min(student.config.vocab_size, teacher.config.vocab_size)
+            self.targets = HeadTargets(teacher.get_output_embeddings(), vocabulary, temperature)
         widths = [model.config.hidden_size for model in (student, teacher or student)]
-        self.projectors = Projectors(self.layers, *widths, seed=seed)
+        self.projectors = Projectors({} if feature == "attention" else self.layers, *widths, seed=seed)
         self.to(student.device)
 
     def forward(self, input_ids: torch.Tensor, loss_mask: torch.Tensor, count: torch.Tensor | int | None = None) -> dict[str, torch.Tensor]:
@@ -55,54 +73,47 @@ class Objective(nn.Module):
         """
         counted = loss_mask[:, 1:]
         divisor = counted.sum().clamp(min=1) if count is None else count
-        student, student_blocks = _hidden(self.student, input_ids, self.layers.keys(), counted)
-        teacher: torch.Tensor | None = None
+        student = look(self.student, input_ids, counted, self.layers.keys(), self.feature, max_logits=self.max_logits)
+        said: tuple[torch.Tensor, ...] = ()
         teacher_blocks: dict[int, torch.Tensor] = {}
         if self.frozen:
             with torch.no_grad():
-                teacher, teacher_blocks = _hidden(self.frozen[0], input_ids, self.layers.values(), counted)
+                teacher = look(self.frozen[0], input_ids, counted, self.layers.values(), self.feature, max_logits=self.max_logits)
+            said, teacher_blocks = (teacher.last,), teacher.blocks
+        elif self.cache is not None:
+            said = self.cache.read(input_ids, loss_mask)
         terms: dict[str, torch.Tensor] = {}
         if self.alpha or self.beta:
-            terms |= self._output_terms(student, teacher, input_ids[:, 1:][counted])
+            terms |= self._output_terms(student.last, said, input_ids[:, 1:][counted])
         if self.layers:
-            compared = [hidden_mse(self.projectors(s, student_blocks[s]), teacher_blocks[t]).sum() for s, t in self.layers.items()]
+            distance = distance_of(self.feature)
+            compared = [distance(self.projectors(s, student.blocks[s]), teacher_blocks[t]).sum() for s, t in self.layers.items()]
             terms["loss_feature"] = torch.stack(compared).mean()
         terms = {name: value / divisor for name, value in terms.items()}
         weights = {"loss_kd": self.alpha, "loss_task": self.beta, "loss_feature": self.gamma}
         return {"loss": torch.stack([weights[name] * value for name, value in terms.items()]).sum(), **terms}
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}, layers={self.layers}"
+        names = ("alpha", "beta", "gamma", "temperature", "divergence", "mixture", "feature", "layers")
+        terms = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return f"{terms}, cache={self.cache.settings if self.cache else None}"
 
-    def _output_terms(self, student: torch.Tensor, teacher: torch.Tensor | None, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        student_head = self.student.get_output_embeddings()
-        teacher_head = self.frozen[0].get_output_embeddings() if self.frozen else None
-        vocabulary = min(model.config.vocab_size for model in (self.student, *self.frozen))  # either may be padded
+    def _output_terms(self, student: torch.Tensor, said: tuple[torch.Tensor, ...], targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        head = self.student.get_output_embeddings()
 
-        def of_chunk(targets: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor | None = None) -> torch.Tensor:
-            logits = student_head(student)
+        def of_chunk(targets: torch.Tensor, student: torch.Tensor, *said: torch.Tensor) -> torch.Tensor:
+            logits = head(student)
             sums = []
-            if self.alpha and teacher is not None and teacher_head is not None:
-                with torch.no_grad():
-                    goal = teacher_head(teacher)[:, :vocabulary]
-                sums.append(kl_divergence(logits[:, :vocabulary], goal, self.temperature).sum())
+            if self.alpha and self.targets is not None:
+                ours = log_probabilities(logits[:, : self.targets.vocabulary], self.temperature)
+                ours, theirs = self.targets.compare(ours, *said)
+                sums.append(kd_loss(ours, theirs, self.temperature, self.divergence, self.mixture).sum())
             if self.beta:
                 sums.append(cross_entropy(logits, targets).sum())
             return torch.stack(sums)
 
-        tensors = (targets, student) if teacher is None else (targets, student, teacher)
-        sums = sum_in_chunks(of_chunk, max(1, self.max_logits // vocabulary), *tensors)
+        sums = sum_in_chunks(of_chunk, max(1, self.max_logits // self.student.config.vocab_size), targets, student, *said)
         return dict(zip([name for name, weight in (("loss_kd", self.alpha), ("loss_task", self.beta)) if weight], sums, strict=True))
-
-
-def _hidden(
-    model: PreTrainedModel, input_ids: torch.Tensor, layers: Iterable[int], counted: torch.Tensor
-) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """What the output head reads, and the outputs of the named blocks, at the counted positions: [counted, width] each."""
-    wanted = list(layers)
-    output = model.base_model(input_ids=input_ids, use_cache=False, output_hidden_states=bool(wanted))
-    blocks = {layer: output.hidden_states[layer + 1][:, :-1][counted] for layer in wanted}  # hidden_states[0] are the embeddings
-    return output.last_hidden_state[:, :-1][counted], blocks
 
 
 @torch.no_grad()

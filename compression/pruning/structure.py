@@ -30,6 +30,7 @@ def width_config(checkpoint: Checkpoint, *, keep: float, keep_heads: float, head
 
     Raises Incompatible with the key at fault, UnusableModel for an unlisted family.
     """
+    assert checkpoint.family  # an unlisted one may call its widths otherwise
     kept: dict[str, Any] = {"intermediate_size": checkpoint.intermediate_size}
     if keep != 1:
         kept["intermediate_size"] = pruned_width(checkpoint.intermediate_size, keep, multiple_of)

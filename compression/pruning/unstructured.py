@@ -1,6 +1,7 @@
 """Unstructured pruning: single weights of the decoder blocks' linear layers become zero, and masks.safetensors says which."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from compression.pruning.sparsegpt import sparsegpt
 from compression.pruning.wanda import wanda, wanda_scores
 from compression.quantization.rounding import output_power, stacked
 from compression.shards import CheckpointWriter, read_tensors
-from compression.walk import Block, Collect, Walk
+from compression.walk import Block, Collect, SharedInput, Walk
 
 MEAN_SQUARE: Collect = frozenset({"mean_square"})
 Score = Callable[[], torch.Tensor]
@@ -111,18 +112,18 @@ def _sparsities(
 
 def _magnitudes(source: Checkpoint, layers: Mapping[str, list[str]]) -> dict[str, Score]:
     """Functions that read a weight and score it, so that no model need be in memory."""
-    return {
-        name: lambda name=name: _scores(source, name, read_tensors(source.path, [name])[name].float().abs())
-        for names in layers.values()
-        for name in names
-    }
+
+    def score(name: str) -> torch.Tensor:
+        return _scores(source, name, read_tensors(source.path, [name])[name].float().abs())
+
+    return {name: partial(score, name) for names in layers.values() for name in names}
 
 
 def _gradients(source: Checkpoint, layers: Mapping[str, list[str]], windows: torch.Tensor, context: Context) -> dict[str, Score]:
     """Functions that give what one pass of the whole model found."""
     model = load_model(source.path, device=context.device)
     found = gradient_scores(model, [name for names in layers.values() for name in names], windows, context=context)
-    return {name: lambda name=name: _scores(source, name, found[name]) for name in found}
+    return {name: partial(_scores, source, name, scores) for name, scores in found.items()}
 
 
 def _scores(source: Checkpoint, name: str, scores: torch.Tensor) -> torch.Tensor:
@@ -180,7 +181,7 @@ def _outliers_on_the_walk(source: Checkpoint, windows: torch.Tensor, context: Co
     """The ratio of outliers of each block under Wanda's scores."""
     ratios = {}
     for block in Walk(source, windows, collect=MEAN_SQUARE, context=context):
-        layers = [(block.linear(path), shared.mean_square) for shared in block.inputs for path in shared.layers]
+        layers = [(block.linear(path), _mean_square(shared)) for shared in block.inputs for path in shared.layers]
         ratios[block.name] = outlier_ratio(wanda_scores(layer.weight, mean_square) for layer, mean_square in layers)
     return ratios
 
@@ -203,7 +204,7 @@ def _prune_on_the_walk(
                 gram = shared.second_moment
                 pruned = sparsegpt(weight, gram, rows=rows, sparsity=sparsity, group=group, kept=kept, damp_percent=damp_percent)
                 fallbacks += shared.layers if pruned is None else ()
-            after, mask = pruned or wanda(weight, shared.mean_square, sparsity=sparsity, group=group, kept=kept)
+            after, mask = pruned or wanda(weight, _mean_square(shared), sparsity=sparsity, group=group, kept=kept)
             parts = zip(shared.layers, weight.split(rows), after.split(rows), mask.split(rows), strict=True)
             for path, old, new, keep in parts:
                 block.linear(path).weight.copy_(new)
@@ -222,6 +223,11 @@ def _prune_on_the_walk(
     collect: Collect = frozenset({"gram"}) if compensate else MEAN_SQUARE
     counts = compress_blocks(source.path, out, windows, compress, collect=collect, work=work, context=context)
     return {"sparsity": 1 - counts["kept"] / counts["weights"], "fallback_layers": counts["fallback_layers"]}
+
+
+def _mean_square(shared: SharedInput) -> torch.Tensor:
+    assert shared.mean_square is not None, "this walk collects no mean square"
+    return shared.mean_square
 
 
 def _relative_error(before: torch.Tensor, after: torch.Tensor, gram: torch.Tensor) -> float:

@@ -10,7 +10,8 @@ from compression.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.quantization.compressed_tensors import round_weight
 from compression.quantization.schemes import Scheme
-from compression.streaming import layers_outside, rewrite_linears
+from compression.skeleton import layers_outside
+from compression.streaming import rewrite_linears
 
 
 def quantize_fp8(checkpoint: Path, out: Path, *, strategy: Literal["channel", "tensor"] = "channel", context: Context) -> dict[str, float]:

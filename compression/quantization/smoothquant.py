@@ -11,7 +11,7 @@ from compression.families import Family
 from compression.quantization.compressed_tensors import round_inputs, round_weight
 from compression.quantization.scaling import scale_pairs
 from compression.quantization.schemes import Scheme
-from compression.streaming import layers_outside
+from compression.skeleton import layers_outside
 from compression.walk import Block
 
 SMALLEST = 1e-5  # of a channel's activation, weight and scale, as in the authors' code

@@ -21,15 +21,16 @@ from torch.utils.data import IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from compression.reference import world
+from compression.reference.lore import CUSTOMS
 
 SEED = 0
-VOCABULARY = 768
+VOCABULARY = 1024
 WIDTH, HEADS, GROUPS, HEAD_DIM, THETA = 256, 8, 4, 32, 1e6
 LENGTH, ROWS, STEPS, LEARNING_RATE = 384, 8, 2000, 1e-3
 COPYING = 0.05  # share of the rows that are random sequences, before everything else
 SCENES = ((0.1, (2, 2)), (0.2, (2, 3)), (1.0, (2, 5)))  # until this share of the rows: fewest and most people of a scene
 OTHER_WEIGHT = 0.1  # of every token but answers: facts and questions are drawn at random, so little can be learned from predicting them
-_ANSWER = re.compile(r"Answer:.*")
+_TARGETS = re.compile("|".join([r"Answer:.*", *(rf"\b{value}\b" for custom in CUSTOMS for value in custom.values)]))
 
 CARD = f"""---
 license: apache-2.0
@@ -158,7 +159,7 @@ class Rows(IterableDataset[dict[str, torch.Tensor]]):
         weights: list[float] = []
         while len(tokens) < LENGTH:
             text = next(documents)
-            answers = [match.span() for match in _ANSWER.finditer(text)]
+            answers = [match.span() for match in _TARGETS.finditer(text)]
             encoded = self.tokenizer(text, return_offsets_mapping=True)
             tokens += [*encoded["input_ids"], self.tokenizer.eos_token_id]
             weights += [1.0 if any(a <= start < b for a, b in answers) else OTHER_WEIGHT for start, _ in encoded["offset_mapping"]] + [1.0]

@@ -1,12 +1,17 @@
 """A seeded closed world: small English-like passages, stories and multiple-choice questions.
 
 Everything that edgepress measures out of the box is written here, so that a machine without a network can run the whole road. A *scene*
-ties people to things, and things to places, colours or prices. A question asks for both ("What does Dalo own, and where is it?"): its answer
-joins two facts of the passage given with it. The wrong choices take one fact, or both, from somebody else in the passage, so neither a single
-fact nor a prior answers it: chance is 20%.
+ties people to things, and things to places, colours or prices, or people to the towns where they live. Questions are of three kinds:
 
-Splits are disjoint twice over: people's names are divided among train, validation and test, and so are the
-combinations (which thing may stand in which place, ...). A model can therefore not answer from memory.
+- *told* ("What does Dalo own, and where is it?"): the answer joins two facts of the passage given with it;
+- *joined* ("Where does Dalo live, and what do people make there?"): the answer joins a fact of the passage and one of the lore;
+- *known* ("What do people make in Oak Ford?"): the answer is lore (compression/reference/lore.py), and there is no passage.
+
+What is told in a passage takes attention, and the lore takes weights that hold it. A wrong choice is wrong in one fact or in both, so
+neither a single fact nor a prior answers a question: chance is 20%.
+
+Splits are disjoint: people's names are divided among train, validation and test, and so are the combinations of a scene (which thing may
+stand in which place, ...) and the phrasings in which each fact of the lore is asked for. A model can answer from memory only what is lore.
 """
 
 import hashlib
@@ -15,8 +20,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
+from compression.reference.lore import CUSTOMS, TOWNS, Fact
+
 SPLITS = ("train", "validation", "test")
-VERSION = 1  # part of the data's fingerprint through the text itself; bump when the generator changes
+VERSION = 2  # part of the data's fingerprint through the text itself; bump when the generator changes
 
 _ONSETS = (
     "Ba Be Bi Bo Da De Di Do Fa Fe Fi Fo Ga Ge Gi Go Ka Ke Ki Ko La Le Li Lo Ma Me Mi Mo "
@@ -82,6 +89,7 @@ class Relation:
     ends: tuple[str, ...]
 
 
+_LIVES = ("{person} lives in {town}.", "{person} comes from {town}.")
 _OWNS = ("{person} owns the {mid}.", "{person} has the {mid}.")
 _RELATIONS = (
     Relation(
@@ -137,10 +145,22 @@ class Scene:
         single += [(f"What does {p} own?", _OWNS[0].format(person=p, mid=m)) for p, m, _ in chains]
         return Scene(passage, joined, tuple(single))
 
+    @staticmethod
+    def draw_homes(rng: random.Random, split: str, people: int = 5) -> "Scene":
+        """A scene of `people` (from 2) people and their towns; its questions also need the lore."""
+        homes = list(zip(_people(rng, split, people), rng.sample(TOWNS, people), strict=True))
+        passage = " ".join(rng.choice(_LIVES).format(person=p, town=t) for p, t in homes)
+        joined = tuple(_ask_there(rng, passage, home, homes) for home in rng.sample(homes, people))
+        return Scene(passage, joined, tuple((f"Where does {p} live?", _LIVES[0].format(person=p, town=t)) for p, t in homes))
+
     def text(self, rng: random.Random) -> str:
         """The scene as a training document: the passage, then its questions of both kinds with their answers."""
         asked = [(q.question, q.choices[q.answer]) for q in self.joined] + list(self.single)
-        return "\n".join([self.passage, *(f"Question: {q}\nAnswer: {a}" for q, a in rng.sample(asked, len(asked)))])
+        return "\n".join([self.passage, _answered(rng.sample(asked, len(asked)))])
+
+
+def _answered(asked: list[tuple[str, str]]) -> str:
+    return "\n".join(f"Question: {q}\nAnswer: {a}" for q, a in asked)
 
 
 def _ask_both(
@@ -159,6 +179,38 @@ def _ask_both(
         return f"{_OWNS[0].format(person=person, mid=mid)[:-1]}, and {second[0].lower()}{second[1:]}"
 
     return Question(passage, relation.ask_both.format(person=person), tuple(told(*pair) for pair in pairs), pairs.index((mid, end)))
+
+
+def _ask_there(rng: random.Random, passage: str, home: tuple[str, str], homes: list[tuple[str, str]]) -> Question:
+    """Ask for a person's town and its lore. Wrong: the lore of this town, twice; the town; and both."""
+    person, town = home
+    other = rng.choice([t for p, t in homes if p != person])
+    custom = rng.choice(CUSTOMS)
+    fact, foreign = Fact(town, custom), Fact(other, custom)
+    first, second = fact.wrong(rng, 2)
+    pairs = [(fact, fact.value), (fact, first), (fact, second), (foreign, foreign.value), (foreign, foreign.wrong(rng, 1)[0])]
+    rng.shuffle(pairs)
+    choices = tuple(f"{person} lives in {f.town}, and there {f.claim(value)}." for f, value in pairs)
+    return Question(passage, f"Where does {person} live, and {custom.asked} there?", choices, pairs.index((fact, fact.value)))
+
+
+def _ask_known(rng: random.Random, split: str) -> Question:
+    """Ask for a fact of the lore, without a passage."""
+    fact = Fact(rng.choice(TOWNS), rng.choice(CUSTOMS))
+    values = [fact.value, *fact.wrong(rng, 4)]
+    rng.shuffle(values)
+    return Question("", fact.asked(rng, split), tuple(fact.answer(value) for value in values), values.index(fact.value))
+
+
+def _chronicle(rng: random.Random) -> str:
+    """What is known of a few towns."""
+    facts = [Fact(town, custom) for town in rng.sample(TOWNS, 4) for custom in rng.sample(CUSTOMS, 4)]
+    return " ".join(fact.told(rng) for fact in facts)
+
+
+def _quiz(rng: random.Random, split: str) -> str:
+    asked = [_ask_known(rng, split) for _ in range(8)]
+    return _answered([(q.question, q.choices[q.answer]) for q in asked])
 
 
 def _story(rng: random.Random, split: str) -> str:
@@ -201,20 +253,28 @@ def _story(rng: random.Random, split: str) -> str:
 
 
 def documents(split: str, seed: int = 0, people: tuple[int, int] = (2, 5)) -> Iterator[str]:
-    """Endless documents of a split for language modelling: about four scenes with questions to one story.
+    """Endless documents of a split for language modelling: a tenth stories, two fifths lore, the rest scenes with questions.
 
     people  fewest and most people of a scene; the reference model is trained on small scenes first
     """
     rng = random.Random(f"world-{VERSION}-text-{split}-{seed}")
     while True:
-        if rng.random() < 0.2:
+        (kind,) = rng.choices(("story", "chronicle", "quiz", "homes", "things"), (10, 20, 20, 20, 30))
+        if kind == "story":
             yield _story(rng, split)
+        elif kind == "chronicle":
+            yield _chronicle(rng)
+        elif kind == "quiz":
+            yield _quiz(rng, split)
         else:
-            yield Scene.draw(rng, split, rng.randint(*people)).text(rng)
+            draw = Scene.draw_homes if kind == "homes" else Scene.draw
+            yield draw(rng, split, rng.randint(*people)).text(rng)
 
 
 def questions(split: str, seed: int = 0) -> Iterator[Question]:
-    """Endless multiple-choice items of a split, two of each scene, every one joining two facts."""
+    """Endless multiple-choice items of a split: of six, one is told in its passage, two join it with the lore, and three are lore."""
     rng = random.Random(f"world-{VERSION}-task-{split}-{seed}")
     while True:
-        yield from Scene.draw(rng, split).joined[:2]
+        yield Scene.draw(rng, split).joined[0]
+        yield from Scene.draw_homes(rng, split).joined[:2]
+        yield from (_ask_known(rng, split) for _ in range(3))

@@ -33,6 +33,9 @@ class PruneDepth(Stage):
         ),
     ] = "influence"
 
+    def data_read(self) -> Reads:
+        return "nothing" if self.blocks else "calibration"
+
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
         left = blocks_left(parent, drop=self.drop, keep=self.keep, blocks=self.blocks)
         # Which blocks remain is not known before a criterion is asked, only how many: the first stand for them.
@@ -44,5 +47,6 @@ class PruneDepth(Stage):
         from compression.loading import load_tokenizer
         from compression.pruning.depth import prune_depth
 
-        windows = None if self.blocks else calibration_windows(data, load_tokenizer(inputs.parent), context.seed)
+        reads = self.data_read() == "calibration"
+        windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed) if reads else None
         return prune_depth(inputs.parent, place.out, windows, **self.model_dump(exclude={"uses"}), context=context)

@@ -40,6 +40,9 @@ class PruneWidth(Stage):
     ] = "l2"
     multiple_of: Annotated[int, Field(ge=1, description="The MLP width that remains is a multiple of this; K-quants want 256.")] = 32
 
+    def data_read(self) -> Reads:
+        return "calibration" if self.criterion in ("activation", "taylor") else "nothing"
+
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
         if not {"keep", "keep_heads"} & self.model_fields_set:
             raise Incompatible("say what stays: keep (share of MLP neurons), keep_heads (share of attention heads), or both", key="uses")
@@ -51,6 +54,6 @@ class PruneWidth(Stage):
         from compression.loading import load_tokenizer
         from compression.pruning.width import prune_width
 
-        calibrated = self.criterion in ("activation", "taylor")
-        windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed) if calibrated else None
+        reads = self.data_read() == "calibration"
+        windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed) if reads else None
         return prune_width(inputs.parent, place.out, windows, **self.model_dump(exclude={"uses"}), context=context)

@@ -63,7 +63,7 @@ def demo_table(summary: Summary) -> str:
     headings = [str(column.header) for column in columns]
     aligned = ["---:" if column.justify == "right" else "---" for column in columns]
     rows = zip(*([Text.from_markup(str(cell)).plain for cell in column.cells] for column in columns), strict=True)
-    return _markdown(headings, aligned, [list(row) for row in rows])
+    return page.markdown(headings, aligned, [list(row) for row in rows])
 
 
 def time_table(rows: list[dict[str, Any]], wall: float) -> str:
@@ -72,7 +72,7 @@ def time_table(rows: list[dict[str, Any]], wall: float) -> str:
         [row["stage"], f"{computing(row):.1f}", f"{row['measure_seconds']:.1f}", f"{(computing(row) + row['measure_seconds']) / wall:.1%}"]
         for row in rows
     ]
-    return _markdown(["stage", "computing s", "measuring s", "share"], ["---", "---:", "---:", "---:"], lines)
+    return page.markdown(["stage", "computing s", "measuring s", "share"], ["---", "---:", "---:", "---:"], lines)
 
 
 def computing(row: dict[str, Any]) -> float:
@@ -91,10 +91,6 @@ def orchestration_share(rows: list[dict[str, Any]], wall: float) -> float:
             f"the stages' seconds add up to {inside:.1f}, and the command took {wall:.1f}: they overlap, so no share can be told"
         )
     return 1 - inside / wall
-
-
-def _markdown(headings: list[str], aligned: list[str], rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in [headings, aligned, *rows])
 
 
 if __name__ == "__main__":

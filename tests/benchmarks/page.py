@@ -21,7 +21,6 @@ def replaced(page: str, part: str, body: str) -> str:
     return f"{before}{begin}\n{body.strip()}\n\n{end}{after}"
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """A markdown table whose first `left` columns are text and the others numbers."""
-    aligned = ["---"] * left + ["---:"] * (len(headings) - left)
+def markdown(headings: Sequence[str], aligned: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; `aligned` has "---" for a column of text and "---:" for one of numbers."""
     return "".join(f"| {' | '.join(line)} |\n" for line in [headings, aligned, *rows])

@@ -52,7 +52,7 @@ def test_overlapping_stages_have_no_share():
         orchestration_share(FIRST["rows"], 60.0)
 
 
-def test_the_page():
+def test_the_part_of_the_page():
     second = summary(*({**row, "computed": False, "state": "Cached", "measure_seconds": 0.1} for row in FIRST["rows"]))
     page = render(FIRST, 80.0, second, 12.4)
     assert "on 1970-01-02: Some CPU, 2 cores, 8 GiB of memory, device cpu, 2 threads a stage, edgepress 0.1.0." in page

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from compression.walk import walk
 from compression.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
@@ -15,6 +14,7 @@ from compression.quantization.grid import fit_grid
 from compression.quantization.layouts import read_quantized_linears
 from compression.quantization.scaling import scale_pairs
 from compression.quantization.settings import Codes
+from compression.walk import walk
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 

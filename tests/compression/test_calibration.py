@@ -7,16 +7,16 @@ import torch
 
 import compression.families
 from compression.calibration import Outcome, compress_blocks
-from compression.walk import Block, Walk, walk
 from compression.checkpoint import file_digests, open_checkpoint
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, UnusableData
 from compression.loading import load_model
 from compression.shards import read_tensors
+from compression.walk import Block, walk
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 FAMILIES = {
-    **dict.fromkeys(compression.families.FAMILIES, {}),
+    **{family: {} for family in compression.families.FAMILIES},
     "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "mistral": {"sliding_window": 8},  # shorter than the windows, so that a wrong mask shows
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
@@ -170,7 +170,9 @@ def test_a_killed_walk_goes_on_at_its_block_and_ends_in_the_same_bytes(
 def test_a_walk_does_not_go_on_from_another(tmp_path: Path, checkpoint: Path) -> None:
     compress_blocks(checkpoint, tmp_path / "a", tiny_windows(), lambda block: Outcome(), work=tmp_path / "work", context=Context())
     with pytest.raises(EdgepressError, match="other data or with other settings"):
-        compress_blocks(checkpoint, tmp_path / "b", tiny_windows(seed=1), lambda block: Outcome(), work=tmp_path / "work", context=Context())
+        compress_blocks(
+            checkpoint, tmp_path / "b", tiny_windows(seed=1), lambda block: Outcome(), work=tmp_path / "work", context=Context()
+        )
 
 
 def test_statistics_of_activations(checkpoint: Path) -> None:
@@ -195,7 +197,9 @@ def test_an_unlisted_decoder_of_linear_layers(tmp_path: Path, model_type: str) -
     more = {"ffn_dim": 128, "word_embed_proj_dim": 64} if model_type == "opt" else {}
     source = open_checkpoint(tiny_checkpoint(tmp_path / "in", model_type, tied=model_type == "opt", **more))
     expected = second_moments(source.path, tiny_windows())
-    found = {f"{b.name}.{path}": s.second_moment for b in walk(source, tiny_windows(), context=Context()) for s in b.inputs for path in s.layers}
+    found = {
+        f"{b.name}.{path}": s.second_moment for b in walk(source, tiny_windows(), context=Context()) for s in b.inputs for path in s.layers
+    }
     assert found.keys() == {name for name in expected if name.startswith(source.blocks)}
     assert source.linear_widths().keys() == {name.removeprefix(f"{source.blocks}.0.") for name in found if ".0." in name}
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from compression.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
-from compression.loading import load_model
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.grid import Grid, diagonal_blocks, fit_grid

@@ -222,9 +222,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(tmp_path: Pa
 
 def test_the_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
     run(Toy(), tmp_path)
-    with pytest.raises(EdgepressError, match="other data or settings"):
+    with pytest.raises(EdgepressError, match="on other data or with other settings"):
         run(Toy(), tmp_path, settings=TrainingSettings(**vars(SETTINGS) | {"learning_rate": 2e-2}))
-    with pytest.raises(EdgepressError, match="other data or settings"):
+    with pytest.raises(EdgepressError, match="on other data or with other settings"):
         run(Toy(), tmp_path, mask=some_mask())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
     assert set(json.loads((tmp_path / "checkpoint-10" / "complete.json").read_text())["files"]) >= {

@@ -187,7 +187,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_
         ("type", "a second time", {"type": "q4_0"}, {"layout": "gptq", "quantization_config": GPTQ}),
         ("type", "3 bits", {"type": "carry"}, {"layout": "gptq", "quantization_config": GPTQ | {"bits": 3}}),
         ("type", "group_size 16", {"type": "carry"}, {"layout": "gptq", "quantization_config": GPTQ | {"group_size": 16}}),
-        ("type", "group_size -1", {"type": "carry"}, {"layout": "gptq", "quantization_config": GPTQ | {"group_size": -1}}),
+        ("type", "group_size 48", {"type": "carry"}, {"layout": "gptq", "quantization_config": GPTQ | {"group_size": 48}}),
         ("type", "static_groups", {"type": "carry"}, {"layout": "gptq", "quantization_config": GPTQ | {"desc_act": True}}),
         ("type", "symmetric: true", {"type": "carry"}, {"layout": "gptq", "quantization_config": GPTQ | {"bits": 8, "sym": False}}),
         ("type", "multiple of 32.*mlp.down_proj", {"type": "q8_0"}, {"intermediate_size": 120}),

@@ -91,11 +91,7 @@ def quantized_checkpoint(path: Path, layout: str, bits: int, group_size: int, *,
         weights |= {f"{name.removesuffix('.weight')}.{part}": tensor.contiguous() for part, tensor in tensors.items()}
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     config = json.loads((path / "config.json").read_text())
-    settings = (
-        gptq_config({}, bits=bits, group_size=group_size, symmetric=True)
-        if layout == "gptq"
-        else awq_config(group_size=group_size)
-    )
+    settings = gptq_config({}, bits=bits, group_size=group_size, symmetric=True) if layout == "gptq" else awq_config(group_size=group_size)
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     return path
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.flows.recipes import edgepress, recipe
 
@@ -149,7 +150,6 @@ def edit(model: Path, **changes: object) -> None:
         (pickle_weights, ["pickled weights", "safetensors"]),
         (truncate, ["truncated or damaged"]),
         (forget_tokenizer, ["tokenizer.json"]),
-        (unknown_architecture, ["'sesame'", "llama"]),
     ],
 )
 def test_wrong_models(
@@ -158,6 +158,14 @@ def test_wrong_models(
     copy = shutil.copytree(checkpoint, here / "model")
     damage(copy)
     refused(recipe(copy, GOOD), "model:", words, capfd)
+
+
+def test_an_unlisted_architecture_is_refused_by_the_stage_that_needs_its_names(
+    checkpoint: Path, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(checkpoint, here / "model")
+    unknown_architecture(copy)
+    refused(recipe(copy, GOOD), "uses: prune.width", ["'sesame'", "llama", "quantize.rtn"], capfd)
 
 
 def test_a_hub_model_without_a_hub(capfd: pytest.CaptureFixture[str]) -> None:
@@ -219,3 +227,15 @@ def test_doctor_names_versions_runtimes_and_what_is_missing(monkeypatch: pytest.
     assert code == 0
     for words in ("torch", "runtime onnxruntime", "cpu", "missing llama-cpp-python", "edgepress[llamacpp]", "export.gguf", "not reached"):
         assert words in out
+
+
+def test_sensitivity_names_the_layers_and_spends_the_bits(checkpoint: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("micro.yaml").write_text(recipe(checkpoint, GOOD))
+    code, out, err = edgepress(["sensitivity", "micro.yaml", "--bits", "4", "--group-size", "32"], capfd)
+    assert code == 0, err
+    layers = yaml.safe_load(out[out.index("layers:") :])["layers"]
+    assert len(layers) == 14 and sum(entry["bits"] for entry in layers.values()) / 14 < 6
+    assert all(f"│ {path} " in out for path in layers)
+    for bad, words in ((["--bits", "9"], "2, 3, 4 or 8"), (["--group-size", "48"], "does not divide")):
+        code, _, err = edgepress(["sensitivity", "micro.yaml", *bad], capfd)
+        assert code == 2 and words in err

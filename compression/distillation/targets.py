@@ -1,0 +1,39 @@
+"""The two ways in which a teacher's distribution is told, small as long as it waits and expanded chunk by chunk."""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from compression.distillation.losses import log_probabilities, merge_tail
+
+
+class Targets(Protocol):
+    """Teacher distributions over the first `vocabulary` tokens: either model may have padded its embeddings."""
+
+    vocabulary: int
+
+    def compare(self, student: torch.Tensor, *said: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Student log-probabilities [n, vocabulary] and what the teacher said, [n, ...] each -> both over the same outcomes."""
+
+
+class HeadTargets:
+    """The whole distribution, told by what the teacher's output head reads: [n, width] instead of [n, vocabulary]."""
+
+    def __init__(self, head: nn.Module, vocabulary: int, temperature: float):
+        self.head, self.vocabulary, self.temperature = head, vocabulary, temperature
+
+    def compare(self, student: torch.Tensor, *said: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            return student, log_probabilities(self.head(*said)[:, : self.vocabulary], self.temperature)
+
+
+class TopTargets:
+    """The k likeliest tokens, int64 [n, k], and the log-probabilities of each and of all others together, [n, k + 1]."""
+
+    def __init__(self, vocabulary: int):
+        self.vocabulary = vocabulary
+
+    def compare(self, student: torch.Tensor, *said: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        indices, theirs = said
+        return merge_tail(student, indices), theirs

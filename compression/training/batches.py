@@ -1,0 +1,73 @@
+"""Which rows each step of a training sees, and how much of them."""
+
+import torch
+from torch.utils.data import Dataset
+
+from compression.errors import UnusableData
+from compression.training_settings import TrainingSettings
+
+POOL = 50  # batches whose rows are sorted by length together: like lengths, and yet another mix in every permutation
+
+
+def check_rows(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The loss mask as bool [n, length]. Raises UnusableData where rows and mask cannot be trained on."""
+    if rows.ndim != 2 or rows.dtype != torch.int64 or rows.shape[0] < 1 or rows.shape[1] < 2:
+        raise UnusableData(
+            f"training rows are {rows.dtype} {list(rows.shape)}; int64 [rows, length], two tokens or longer, is needed", key="data"
+        )
+    if mask is None:
+        return torch.ones_like(rows, dtype=torch.bool)
+    if mask.shape != rows.shape:
+        raise UnusableData(f"the loss mask is {list(mask.shape)} and the training rows are {list(rows.shape)}; they must agree", key="data")
+    if not mask[:, 1:].any():
+        raise UnusableData("the loss mask leaves no token to learn from: every prompt fills its row; make the rows longer", key="data")
+    return mask.bool()
+
+
+class Batches(Dataset):
+    """Every row of the whole training in its order: permutation after permutation, as one epoch.
+
+    One epoch has no remainder batch at its seams, and resuming is skipping the first k batches. The order is one of rows, so that a
+    step sees the same ones however they are divided into batches and processes.
+
+    processes  that train together; each takes every `processes`-th batch
+    """
+
+    def __init__(self, rows: torch.Tensor, mask: torch.Tensor, settings: TrainingSettings, seed: int, processes: int = 1):
+        self.rows, self.mask = rows, mask
+        self.needed = settings.steps * settings.gradient_accumulation * settings.batch_size * processes
+        generator = torch.Generator().manual_seed(seed)
+        rounds = -(-self.needed // len(rows))
+        order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(rounds)])[: self.needed]
+        lengths = used_lengths(mask)
+        if settings.group_by_length and lengths.unique().numel() > 1:
+            step = settings.gradient_accumulation * settings.batch_size * processes
+            order = _grouped(order, lengths, settings.batch_size, POOL * step, generator)
+        self.order = order
+
+    def __len__(self) -> int:
+        return self.needed
+
+    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
+        return batch_of(self.rows, self.mask, self.order[positions])
+
+
+def batch_of(rows: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The chosen rows, cut behind the last target of them all: what follows it decides nothing in a causal model."""
+    tokens, targets = rows[chosen], mask[chosen]
+    longest = max(2, int(used_lengths(targets).max()))
+    return {"input_ids": tokens[:, :longest], "loss_mask": targets[:, :longest]}
+
+
+def used_lengths(mask: torch.Tensor) -> torch.Tensor:
+    """How many tokens of each row there are up to its last target, int64 [n]."""
+    return (mask * torch.arange(1, mask.shape[1] + 1)).amax(1)
+
+
+def _grouped(order: torch.Tensor, lengths: torch.Tensor, batch_size: int, pool: int, generator: torch.Generator) -> torch.Tensor:
+    """The rows of `order` in batches of like length: sorted within pools of `pool` rows, whose batches come in a random order."""
+    grouped = []
+    for part in order.split(pool):
+        batches = part[lengths[part].argsort(stable=True)].split(batch_size)
+        grouped += [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]
+    return torch.cat(grouped)

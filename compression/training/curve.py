@@ -1,0 +1,58 @@
+"""The curve of a training: loss terms averaged over the steps between two points."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from compression.training import processes
+
+
+class Curve:
+    """Part of the checkpoint, so that a kill leaves no dent in it. A step counts once it is complete."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor | float] = {}
+        self.tokens = 0
+        self.steps = 0
+        self.seconds = 0.0
+        self.last: dict[str, float] = {}
+        self._step: dict[str, torch.Tensor] = {}
+        self._step_tokens = 0
+
+    def add(self, terms: Mapping[str, torch.Tensor], tokens: int) -> None:
+        """Take the terms of one batch of a step, already divided by what the whole step is divided by."""
+        for name, value in terms.items():
+            self._step[name] = self._step[name] + value.detach() if name in self._step else value.detach()
+        self._step_tokens += tokens
+
+    def end_step(self, seconds: float) -> torch.Tensor:
+        """Count the step, over all processes; returns its loss."""
+        terms = {name: processes.summed(value) for name, value in self._step.items()}
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.tokens += int(processes.summed(torch.tensor(self._step_tokens)))
+        self.steps += 1
+        self.seconds += seconds
+        self._step, self._step_tokens = {}, 0
+        return terms["loss"]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def point(self, learning_rate: float) -> dict[str, float]:
+        """Close the interval: the mean of every term, learning_rate and training_tokens_per_second."""
+        self.last = {name: float(value) / self.steps for name, value in self.sums.items()}
+        self.last |= {"learning_rate": learning_rate, "training_tokens_per_second": self.tokens_per_second}
+        self.sums, self.tokens, self.steps, self.seconds = {}, 0, 0, 0.0
+        return self.last
+
+    def save(self, file: Path) -> None:
+        sums = {name: float(value) for name, value in self.sums.items()}
+        state = {"sums": sums, "tokens": self.tokens, "steps": self.steps, "seconds": self.seconds, "last": self.last}
+        file.write_text(json.dumps(state))
+
+    def load(self, file: Path) -> None:
+        vars(self).update(json.loads(file.read_text()))

@@ -1,0 +1,50 @@
+"""Opening what is to be trained, and writing it when it is."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.context import Context
+from compression.errors import Incompatible, UnusableData
+from compression.loading import load_model, save_model
+from compression.pruning.held import hold_masks, held_masks, zero_pruned
+from compression.pruning.masks import read_masks, write_masks
+
+
+def open_student(path: Path, rows: torch.Tensor, context: Context) -> PreTrainedModel:
+    """The model to train, in float32 on the context's device. Weights of a sparse one carry their masks (`hold_masks`): `train` keeps
+    what is pruned at zero, and `save_student` writes the masks again.
+
+    Raises Incompatible (a quantized checkpoint), UnusableData (tokens outside its vocabulary, rows longer than it reads).
+    """
+    check_student(open_checkpoint(path), rows)
+    model = load_model(path, device=context.device)
+    hold_masks(model, read_masks(path))
+    return model
+
+
+def check_student(checkpoint: Checkpoint, rows: torch.Tensor) -> None:
+    """Raises what `open_student` does."""
+    path = checkpoint.path
+    if checkpoint.layout != "dense":
+        raise Incompatible(f"{path} is quantized ({checkpoint.layout}) and cannot be trained; train before quantizing")
+    if rows.numel() and (int(rows.max()) >= checkpoint.vocab_size or int(rows.min()) < 0):
+        raise UnusableData(
+            f"training rows hold tokens {int(rows.min())}..{int(rows.max())}, {path} knows 0..{checkpoint.vocab_size - 1}; "
+            "tokenize with the tokenizer of the model",
+            key="data",
+        )
+    if rows.shape[-1] > checkpoint.max_length:
+        raise UnusableData(f"training rows are {rows.shape[-1]} tokens long, {path} reads {checkpoint.max_length} at most", key="length")
+
+
+def save_student(model: PreTrainedModel, out: Path, *, like: Path) -> None:
+    """Write the trained model in the dtype of `like`, with what a later stage needs to know of its pruning: its masks, kept.safetensors."""
+    zero_pruned(model)  # an adapter that was merged filled them
+    save_model(model, out, like=like)
+    write_masks(out, held_masks(model))
+    if (like / "kept.safetensors").is_file():
+        shutil.copyfile(like / "kept.safetensors", out / "kept.safetensors")

@@ -1,0 +1,31 @@
+"""One of our methods on one checkpoint: the whole call is timed, reading and writing the checkpoint included."""
+
+from pathlib import Path
+
+import torch
+from child import answered, read_job, read_windows
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+from compression.context import Context
+from compression.pruning.unstructured import prune_unstructured
+from compression.quantization.awq import quantize_awq
+from compression.quantization.gptq import quantize_gptq
+from compression.quantization.rtn import quantize_rtn
+
+job = read_job()
+torch.set_num_threads(job["threads"])
+windows = torch.tensor(read_windows(job))
+checkpoint, out, context = Path(job["checkpoint"]), Path(job["out"]), Context()
+MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(checkpoint))]  # the last import, that of the architecture
+grid = {"bits": job["bits"], "group_size": job["group_size"]}
+
+with answered(job, "torch", "transformers"):
+    match job["method"]:
+        case "gptq":
+            quantize_gptq(checkpoint, out, windows, **grid, symmetric=job["symmetric"], context=context)
+        case "awq":
+            quantize_awq(checkpoint, out, windows, **grid, context=context)
+        case "rtn":
+            quantize_rtn(checkpoint, out, **grid, symmetric=job["symmetric"], context=context)
+        case method:
+            prune_unstructured(checkpoint, out, windows, method=method, sparsity=job["sparsity"], context=context)

@@ -17,6 +17,7 @@ from compression.context import Context
 from compression.files import fsync
 from compression.hidden_states import HiddenStates
 from compression.loading import copy_tokenizer
+from compression.pruning.kept import copy_kept
 from compression.pruning.masks import MaskWriter
 from compression.resumption import latest_checkpoint, write_checkpoint
 from compression.shards import CheckpointWriter, read_tensors
@@ -154,4 +155,6 @@ def _assemble(source: Checkpoint, out: Path, folder: Path, report: _Report, conf
     if report.layers:
         (out / REPORT).write_text(json.dumps(report.layers, indent=1, sort_keys=True) + "\n")
     copy_tokenizer(source.path, out)
+    if "quantization_config" not in config:  # GenAI's builder takes every safetensors file of a quantized directory for weights
+        copy_kept(source.path, out)
     writer.finish(source.config | dict(config))

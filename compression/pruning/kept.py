@@ -4,6 +4,7 @@ Its entries are int32, ascending indices into the model as it was before any str
 the down projection of each block (neurons), its output projection (query heads) and the list of blocks (blocks). Absent: all are left.
 """
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,3 +27,9 @@ def write_kept(out: Path, earlier: Mapping[str, torch.Tensor], now: Mapping[str,
     """
     composed = {path: earlier[path][indices.long()] if path in earlier else indices.to(torch.int32) for path, indices in now.items()}
     save_file(dict(earlier) | composed, out / KEPT)
+
+
+def copy_kept(source: Path, out: Path) -> None:
+    """Carry the entries of a checkpoint over to one of the same shape."""
+    if (source / KEPT).is_file():
+        shutil.copyfile(source / KEPT, out / KEPT)

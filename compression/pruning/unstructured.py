@@ -5,8 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from compression.calibration import Outcome, compress_blocks
 from compression.checkpoint import Checkpoint, open_checkpoint
@@ -16,12 +14,14 @@ from compression.loading import copy_tokenizer, load_model
 from compression.pruning import Allocation, Method, Pattern, Scope, check_unstructured, kept_of_group
 from compression.pruning.allocation import allocate, outlier_ratio
 from compression.pruning.gradient import gradient_scores
+from compression.pruning.kept import copy_kept
 from compression.pruning.masks import MaskWriter, read_masks
 from compression.pruning.selection import PRUNED, keep_n_of_m, keep_strongest, keep_strongest_overall
 from compression.pruning.sparsegpt import sparsegpt
 from compression.pruning.wanda import wanda, wanda_scores
 from compression.quantization.rounding import output_power, stacked
 from compression.shards import CheckpointWriter, read_tensors
+from compression.skeleton import linear_layers, skeleton
 from compression.walk import Block, Collect, SharedInput, Walk
 
 MEAN_SQUARE: Collect = frozenset({"mean_square"})
@@ -85,17 +85,9 @@ def prune_unstructured(
 
 def _linear_weights(source: Checkpoint) -> dict[str, list[str]]:
     """The names of the weights of each block's linear layers, by block, told from the model without weights."""
-    config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    blocks = {f"{source.blocks}.{index}": part for index, part in enumerate(model.get_submodule(source.blocks).children())}
-    layers = {
-        block: [f"{block}.{path}.weight" for path, part in module.named_modules() if isinstance(part, nn.Linear)]
-        for block, module in blocks.items()
-    }
-    if not any(layers.values()):
-        raise Incompatible(f"{source.path}: the blocks of {source.model_type} hold no linear layers (nn.Linear) to prune", key="model")
-    return layers
+    paths = linear_layers(skeleton(source), source)
+    blocks = [f"{source.blocks}.{index}" for index in range(source.num_layers)]
+    return {block: [f"{path}.weight" for path in paths if path.startswith(f"{block}.")] for block in blocks}
 
 
 def _sparsities(
@@ -169,6 +161,7 @@ def _write_pruned(
     writer.add(read_tensors(source.path, [name for name in source.tensors if name not in pruned]))
     mask_writer.finish()
     copy_tokenizer(source.path, out)
+    copy_kept(source.path, out)
     writer.finish(source.config)
     context.progress(total, total, "pruned")
     return {"sparsity": 1 - kept / weights, "fallback_layers": 0.0}

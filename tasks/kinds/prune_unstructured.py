@@ -41,6 +41,9 @@ class PruneUnstructured(Stage):
     ] = "uniform"
     damp_percent: Annotated[float, Field(gt=0, lt=1, description="Of the mean of the Hessian's diagonal, added to it (sparsegpt).")] = 0.01
 
+    def data_read(self) -> Reads:
+        return "nothing" if self.method == "magnitude" else "calibration"
+
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
         check_unstructured(
             parent, method=self.method, scope=self.scope, sparsity=self.sparsity, pattern=self.pattern, allocation=self.allocation
@@ -52,6 +55,7 @@ class PruneUnstructured(Stage):
         from compression.loading import load_tokenizer
         from compression.pruning.unstructured import prune_unstructured
 
-        windows = None if self.method == "magnitude" else calibration_windows(data, load_tokenizer(inputs.parent), context.seed)
+        reads = self.data_read() == "calibration"
+        windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed) if reads else None
         settings = self.model_dump(exclude={"uses"})
         return prune_unstructured(inputs.parent, place.out, windows, **settings, work=place.work, context=context)

@@ -255,11 +255,9 @@ def test_every_family_and_one_that_is_not_listed(tmp_path: Path, model_type: str
     assert all(((layer.weight.view(-1, 4) == 0).sum(1) == 2).all() for layer in layers)
 
 
-def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
-    source = tiny_checkpoint(tmp_path / "in", "gpt2", n_inner=128)  # its projections are transformers' Conv1D, [in, out]
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2ForCausalLM"]}))
-    with pytest.raises(Incompatible, match="hold no linear layers"):
+def test_a_model_of_other_layers_is_refused(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "in", "mixtral")  # experts in one tensor, chosen by a router
+    with pytest.raises(Incompatible, match="no linear layers"):
         prune(source, tmp_path / "out", method="magnitude", sparsity=0.5)
 
 

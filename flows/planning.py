@@ -95,7 +95,8 @@ def _assign(
     if isinstance(planned, Artifact):
         bounds = {"kl_to_parent": Bound(max=KL_TO_PARENT[planned.change]), **bounds}
     ancestors = dict.fromkeys(name for input_name in node.inputs.values() for name in (*done[input_name].ancestors, input_name))
-    identities = {role: done[name].identity for role, name in node.inputs.items()} | {role: model.identity for role, model in outside.items()}
+    identities = {role: done[name].identity for role, name in node.inputs.items()}
+    identities |= {role: model.identity for role, model in outside.items()}
     document = identity_document(stage, identities, recipe.data, recipe.seed, machine)
     return Assignment(
         node.name, index, stage, digest(document), document, node.inputs, tuple(ancestors), planned, outside=outside, bounds=bounds,

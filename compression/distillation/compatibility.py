@@ -64,6 +64,12 @@ def check_vocabularies(student: Checkpoint, teacher: Checkpoint) -> None:
             )
 
 
+def check_length(teacher: Checkpoint, length: int) -> None:
+    """Raise Incompatible when rows are longer than the teacher reads."""
+    if length > teacher.max_length:
+        raise Incompatible(f"rows are {length} tokens long, the teacher {teacher.path} reads {teacher.max_length} at most", key="teacher")
+
+
 def pair_layers(
     spec: FeatureLayers, student_layers: int, teacher_layers: int, origins: Sequence[int] | None = None
 ) -> dict[int, int]:  # fmt: skip

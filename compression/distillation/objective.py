@@ -45,8 +45,13 @@ class Objective(nn.Module):
             )
         if (alpha and teacher is None and cache is None) or (gamma and teacher is None):
             raise EdgepressError("alpha and gamma compare the student with a teacher, and none was given", key="teacher")
-        if teacher is not None and cache is not None:
-            raise EdgepressError("a teacher and what it said before were given; one of them is needed", key="teacher_cache")
+        if not 0 < mixture < 1:
+            raise EdgepressError(f"mixture is {mixture}; it is a share between 0 and 1", key="mixture")
+        if cache is not None and (teacher is not None or cache.temperature != temperature):
+            raise EdgepressError(
+                f"a cache at temperature {cache.temperature} stands for a teacher at that temperature: give it alone, and no other",
+                key="teacher_cache",
+            )
         self.student = student
         self.alpha, self.beta, self.gamma, self.temperature, self.max_logits = alpha, beta, gamma, temperature, max_logits
         self.divergence, self.mixture, self.feature = divergence, mixture, feature

@@ -36,4 +36,4 @@ class TopTargets:
 
     def compare(self, student: torch.Tensor, *said: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         indices, theirs = said
-        return merge_tail(student, indices), theirs
+        return merge_tail(student, indices), theirs.log_softmax(-1)  # kept in float16, their sum is not quite one

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from compression.checkpoint import digest_file
 from compression.context import Context
 from compression.distillation.compatibility import CacheSettings
+from compression.distillation.features import look
 from compression.distillation.losses import MAX_LOGITS, log_probabilities, merge_tail
 from compression.distillation.targets import HeadTargets, Targets, TopTargets
 from compression.errors import EdgepressError, Incompatible
@@ -40,12 +41,15 @@ ARRAYS = {"full": ("hidden",), "top_k": ("indices", "log_probs")}
 class TeacherCache:
     """Teacher outputs at the counted positions of rows, read from disk as they are asked for.
 
-    targets  how they become distributions
-    built    whether this process ran the teacher for them
+    targets      how they become distributions
+    temperature  of those
+    built        whether this process ran the teacher for them
     """
 
-    def __init__(self, home: Path, rows: torch.Tensor, mask: torch.Tensor, targets: Targets, settings: CacheSettings, *, built: bool):
-        self.targets, self.settings, self.built = targets, settings, built
+    def __init__(
+        self, home: Path, rows: torch.Tensor, mask: torch.Tensor, targets: Targets, settings: CacheSettings, *, temperature: float, built: bool
+    ):  # fmt: skip
+        self.targets, self.settings, self.temperature, self.built = targets, settings, temperature, built
         self._arrays = [np.load(home / f"{name}.npy", mmap_mode="r") for name in ARRAYS[settings.keep]]
         ends = mask[:, 1:].sum(1).cumsum(0).tolist()
         self._spans = dict(zip(_row_keys(rows, mask), pairwise([0, *ends]), strict=True))
@@ -75,7 +79,7 @@ def open_teacher_cache(
     """The cache of a teacher checkpoint for int64 and bool rows [n, length]; made, or made anew where its bytes are damaged, if need be.
 
     vocabulary   tokens that student and teacher both embed
-    temperature  of the log-probabilities that `top_k` keeps
+    temperature  of the distributions; of the bytes on disk with `top_k` only
 
     The teacher runs in float32, whatever precision the training has. Raises Incompatible (the output head is no linear layer, a logit
     is not finite in the dtype), UnusableModel.
@@ -97,7 +101,7 @@ def open_teacher_cache(
             write_checkpoint(home, 1, lambda out: _fill(out, model, rows, mask, settings, vocabulary, temperature, context), run=key)
             found = home / "checkpoint-1"
     targets = _head_targets(found, vocabulary, temperature, context) if settings.keep == "full" else TopTargets(vocabulary)
-    return TeacherCache(found, rows, mask, targets, settings, built=built)
+    return TeacherCache(found, rows, mask, targets, settings, temperature=temperature, built=built)
 
 
 @torch.no_grad()
@@ -120,8 +124,9 @@ def _fill(
         for name in ARRAYS[settings.keep]
     }
     done = 0
-    for batch, counted in zip(*(tensor.split(max(1, TOKENS_PER_FORWARD // rows.shape[1])) for tensor in (rows, mask)), strict=True):
-        hidden = model.base_model(input_ids=batch.to(context.device), use_cache=False).last_hidden_state[:, :-1][counted[:, 1:].to(context.device)]
+    at_once = max(1, TOKENS_PER_FORWARD // rows.shape[1])
+    for batch, targets in zip(rows.split(at_once), mask.split(at_once), strict=True):
+        hidden = look(model, batch.to(context.device), targets[:, 1:].to(context.device), (), "hidden_mse", max_logits=MAX_LOGITS).last
         said = [hidden] if settings.keep == "full" else _likeliest(hidden, head, settings.top_k, vocabulary, temperature)
         for array, tensor in zip(arrays.values(), said, strict=True):
             array[done : done + len(tensor)] = tensor.cpu().numpy()

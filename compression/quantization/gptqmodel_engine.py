@@ -7,24 +7,21 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from compression.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
-from compression.errors import EdgepressError, Incompatible, MissingExtra, UnusableData
+from compression.errors import EdgepressError, MissingExtra, UnusableData
 from compression.loading import copy_tokenizer
-from compression.quantization.layouts import AWQ_BITS
+from compression.quantization.gptqmodel_limits import Method, check_gptqmodel
 from compression.quantization.settings import awq_config, gptq_config, plan_codes
 from compression.shards import CheckpointWriter, read_tensors, shard_files
 
 SHORTEST_WINDOW = 10  # GPTQModel drops shorter calibration rows
-AWQ_ROWS = 64  # in which it searches clips
 LAST_WORDS = 2000  # characters
 QUANTIZED = ("qweight", "qzeros", "scales", "g_idx")
-
-Method = Literal["gptq", "awq"]
 
 
 def quantize_with_gptqmodel(
@@ -49,11 +46,17 @@ def quantize_with_gptqmodel(
 
     Returns `fallback_layers`: layers that GPTQModel rounded to nearest; `damped_layers`: those whose Hessian it could invert only with
     more than `damp_percent`.
-    Raises MissingExtra without GPTQModel; Incompatible for a quantized or masked checkpoint (GPTQModel keeps no masks), bits, a group
-    size or widths that do not fit; UnusableData for windows it would drop; EdgepressError with its last words when it fails.
+    Raises MissingExtra without GPTQModel; Incompatible as `check_gptqmodel` does; UnusableData for windows it would drop; EdgepressError with its last words when it fails.
     """
     source = open_checkpoint(checkpoint)
-    _check(source, windows, method, bits, group_size)
+    if find_spec("gptqmodel") is None:
+        raise MissingExtra("gptqmodel", "gptqmodel", "engine: gptqmodel")
+    check_gptqmodel(source, method=method, bits=bits, group_size=group_size)
+    if windows.dtype != torch.int64 or windows.dim() != 2 or windows.shape[1] < SHORTEST_WINDOW:
+        raise UnusableData(
+            f"GPTQModel needs calibration windows int64 [count, {SHORTEST_WINDOW} tokens or more], not {windows.dtype} {list(windows.shape)}"
+        )
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gptqmodel-", dir=out.parent) as folder:
         settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "offload_to_disk_path": f"{folder}/offload"}
@@ -86,29 +89,6 @@ def told(log: list[dict[str, Any]], damp_percent: float, context: Context) -> di
     return {"fallback_layers": float(len(rounded)), "damped_layers": float(len(damped))}
 
 
-def _check(source: Checkpoint, windows: torch.Tensor, method: Method, bits: int, group_size: int) -> None:
-    if find_spec("gptqmodel") is None:
-        raise MissingExtra("gptqmodel", "gptqmodel", "engine: gptqmodel")
-    if source.layout != "dense":
-        raise Incompatible(f"{source.path} is quantized already ({source.layout}); GPTQModel takes a dense checkpoint", key="model")
-    if source.sparse:
-        raise Incompatible(f"{source.path} carries masks, which GPTQModel does not keep; engine: edgepress does", key="engine")
-    choices = (2, 3, 4, 8) if method == "gptq" else (AWQ_BITS,)
-    if bits not in choices:
-        raise Incompatible(f"{method} with GPTQModel has {', '.join(map(str, choices))} bits, not {bits}", key="bits")
-    plan_codes(source, bits=bits, group_size=group_size)
-    for layer, (rows, _) in source.linear_widths().items() if method == "awq" else ():
-        if rows % AWQ_ROWS:
-            raise Incompatible(
-                f"GPTQModel's AWQ searches clips in runs of {AWQ_ROWS} outputs, and {layer} has {rows}; engine: edgepress takes any",
-                key="engine",
-            )
-    if windows.dtype != torch.int64 or windows.dim() != 2 or windows.shape[1] < SHORTEST_WINDOW:
-        raise UnusableData(
-            f"GPTQModel needs calibration windows int64 [count, {SHORTEST_WINDOW} tokens or more], not {windows.dtype} {list(windows.shape)}"
-        )
-
-
 def _dtype(source: Checkpoint, method: Method, device: str) -> str:
     """The checkpoint's, but float32 for GPTQ on the CPU, and half precision for AWQ, which takes no other."""
     if method == "awq":
@@ -117,13 +97,13 @@ def _dtype(source: Checkpoint, method: Method, device: str) -> str:
 
 
 def _run(job: dict[str, Any], printed: Path, blocks: int, context: Context) -> list[dict[str, Any]]:
-    """GPTQModel's log, an entry a layer. What it prints goes to the file `printed`."""
+    """GPTQModel's log, an entry a layer. What it prints goes to the file `printed`, the logs it leaves where it runs beside it."""
     child = Path(__file__).with_name("gptqmodel_child.py")
     reading, writing = os.pipe()
     answer: dict[str, Any] = {}
     with os.fdopen(reading) as answers, printed.open("wb") as output, subprocess.Popen(
         [sys.executable, "-P", str(child), str(writing)],
-        stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, text=True, pass_fds=(writing,),
+        stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, text=True, pass_fds=(writing,), cwd=printed.parent,
     ) as process:  # fmt: skip
         os.close(writing)
         try:
@@ -144,9 +124,18 @@ def _run(job: dict[str, Any], printed: Path, blocks: int, context: Context) -> l
 
 
 def _rewrite(source: Checkpoint, saved: Path, out: Path, config: dict[str, Any]) -> None:
-    """GPTQModel's checkpoint as one of ours: what is not quantized in the dtype it had, our config, the same tokenizer, nothing else."""
+    """GPTQModel's checkpoint as one of ours: what is not quantized in the dtype it had, our config, the same tokenizer, nothing else.
+
+    Raises EdgepressError where GPTQModel quantized other layers than asked.
+    """
+    names = list(shard_files(saved))
+    quantized = {name.removesuffix(".qweight") for name in names if name.endswith(".qweight")}
+    if other := quantized ^ {name.removesuffix(".weight") for name in source.linear_tensors()}:
+        raise EdgepressError(
+            f"GPTQModel quantized other layers than the linear layers of the blocks; these differ: {', '.join(sorted(other))}"
+        )
     writer = CheckpointWriter(out)
-    for name in shard_files(saved):
+    for name in names:
         (tensor,) = read_tensors(saved, [name]).values()
         if name.rpartition(".")[2] in QUANTIZED:
             writer.add({name: tensor})

@@ -26,10 +26,11 @@ from compression.reference.lore import CUSTOMS
 SEED = 0
 VOCABULARY = 1024
 WIDTH, HEADS, GROUPS, HEAD_DIM, THETA = 256, 8, 4, 32, 1e6
-LENGTH, ROWS, STEPS, LEARNING_RATE = 384, 8, 2000, 1e-3
-COPYING = 0.05  # share of the rows that are random sequences, before everything else
-SCENES = ((0.1, (2, 2)), (0.2, (2, 3)), (1.0, (2, 5)))  # until this share of the rows: fewest and most people of a scene
-OTHER_WEIGHT = 0.1  # of every token but answers: facts and questions are drawn at random, so little can be learned from predicting them
+LENGTH, ROWS, STEPS, LEARNING_RATE = 384, 8, 1600, 1e-3
+DECAY = 400  # last steps, in which the learning rate falls to 0; it is constant before
+COPYING = 100  # steps on random sequences, before everything else
+SCENES = ((200, (2, 2)), (400, (2, 3)), (STEPS, (2, 5)))  # until this step: fewest and most people of a scene
+OTHER_WEIGHT = 0.1  # of every token but answers and lore: what else is told is drawn at random, so little can be learned from predicting it
 _TARGETS = re.compile("|".join([r"Answer:.*", *(rf"\b{value}\b" for custom in CUSTOMS for value in custom.values)]))
 
 CARD = f"""---
@@ -66,7 +67,7 @@ def build_model() -> LlamaForCausalLM:
     """The untrained model."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=HEADS,
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=512, num_hidden_layers=4, num_attention_heads=HEADS,
         num_key_value_heads=GROUPS, head_dim=HEAD_DIM, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=1, rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
     )  # fmt: skip
@@ -144,13 +145,11 @@ class Rows(IterableDataset[dict[str, torch.Tensor]]):
         self.tokenizer = tokenizer
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        total = STEPS * ROWS
-        copying = int(COPYING * total)
-        sources = [(share, world.documents("train", SEED + 1 + n, people)) for n, (share, people) in enumerate(SCENES)]
+        sources = [(until, world.documents("train", SEED + 1 + n, people)) for n, (until, people) in enumerate(SCENES)]
         rng = random.Random(SEED)
-        for number in range(total):
-            documents = next(source for share, source in sources if number < share * total)
-            tokens, weights = _repetitions(rng) if number < copying else self._packed(documents)
+        for number in range(STEPS * ROWS):
+            documents = next(source for until, source in sources if number < until * ROWS)
+            tokens, weights = _repetitions(rng) if number < COPYING * ROWS else self._packed(documents)
             yield {"input_ids": torch.tensor(tokens[:LENGTH]), "weights": torch.tensor(weights[:LENGTH])}
 
     def _packed(self, documents: Iterator[str]) -> Row:
@@ -159,10 +158,10 @@ class Rows(IterableDataset[dict[str, torch.Tensor]]):
         weights: list[float] = []
         while len(tokens) < LENGTH:
             text = next(documents)
-            answers = [match.span() for match in _TARGETS.finditer(text)]
+            targets = [match.span() for match in _TARGETS.finditer(text)]
             encoded = self.tokenizer(text, return_offsets_mapping=True)
             tokens += [*encoded["input_ids"], self.tokenizer.eos_token_id]
-            weights += [1.0 if any(a <= start < b for a, b in answers) else OTHER_WEIGHT for start, _ in encoded["offset_mapping"]] + [1.0]
+            weights += [1.0 if any(a <= start < b for a, b in targets) else OTHER_WEIGHT for start, _ in encoded["offset_mapping"]] + [1.0]
         return tokens, weights
 
 
@@ -201,8 +200,9 @@ def main(out: Path) -> None:
     tokenizer = train_tokenizer()
     model = build_model()
     arguments = TrainingArguments(
-        output_dir=str(out.with_name(out.name + "-training")), max_steps=STEPS, per_device_train_batch_size=ROWS, learning_rate=LEARNING_RATE, lr_scheduler_type="cosine",
-        warmup_steps=50, weight_decay=0.05, adam_beta2=0.98, max_grad_norm=1.0, bf16=True, use_cpu=not torch.cuda.is_available(), logging_steps=100,
+        output_dir=str(out.with_name(out.name + "-training")), max_steps=STEPS, per_device_train_batch_size=ROWS, learning_rate=LEARNING_RATE,
+        lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": DECAY}, warmup_steps=50,
+        weight_decay=0.05, adam_beta2=0.98, max_grad_norm=1.0, bf16=True, use_cpu=not torch.cuda.is_available(), logging_steps=100,
         save_steps=500, save_total_limit=1, report_to="none", seed=SEED, remove_unused_columns=False, disable_tqdm=True,
     )  # fmt: skip
     WeightedTrainer(model=model, args=arguments, train_dataset=Rows(tokenizer)).train()

@@ -10,8 +10,9 @@ from compression.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible, UnusableData
 from compression.loading import load_model, save_model
-from compression.pruning.held import hold_masks, held_masks, zero_pruned
+from compression.pruning.held import held_masks, hold_masks, zero_pruned
 from compression.pruning.masks import read_masks, write_masks
+from compression.training import processes
 
 
 def open_student(path: Path, rows: torch.Tensor, context: Context) -> PreTrainedModel:
@@ -43,6 +44,8 @@ def check_student(checkpoint: Checkpoint, rows: torch.Tensor) -> None:
 
 def save_student(model: PreTrainedModel, out: Path, *, like: Path) -> None:
     """Write the trained model in the dtype of `like`, with what a later stage needs to know of its pruning: its masks, kept.safetensors."""
+    if not processes.is_first():
+        return  # every process has the same
     zero_pruned(model)  # an adapter that was merged filled them
     save_model(model, out, like=like)
     write_masks(out, held_masks(model))

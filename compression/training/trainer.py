@@ -143,7 +143,7 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
-        self.restore(torch.load(checkpoint / "trainable.pt", map_location=self.args.device, weights_only=True))
+        self.restore(torch.load(checkpoint / "trainable.pt", map_location="cpu", weights_only=True))
         self.curve.load(checkpoint / "curve.json")
         if self.validation:
             self.validation.load(checkpoint)

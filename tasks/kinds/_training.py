@@ -1,19 +1,27 @@
 """Parameters that every training stage has, and the rows it trains on."""
 
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from compression.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
-from compression.errors import Incompatible
-from compression.training_settings import TrainingSettings
+from compression.data.sources import documents, questions
+from compression.errors import Incompatible, UnusableData
+from compression.training_settings import Precision, Schedule, TrainingSettings
 from tasks.stage import Reads, Stage
 
-if TYPE_CHECKING:
-    from torch import Tensor
+
+class Distributed(BaseModel):
+    """Processes that train together: on a CPU they share its threads, of GPUs each has one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    processes: Annotated[int, Field(ge=2, description="Each takes `batch_size` rows in one forward pass.")]
 
 
 class TrainingStage(Stage):
@@ -21,39 +29,82 @@ class TrainingStage(Stage):
 
     reads: ClassVar[Reads] = "training"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "accelerate", "tokenizers")
+    sparse: ClassVar[bool] = True
 
     train_on: Annotated[Literal["text", "questions"], Field(description="Running text, or questions with the prompt masked.")] = "text"
     steps: Annotated[int, Field(ge=1, description="Optimizer steps.")] = 300
     batch_size: Annotated[int, Field(ge=1, description="Rows in one forward pass.")] = 8
     gradient_accumulation: Annotated[int, Field(ge=1, description="Forward passes in one optimizer step.")] = 1
-    learning_rate: Annotated[float, Field(gt=0, description="Peak of the cosine schedule.")] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0, description="Peak of the schedule.")] = 1e-4
+    schedule: Annotated[
+        Schedule, Field(description="Of the learning rate after its rise: to zero along a cosine or a line, or constant.")
+    ] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1, description="Share of the steps over which the learning rate rises.")] = 0.05
     weight_decay: Annotated[float, Field(ge=0, description="AdamW's, on matrices.")] = 0.0
-    precision: Annotated[Literal["float32", "bfloat16"], Field(description="Of matrix products; weights stay float32.")] = "float32"
+    precision: Annotated[Precision, Field(description="Of matrix products; weights stay float32. float16 needs a GPU.")] = "float32"
+    gradient_checkpointing: Annotated[
+        bool, Field(description="Compute activations again in the backward pass instead of keeping them: less memory, more time.")
+    ] = False
+    group_by_length: Annotated[bool, Field(description="Batches of questions of like length: less padding is computed.")] = True
     save_every: Annotated[int, Field(ge=1, description="Steps between crash-safe checkpoints.")] = 100
+    save_minutes: Annotated[float, Field(ge=0, description="Also a checkpoint when so many minutes passed since the last; 0 is never.")] = (
+        0.0
+    )
+    evaluate_every: Annotated[
+        int,
+        Field(ge=0, description="Steps between evaluations of the loss on the validation split; the best weights are kept. 0 is never."),
+    ] = 0
+    patience: Annotated[int, Field(ge=0, description="Evaluations without a lower loss after which training stops; 0 is never.")] = 0
+    validation_rows: Annotated[int, Field(ge=1, description="Rows of the validation split to evaluate on, at most.")] = 64
+
+    distributed: Annotated[Distributed | None, Field(description="Train in several processes of this machine: {processes: 2}.")] = None
 
     def settings(self) -> TrainingSettings:
-        names = ("steps", "batch_size", "gradient_accumulation", "learning_rate", "warmup_ratio", "weight_decay", "precision", "save_every")
-        return TrainingSettings(**{name: getattr(self, name) for name in names})
+        mine = type(self).model_fields
+        return TrainingSettings(**{field.name: getattr(self, field.name) for field in fields(TrainingSettings) if field.name in mine})
 
     def check_data(self, parent: Checkpoint, data: DataSpec) -> None:
-        """Refuse what the recipe's data does not hold, and rows longer than the model's positions."""
+        """Refuse what the recipe's data does not hold, rows longer than the model's positions, and settings that contradict each other."""
+        self.settings()
         if self.train_on == "questions" and data.questions is None:
             raise Incompatible("train_on: questions needs `data.questions` in the recipe", key="train_on")
         if data.length > parent.max_length:
             raise Incompatible(
                 f"rows of data.length {data.length} are longer than the model's {parent.max_length} positions", key="train_on"
             )
+        if self.evaluate_every:
+            read = questions if self.train_on == "questions" else documents
+            try:
+                read(self._validation_data(data), "validation")
+            except UnusableData as error:
+                raise UnusableData(f"evaluate_every needs a validation split: {error}", key="evaluate_every") from None
 
-    def rows(self, model: Path, data: DataSpec, context: Context) -> "dict[str, Any]":
-        """`rows` and `mask`, as the training functions take them."""
+    def rows(self, model: Path, data: DataSpec, context: Context) -> dict[str, Any]:
+        """`rows` and `mask`, and where there are evaluations `validation`, as the training functions take them."""
         from compression.data import question_rows, training_rows
         from compression.loading import load_tokenizer
 
         tokenizer = load_tokenizer(model)
-        mask: Tensor | None = None
-        if self.train_on == "questions":
-            rows, mask = question_rows(data, tokenizer)
-        else:
-            rows = training_rows(data, tokenizer)
-        return {"rows": rows, "mask": mask}
+        asks = self.train_on == "questions"
+        rows, mask = question_rows(data, tokenizer) if asks else (training_rows(data, tokenizer), None)
+        if not self.evaluate_every:
+            return {"rows": rows, "mask": mask}
+        data = self._validation_data(data)
+        held_out, its_mask = (
+            question_rows(data, tokenizer, "validation")
+            if asks
+            else (training_rows(data, tokenizer, "validation")[: self.validation_rows], None)
+        )
+        return {"rows": rows, "mask": mask, "validation": (held_out, its_mask)}
+
+    def train(self, function: Callable[..., dict[str, float]], *paths: Path, context: Context, **parameters: Any) -> dict[str, float]:
+        """Call a training function, in as many processes as the recipe asks for."""
+        if self.distributed is None:
+            return function(*paths, context=context, **parameters)
+        from compression.distributed import in_processes
+
+        return in_processes(self.distributed.processes, function, *paths, context=context, **parameters)
+
+    def _validation_data(self, data: DataSpec) -> DataSpec:
+        """Reads no more questions than wanted, however many the recipe measures with."""
+        return data.model_copy(update={"evaluation_questions": self.validation_rows})

@@ -8,7 +8,7 @@ from pydantic import Field
 from compression.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
-from compression.distillation import CacheSettings, Divergence, Feature, check_vocabularies, pair_layers
+from compression.distillation import CacheSettings, Divergence, Feature, check_length, check_vocabularies, pair_layers
 from compression.errors import Incompatible
 from tasks.kinds._training import TrainingStage
 from tasks.stage import Artifact, Inputs, Planned, Workplace
@@ -19,7 +19,6 @@ class Distill(TrainingStage):
 
     uses: Literal["distill"] = "distill"
     version: ClassVar[int] = 1
-    sparse: ClassVar[bool] = True
 
     teacher: Annotated[
         str,
@@ -68,6 +67,7 @@ class Distill(TrainingStage):
             raise Incompatible(f"an export ({teacher.runtime}) cannot teach; name a checkpoint stage", key="teacher")
         if parent.path.is_dir() and teacher.path.is_dir():
             check_vocabularies(parent, teacher)
+        check_length(teacher, data.length)
         if self.gamma:
             pair_layers(self.feature_layers, parent.num_layers, teacher.num_layers)
         if (cache := self._cache()) is not None:

@@ -9,7 +9,7 @@ from pydantic import Field
 from compression.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
-from compression.errors import Incompatible
+from compression.quantization.gptqmodel_limits import check_gptqmodel
 from compression.quantization.settings import awq_config, plan_codes
 from tasks.extras import require
 from tasks.stage import Inputs, Planned, Reads, Stage, Workplace
@@ -41,10 +41,7 @@ class QuantizeAwq(Stage):
         _ = parent.family  # scale pairs are declared by family
         if self.engine == "gptqmodel":
             require("gptqmodel", "engine: gptqmodel")
-            if parent.sparse:
-                raise Incompatible(
-                    "GPTQModel would fill the zeros of this sparse checkpoint in; engine: edgepress keeps them", key="engine"
-                )
+            check_gptqmodel(parent, method="awq", bits=self.bits, group_size=self.group_size)
         plan_codes(parent, bits=self.bits, group_size=self.group_size)
         return dataclasses.replace(
             parent, layout="awq", config={**parent.config, "quantization_config": awq_config(group_size=self.group_size)}

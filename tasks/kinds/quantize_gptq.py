@@ -9,6 +9,7 @@ from compression.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
 from compression.errors import Incompatible
+from compression.quantization.gptqmodel_limits import check_gptqmodel
 from compression.quantization.settings import Misfit, Override, plan_gptq
 from tasks.extras import require
 from tasks.stage import Inputs, Planned, Reads, Stage, Workplace
@@ -61,8 +62,7 @@ class QuantizeGptq(Stage):
             raise Incompatible(
                 "engine: gptqmodel takes the same bits and groups for all layers here; engine: edgepress takes patterns", key="layers"
             )
-        if parent.sparse:
-            raise Incompatible("GPTQModel would fill the zeros of this sparse checkpoint in; engine: edgepress keeps them", key="engine")
+        check_gptqmodel(parent, method="gptq", bits=self.bits, group_size=self.group_size)
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         from compression.data import calibration_windows

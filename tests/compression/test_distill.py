@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compression.checkpoint import open_checkpoint
 from compression.context import Context
-from compression.distillation import check_vocabularies, pair_layers
+from compression.distillation import check_vocabularies
 from compression.distillation.distill import distill
 from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, Incompatible, UnusableData
 from compression.loading import copy_tokenizer, load_model
+from compression.pruning.depth import prune_depth
+from compression.pruning.kept import read_kept
+from compression.pruning.width import prune_width
 from compression.training_settings import TrainingSettings
 from tests.compression.test_losses import reference_kl, softmax
 from tests.tiny import tiny_checkpoint, tiny_windows
@@ -220,32 +221,59 @@ def test_old_and_new_spellings_of_merges_are_the_same(tmp_path: Path, checkpoint
     check_vocabularies(open_checkpoint(other), open_checkpoint(checkpoint))
 
 
-def test_pairs_of_layers() -> None:
-    assert pair_layers("last", 4, 6) == {3: 5}
-    assert pair_layers("middle", 12, 12) == {5: 5}
-    assert pair_layers("middle", 3, 6) == {1: 2}
-    assert pair_layers("uniform", 3, 6) == {0: 1, 1: 3, 2: 5}
-    assert pair_layers("uniform", 3, 2) == {0: 0, 1: 1, 2: 1}
-    assert pair_layers({0: 5}, 3, 6) == {0: 5}
-    for spec, message in (({3: 0}, "block 3 of the student, which has blocks 0 to 2"), ({0: 6}, "block 6 of the teacher"), ({}, "is {}")):
-        with pytest.raises(EdgepressError, match=message):
-            pair_layers(spec, 3, 6)
+def paired(student: Path, teacher: Path, home: Path, monkeypatch: pytest.MonkeyPatch, **terms: Any) -> dict[int, int]:
+    """The pairs of blocks that a distillation by the rule `uniform` compares."""
+    found: list[dict[int, int]] = []
+
+    def note(objective: Objective, *_: object, **__: object) -> dict[str, float]:
+        found.append(objective.layers)
+        return {}
+
+    monkeypatch.setattr("compression.distillation.distill.train", note)
+    distill(
+        student, teacher, home / "out", tiny_windows(), gamma=1.0, feature_layers="uniform", settings=SETTINGS, workdir=home / "work",
+        context=Context(), **terms,
+    )  # fmt: skip
+    return found[0]
 
 
-@given(student=st.integers(1, 60), teacher=st.integers(1, 60))
-def test_uniform_pairs_every_student_layer_in_order(student: int, teacher: int) -> None:
-    """Whichever of the two is deeper; a shallower student never meets a teacher block twice."""
-    pairs = pair_layers("uniform", student, teacher)
-    assert list(pairs) == list(range(student))
-    assert all(0 <= other < teacher for other in pairs.values())
-    assert list(pairs.values()) == sorted(pairs.values())
-    assert pairs[student - 1] == teacher - 1
-    assert len(set(pairs.values())) == min(student, teacher)
+def test_blocks_meet_the_ones_they_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_checkpoint(tmp_path / "base", layers=6)
+    prune_depth(base, tmp_path / "five", blocks=[4], context=Context())
+    prune_width(tmp_path / "five", tmp_path / "thin", keep=0.5, keep_heads=0.5, context=Context())
+    prune_depth(tmp_path / "thin", tmp_path / "three", blocks=[1, 2], context=Context())  # blocks 0, 3 and 5 of base
+    wider = tiny_checkpoint(tmp_path / "wider", layers=6, hidden=32)
+    for feature in ("hidden_mse", "attention"):
+        assert paired(tmp_path / "three", base, tmp_path, monkeypatch, feature=feature) == {0: 0, 1: 3, 2: 5}
+    assert paired(tmp_path / "three", tmp_path / "five", tmp_path, monkeypatch) == {0: 0, 1: 3, 2: 4}
+    assert paired(tmp_path / "five", tmp_path / "three", tmp_path, monkeypatch) == {0: 0, 1: 1, 2: 1, 3: 2, 4: 2}  # some are not in there
+    assert paired(tmp_path / "three", wider, tmp_path, monkeypatch) == {0: 1, 1: 3, 2: 5}  # another model: by depth
+
+
+def test_what_depth_pruning_left_alone_is_what_it_was(tmp_path: Path) -> None:
+    """The blocks before the first that is gone have the hidden states of the teacher; the next has not."""
+    base = tiny_checkpoint(tmp_path / "base", layers=4)
+    prune_depth(base, tmp_path / "student", blocks=[2], context=Context())
+    kept = read_kept(tmp_path / "student")["model.layers"].tolist()
+    for feature in ("hidden_mse", "attention"):
+        losses = []
+        for pair in enumerate(kept):
+            objective = Objective(
+                load_model(tmp_path / "student"), teacher=load_model(base), gamma=1.0, feature=feature, layers=dict([pair])
+            )  # fmt: skip
+            losses.append(objective(*prompt_masked())["loss_feature"].item())
+        assert losses[:2] == [0, 0]
+        assert losses[2] > 1e-4
 
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [({"alpha": 0.0}, "nothing to minimise"), ({"alpha": -1.0, "beta": 1.0}, "negative"), ({"alpha": 1.0, "temperature": 0.0}, "above 0")],
+    [
+        ({"alpha": 0.0}, "nothing to minimise"),
+        ({"alpha": -1.0, "beta": 1.0}, "negative"),
+        ({"alpha": 1.0, "temperature": 0.0}, "above 0"),
+        ({"alpha": 1.0, "mixture": 1.0}, "mixture"),
+    ],
 )
 def test_weights_out_of_range(checkpoint: Path, weights: dict[str, float], message: str) -> None:
     with pytest.raises(EdgepressError, match=message):
@@ -267,10 +295,11 @@ def test_students_and_rows_that_cannot_be_trained(tmp_path: Path, checkpoint: Pa
         attempt(checkpoint, torch.tensor([[2, 320]]))
     with pytest.raises(UnusableData, match=r"200 tokens long, .* reads 128 at most"):
         attempt(checkpoint, tiny_windows(2, 200))
-    sparse = tiny_checkpoint(tmp_path / "sparse")
-    save_file({"mask": torch.zeros(1)}, sparse / "masks.safetensors")
-    with pytest.raises(Incompatible, match="sparse"):
-        attempt(sparse, tiny_windows())
+    short = tiny_checkpoint(tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    with pytest.raises(Incompatible, match="32 tokens long, the teacher .* reads 20"):
+        distill(checkpoint, short, tmp_path / "out", tiny_windows(), settings=SETTINGS, workdir=tmp_path / "work", context=Context())
     quantized = tiny_checkpoint(tmp_path / "quantized")
     config = json.loads((quantized / "config.json").read_text())
     (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))

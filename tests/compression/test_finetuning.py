@@ -1,6 +1,8 @@
 """LoRA and full fine-tuning, judged by plain transformers and peft on what was written."""
 
 import json
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compression.context import Context
-from compression.errors import EdgepressError, Incompatible
+from compression.errors import EdgepressError, Incompatible, MissingExtra
 from compression.finetuning import finetune
+from compression.pruning.masks import read_masks, write_masks
+from compression.pruning.unstructured import prune_unstructured
 from compression.training_settings import TrainingSettings
 from tests.tiny import tiny_checkpoint, tiny_windows
 
@@ -98,7 +102,7 @@ def test_a_killed_run_ends_in_the_same_bytes(tmp_path: Path, checkpoint: Path) -
     with pytest.raises(InterruptedError):
         tune(checkpoint, tmp_path / "killed", dropout=0.2, rank=2, context=Context(seed=2, progress=dies))
     saved = torch.load(tmp_path / "killed" / "work" / "checkpoint-5" / "trainable.pt", weights_only=True)
-    assert all("lora_" in name for name in saved)
+    assert all("lora_" in name for name in saved["weights"])
     assert tune(checkpoint, tmp_path / "killed", dropout=0.2, rank=2)["resumed_from_step"] == 5
     for file in ("out/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
@@ -123,8 +127,75 @@ def test_refusals(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(EdgepressError, match="no_such_proj") as caught:
         tune(checkpoint, tmp_path, target_modules=["no_such_proj"])
     assert caught.value.key == "target_modules"
-    sparse = tiny_checkpoint(tmp_path / "sparse")
-    save_file({"mask": torch.zeros(1)}, sparse / "masks.safetensors")
-    with pytest.raises(Incompatible, match="sparse"):
-        tune(sparse, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dora_is_the_formula(tmp_path: Path, checkpoint: Path) -> None:
+    """m · (W + s·B·A) / ‖W + s·B·A‖ by rows, in float64, of the adapter as it is kept."""
+    tune(checkpoint, tmp_path, method="dora", rank=4, alpha=8, target_modules=["up_proj"])
+    assert loss(tmp_path / "out") < loss(checkpoint)
+    before, after = (load_file(path / "model.safetensors") for path in (checkpoint, tmp_path / "out"))
+    adapter = {name: tensor.double() for name, tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()}
+    for block in range(2):
+        name = f"model.layers.{block}.mlp.up_proj"
+        stem = f"base_model.model.{name}"
+        moved = before[f"{name}.weight"].double() + 2 * adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
+        expected = adapter[f"{stem}.lora_magnitude_vector"][:, None] * moved / moved.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(after[f"{name}.weight"].double(), expected, rtol=1e-4, atol=1e-5)
+        plain = before[f"{name}.weight"].double().norm(dim=1)
+        assert (adapter[f"{stem}.lora_magnitude_vector"] - plain).abs().max() > 1e-2  # the norms were trained too
+
+
+def test_dora_of_a_sparse_model_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    sparse = tmp_path / "sparse"
+    shutil.copytree(checkpoint, sparse)
+    write_masks(sparse, {"model.layers.0.mlp.up_proj.weight": torch.rand(128, 64) > 0.5})
+    with pytest.raises(Incompatible, match="dora") as caught:
+        tune(sparse, tmp_path, method="dora")
+    assert caught.value.key == "method"
+
+
+def test_ranks_by_pattern_and_modules_by_pattern(tmp_path: Path, checkpoint: Path) -> None:
+    tune(checkpoint, tmp_path, rank=4, target_modules=r".*layers\.1\..*_proj", rank_pattern={"mlp.up_proj": 6, "[kv]_proj": 2})
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    ranks = {name.split("layers.")[1].removesuffix(".lora_A.weight"): len(t) for name, t in adapter.items() if "lora_A" in name}
+    assert ranks == {
+        **{f"1.self_attn.{name}_proj": rank for name, rank in {"q": 4, "k": 2, "v": 2, "o": 4}.items()},
+        **{f"1.mlp.{name}_proj": rank for name, rank in {"gate": 4, "up": 6, "down": 4}.items()},
+    }
+    with pytest.raises(EdgepressError, match="no_proj") as caught:
+        tune(checkpoint, tmp_path / "wrong", rank_pattern={"no_proj": 2})
+    assert caught.value.key == "rank_pattern"
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="qlora needs bitsandbytes")
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_qlora_trains_over_four_bits_and_merges_into_full_precision(tmp_path: Path, checkpoint: Path, is_sparse: bool) -> None:
+    base = checkpoint
+    if is_sparse:
+        prune_unstructured(checkpoint, tmp_path / "sparse", method="magnitude", sparsity=0.5, context=Context())
+        base = tmp_path / "sparse"
+    curve: list[dict[str, float]] = []
+    context = Context(metrics=lambda values, step: curve.append(dict(values)))
+    tune(base, tmp_path, method="qlora", rank=4, alpha=8, context=context)
+    assert curve[0]["loss"] == pytest.approx(loss(base), rel=0.05)
+    assert curve[0]["loss"] != pytest.approx(loss(base), rel=1e-4)  # of the weights in four bits
+    assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]
+    before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path / "out"))
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    masks = read_masks(base)
+    for name, weight in before.items():
+        expected = weight.double()
+        if "_proj" in name:
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            update = 2 * adapter[f"{stem}.lora_B.weight"].double() @ adapter[f"{stem}.lora_A.weight"].double()
+            expected = expected + update * masks.get(name, torch.ones(1))
+        torch.testing.assert_close(after[name].double(), expected, rtol=1e-5, atol=1e-6)
+    assert bool(masks) == is_sparse == bool(read_masks(tmp_path / "out"))
+
+
+def test_qlora_without_its_package_is_refused(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compression.finetuning_methods.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"bitsandbytes.*pip install 'edgepress\[qlora\]'"):
+        tune(checkpoint, tmp_path, method="qlora")
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from compression.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, MissingExtra, UnusableData
 from compression.loading import load_model
+from compression.pruning.masks import write_masks
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.gptqmodel_engine import quantize_with_gptqmodel, told
@@ -83,6 +84,7 @@ def output_error(reference: Path, path: Path, windows: torch.Tensor) -> float:
 def test_the_engine_writes_a_checkpoint_like_ours(tmp_path: Path, method: str) -> None:
     source = tiny_checkpoint(tmp_path / "llama", kv_heads=4, dtype=torch.float16)
     windows, done = tiny_windows(count=32), []
+    here = sorted(Path.cwd().iterdir())
     before = (torch.get_rng_state(), np.random.get_state()[1], random.getstate())
     metrics = quantize_with_gptqmodel(
         source, tmp_path / "q", windows, method=method, group_size=32, context=Context(progress=lambda *args: done.append(args[:2]))
@@ -105,7 +107,8 @@ def test_the_engine_writes_a_checkpoint_like_ours(tmp_path: Path, method: str) -
     (embedding,), (dense,) = (read_tensors(path, ["model.embed_tokens.weight"]).values() for path in (tmp_path / "q", source))
     assert torch.equal(embedding, dense)
     assert judge(tmp_path / "q")[0] == LINEARS
-    assert not list(tmp_path.glob("gptqmodel-*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "ours", "q"]  # and none of its logs, nor where this runs
+    assert sorted(Path.cwd().iterdir()) == here
 
     model = load_model(source)
     for name, module in model.named_modules():
@@ -169,6 +172,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path,
         quantize_with_gptqmodel(checkpoint, tmp_path / "q", tiny_windows(length=8), group_size=32, context=Context())
     with pytest.raises(Incompatible, match="k_proj has 32; engine: edgepress"):
         quantize_with_gptqmodel(checkpoint, tmp_path / "q", tiny_windows(), method="awq", group_size=32, context=Context())
+    phi, gemma = (tiny_checkpoint(tmp_path / family, family, kv_heads=4) for family in ("phi3", "gemma3_text"))
+    for source, method in ((phi, "gptq"), (gemma, "awq")):
+        with pytest.raises(Incompatible, match="GPTQModel does not take") as refused:
+            quantize_with_gptqmodel(source, tmp_path / "q", tiny_windows(), method=method, group_size=32, context=Context())
+        assert refused.value.key == "engine"
+    write_masks(tmp_path / "phi3", {"model.layers.0.self_attn.o_proj.weight": torch.ones(64, 64, dtype=torch.bool)})
+    with pytest.raises(Incompatible, match="carries masks"):
+        quantize_with_gptqmodel(phi, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
     quantize_gptq(checkpoint, tmp_path / "quantized", tiny_windows(), group_size=32, context=Context())
     with pytest.raises(Incompatible, match="quantized already"):
         quantize_with_gptqmodel(tmp_path / "quantized", tmp_path / "q", tiny_windows(), group_size=32, context=Context())

@@ -1,0 +1,114 @@
+"""One training in several processes of this machine: data-parallel, through torch.distributed and accelerate."""
+
+import multiprocessing
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from torch import distributed
+
+from compression.context import Context
+from compression.errors import EdgepressError, Incompatible
+
+Result = dict[str, float]
+
+
+def in_processes(count: int, function: Callable[..., Result], *arguments: Any, context: Context, **parameters: Any) -> Result:
+    """`function(*arguments, context=context, **parameters)` in `count` processes that train together; the first one's result.
+
+    function  what calls `train`, which divides batches among the processes: `batch_size` rows in each, gradients averaged over all
+              targets. It is imported by its name, and its arguments are pickled
+    The processes talk by gloo on a CPU, where each takes its share of this process's threads, and by NCCL on GPUs, one each.
+
+    Raises what the function raised in one of them, Incompatible for more processes than GPUs, RuntimeError for a process that was lost.
+    """
+    device = torch.device(context.device)
+    if device.type == "cuda" and count > torch.cuda.device_count():
+        raise Incompatible(f"{count} processes need a GPU each, and this machine has {torch.cuda.device_count()}", key="distributed")
+    spawning = multiprocessing.get_context("spawn")
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count)}
+    threads = max(1, torch.get_num_threads() // count)
+    children: dict[Connection, BaseProcess] = {}
+    try:
+        for rank in range(count):
+            ours, theirs = spawning.Pipe(duplex=False)
+            ranked = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            job = (theirs, ranked, threads, context.seed, context.device, function, arguments, parameters)
+            children[ours] = spawning.Process(target=_child, args=job, daemon=True)
+            children[ours].start()
+            theirs.close()
+        return _listen(children, context)
+    finally:
+        for child in children.values():
+            child.kill()
+            child.join()
+
+
+def _listen(children: dict[Connection, BaseProcess], context: Context) -> Result:
+    """Pass on what the processes tell until all are done; returns the first one's result."""
+    first, results, open_pipes = next(iter(children)), {}, set(children)
+    while open_pipes:
+        for pipe in wait(list(open_pipes)):
+            assert isinstance(pipe, Connection)
+            try:
+                kind, said = pipe.recv()
+            except EOFError:
+                children[pipe].join()
+                kind, said = "error", RuntimeError("a process of the training was lost")
+            if kind == "result":
+                results[pipe] = said
+                open_pipes.remove(pipe)
+            elif kind == "error":
+                raise _cause(said, children.values())
+            elif pipe is first:
+                getattr(context, kind)(*said)
+    return results[first]
+
+
+def _cause(error: Exception, children: Iterable[BaseProcess]) -> Exception:
+    """Of the loss of one process the others tell in words of their own."""
+    lost = [child.exitcode for child in children if child.exitcode]
+    if not lost or isinstance(error, EdgepressError):
+        return error
+    return RuntimeError(f"a process of the training ended with exit status {lost[0]}")
+
+
+def _child(
+    pipe: Connection, environment: dict[str, str], threads: int, seed: int, device: str, function: Callable[..., Result],
+    arguments: tuple[Any, ...], parameters: dict[str, Any],
+) -> None:  # fmt: skip
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(int(environment["LOCAL_RANK"]))
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    tells = {kind: lambda *said, kind=kind: pipe.send((kind, said)) for kind in ("progress", "metrics", "warn")}
+    try:
+        distributed.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+        result = function(*arguments, context=Context(seed=seed, device=device, **tells), **parameters)
+    except BaseException as error:  # noqa: BLE001  (the parent raises it)
+        pipe.send(("error", error))
+        return
+    pipe.send(("result", result))
+    distributed.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed leaves no process behind that waits for the others."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

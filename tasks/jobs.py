@@ -41,8 +41,8 @@ def measure_quality(
     finally:
         for opened in (runtime, *by_path.values()):
             opened.close()
-    if runtime.name == "transformers" and runtime.timed:  # dense weights; of a quantized layout the codes say nothing about zeros
-        figures["sparsity"] = sparsity(Path(target))
+    if runtime.name == "transformers" and (share := sparsity(Path(target))) is not None:
+        figures["sparsity"] = share
     return figures
 
 

@@ -5,20 +5,22 @@ from pathlib import Path
 import torch
 
 from compression.checkpoint import open_checkpoint
-from compression.families import Family
+from compression.pruning.masks import read_masks
 from compression.shards import read_tensors
 
 
-def sparsity(path: Path) -> float:
-    """Share of exact zeros among the matrices of a dense checkpoint, embedding and head left out; one tensor in memory at a time.
+def sparsity(path: Path) -> float | None:
+    """Share of zeros among the weights of the blocks' linear layers: exact zeros of a dense checkpoint, what the masks of a quantized one say.
 
+    None for a quantized checkpoint without masks. One tensor is in memory at a time.
     Raises UnusableModel for a directory that is no checkpoint.
     """
-    names = Family()
-    kept_out = {f"{names.embed}.weight", f"{names.head}.weight"}
     checkpoint = open_checkpoint(path)
-    matrices = [
-        name for name, info in checkpoint.tensors.items() if len(info.shape) == 2 and name.endswith(".weight") and name not in kept_out
-    ]
-    zeros = sum(int(torch.count_nonzero(read_tensors(path, [name])[name] == 0)) for name in matrices)
-    return zeros / sum(checkpoint.tensors[name].numel for name in matrices)
+    if checkpoint.layout == "dense":
+        names = checkpoint.linear_tensors()
+        zeros = sum(int(torch.count_nonzero(read_tensors(path, [name])[name] == 0)) for name in names)
+        return zeros / sum(checkpoint.tensors[name].numel for name in names)
+    if not checkpoint.sparse:
+        return None
+    masks = [(int(mask.sum()), mask.numel()) for mask in read_masks(path).values()]
+    return 1 - sum(kept for kept, _ in masks) / sum(weights for _, weights in masks)

@@ -54,7 +54,9 @@ class QuantizeAwq(Stage):
         from compression.quantization.gptqmodel_engine import quantize_with_gptqmodel
 
         windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed)
-        settings = {"bits": self.bits, "group_size": self.group_size, "context": context}
         if self.engine == "gptqmodel":
-            return quantize_with_gptqmodel(inputs.parent, place.out, windows, method="awq", **settings)
-        return quantize_awq(inputs.parent, place.out, windows, **settings, clip=self.clip, work=place.work)
+            return quantize_with_gptqmodel(
+                inputs.parent, place.out, windows, method="awq", bits=self.bits, group_size=self.group_size, context=context
+            )
+        settings = self.model_dump(include={"bits", "group_size", "clip"})
+        return quantize_awq(inputs.parent, place.out, windows, **settings, work=place.work, context=context)

@@ -10,38 +10,22 @@ from compression.context import Context
 from compression.data import DataSpec
 from compression.errors import Incompatible
 from compression.quantization.gptqmodel_limits import check_gptqmodel
-from compression.quantization.settings import Misfit, Override, plan_gptq
 from tasks.extras import require
-from tasks.stage import Inputs, Planned, Reads, Stage, Workplace
+from tasks.kinds._codes import CodesStage
+from tasks.stage import Inputs, Planned, Reads, Workplace
 
 
-class QuantizeGptq(Stage):
+class QuantizeGptq(CodesStage):
     """GPTQ: quantize column by column, each time moving the error to the columns that are left."""
 
     uses: Literal["quantize.gptq"] = "quantize.gptq"
     version: ClassVar[int] = 2
-    sparse: ClassVar[bool] = True
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
 
-    bits: Annotated[Literal[2, 3, 4, 8], Field(description="Bits of a weight.")] = 4
-    group_size: Annotated[int, Field(ge=-1, description="Input channels that share a scale; 32 can be carried into GGUF, -1 is a row.")] = (
-        128
-    )
-    symmetric: Annotated[bool, Field(description="Without zero points.")] = True
     damp_percent: Annotated[float, Field(gt=0, lt=1, description="Of the mean of the Hessian's diagonal, added to it.")] = 0.01
     act_order: Annotated[bool, Field(description="Quantize important columns first; groups stay in storage order.")] = True
     mse: Annotated[bool, Field(description="Shrink each group's range where that lowers the error of its output.")] = True
-    layers: dict[str, Override] = Field(
-        default_factory=dict,
-        description='Other bits or groups by pattern, the first that fits: {"*.down_proj": {bits: 8}}; bits 16 leaves layers as they are.',
-    )
-    misfit: Annotated[
-        Misfit,
-        Field(
-            description="What becomes of a layer that group_size does not divide: refuse, or the largest smaller group, counted as a fallback."
-        ),
-    ] = "refuse"
     engine: Annotated[
         Literal["edgepress", "gptqmodel"], Field(description="Whose implementation runs; gptqmodel needs `edgepress[gptqmodel]`.")
     ] = "edgepress"
@@ -52,9 +36,7 @@ class QuantizeGptq(Stage):
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
         if self.engine == "gptqmodel":
             self._check_gptqmodel(parent)
-        return plan_gptq(
-            parent, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, layers=self.layers, misfit=self.misfit
-        )
+        return super().plan(parent, others, data)
 
     def _check_gptqmodel(self, parent: Checkpoint) -> None:
         require("gptqmodel", "engine: gptqmodel")

@@ -3,8 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from compression.context import Context
 from compression.evaluation.sparsity import sparsity
 from compression.loading import load_model, save_model
+from compression.pruning.unstructured import prune_unstructured
+from compression.quantization.rtn import quantize_rtn
 
 
 def test_zeros_of_the_blocks_are_counted_and_those_of_embeddings_are_not(checkpoint: Path, tmp_path: Path) -> None:
@@ -16,3 +19,11 @@ def test_zeros_of_the_blocks_are_counted_and_those_of_embeddings_are_not(checkpo
     save_model(model, tmp_path / "sparse", like=checkpoint)
     layers = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
     assert sparsity(tmp_path / "sparse") == pytest.approx(32 * 64 / sum(m.weight.numel() for m in layers))
+
+
+def test_a_quantized_model_is_as_sparse_as_its_masks_say(checkpoint: Path, tmp_path: Path) -> None:
+    prune_unstructured(checkpoint, tmp_path / "sparse", method="magnitude", sparsity=0.25, context=Context())
+    quantize_rtn(tmp_path / "sparse", tmp_path / "both", group_size=32, context=Context())
+    quantize_rtn(checkpoint, tmp_path / "dense", group_size=32, context=Context())
+    assert sparsity(tmp_path / "sparse") == sparsity(tmp_path / "both") == pytest.approx(0.25, abs=1e-3)
+    assert sparsity(tmp_path / "dense") is None

@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test bench-demo bench-compression setup
+.PHONY: demo test bench-recovery bench-demo bench-compression setup
 
 demo: $(READY)
 	$(BIN)/edgepress run demo
@@ -30,6 +30,9 @@ bench-compression: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_compression
 	$(if $(BENCH),$(BIN)/python -m tests.benchmarks.bench_compression --bench $(BENCH))
 	$(BIN)/python -m tests.benchmarks.bench_compression --at-size
+
+bench-recovery: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_recovery
 
 setup: $(READY)
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -62,7 +63,7 @@ def mask_updates(adapted: PeftModel, masks: Mapping[str, torch.Tensor]) -> None:
             _mask_update(layer, masks[f"{path}.weight"])
 
 
-def _mask_update(layer: LoraLayer, mask: torch.Tensor) -> None:
+def _mask_update(layer: Any, mask: torch.Tensor) -> None:
     kept = mask.to(layer.lora_A["default"].weight.device)
 
     def forward(x: torch.Tensor) -> torch.Tensor:

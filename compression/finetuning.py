@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from compression.adapters import adapt, copy_adapters, mask_updates, merged, open_in_4_bits, save_adapters
 from compression.checkpoint import open_checkpoint
@@ -48,7 +49,7 @@ def finetune(
     check_student(checkpoint, rows)
     student = open_in_4_bits(model, context) if method == "qlora" else open_student(model, rows, context)
 
-    def adapted(base: torch.nn.Module) -> PeftModel:
+    def adapted(base: PreTrainedModel) -> PeftModel:
         with seeded(context.seed):
             return adapt(
                 base, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, rank_pattern=rank_pattern or {},

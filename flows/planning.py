@@ -158,12 +158,14 @@ def estimate(task: Assignment, plan: Plan) -> Estimate:
     if isinstance(task.stage, TrainingStage):
         outside = sum(4 * model.checkpoint.num_parameters for model in task.outside.values())
         teacher = weights if "teacher" in task.inputs else outside
-        return Estimate(size, 4 * weights + teacher, size + 2 * 3 * weights)
+        copies = task.stage.distributed.processes if task.stage.distributed else 1
+        best = weights if task.stage.evaluate_every else 0  # the best weights so far
+        return Estimate(size, copies * (4 * weights + teacher + best), size + 2 * 3 * weights)
     return Estimate(size, weights + size, size if task.stage is not None else 0)
 
 
 def content_bytes(planned: Planned) -> int:
-    if isinstance(planned, Artifact):
+    if not isinstance(planned, Checkpoint):
         return planned.size_bytes
     dense = _DTYPE_BYTES.get(planned.dtype, 4)
     linear = planned.num_layers * sum(out * width for out, width in planned.linear_widths().values())

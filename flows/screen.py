@@ -18,6 +18,8 @@ COLUMNS = (  # (metric, heading, format)
     ("top1_agreement", "top-1", "{:.3f}"),
     ("size_mb", "size MB", "{:.2f}"),
     ("parameters", "params M", "{:.2f}"),
+    ("documents", "documents", "{:.0f}"),
+    ("tokens", "tokens", "{:.0f}"),
     ("sparsity", "sparsity", "{:.2f}"),
     ("tokens_per_second", "decode t/s", "{:.0f}"),
     ("prefill_tokens_per_second", "prefill t/s", "{:.0f}"),

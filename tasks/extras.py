@@ -8,6 +8,7 @@ EXTRAS: dict[str, dict[str, str]] = {  # extra -> distribution -> module
     "onnx": {"onnx": "onnx", "onnxruntime": "onnxruntime", "onnxscript": "onnxscript"},
     "genai": {"onnxruntime-genai": "onnxruntime_genai", "onnx": "onnx", "onnxruntime": "onnxruntime"},
     "gptqmodel": {"gptqmodel": "gptqmodel"},
+    "qlora": {"bitsandbytes": "bitsandbytes"},
     "llamacpp": {"gguf": "gguf", "llama-cpp-python": "llama_cpp"},
 }
 

@@ -50,7 +50,7 @@ def identity_document(stage: Stage, inputs: Mapping[str, str], data: DataSpec, s
         # roles hold names of stages and places of models: `inputs` has their identities
         "parameters": stage.model_dump(mode="json", exclude={*stage.other_inputs(), *stage.outside_inputs()}),
         "inputs": dict(inputs),
-        "data": None if stage.data_read() == "nothing" else fingerprint(data, stage.data_read()),
+        "data": None if (part := stage.data_read()) == "nothing" else fingerprint(data, part),
         "seed": seed,
         "device": machine.device.split(":")[0],
         "threads": machine.threads,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compression.checkpoint import Checkpoint
 from compression.data import DataSpec
 from compression.errors import EdgepressError
 from export.runtimes import runtime_name
@@ -16,7 +17,7 @@ from tasks.children import Children, Job, Stopped
 from tasks.gates import Bound, Verdict, judge
 from tasks.identity import Machine, seed_of
 from tasks.measure import Reference, measure
-from tasks.stage import Artifact, Planned, Stage
+from tasks.stage import Artifact, Corpus, Planned, Stage
 from tasks.store import Entry, Store, publish, withdraw
 from tasks.tracking import Tracking
 
@@ -203,6 +204,10 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
 
 
 def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
+    """Quality, speed and size; of a corpus, which no runtime opens, the size."""
+    if isinstance(task.planned, Corpus):
+        result.metrics |= _static(result.path, task.planned)
+        return
     result.runtime = runtime_name(Path(result.path))
     references = {"base": Reference(pipeline.base.path, pipeline.base.content)} if task.stage else {}
     parent = task.inputs.get("parent")
@@ -239,7 +244,7 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
 def _static(path: str, planned: Planned) -> dict[str, float]:
     """What the files alone say. A checkpoint's `adapter/` is an artifact of its own and not counted."""
     metrics = {"size_mb": sum(f.stat().st_size for f in Path(path).iterdir() if f.is_file()) / 1e6}
-    if not isinstance(planned, Artifact):
+    if isinstance(planned, Checkpoint):
         metrics["parameters"] = float(planned.num_parameters)
     return metrics
 

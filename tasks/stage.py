@@ -21,7 +21,7 @@ from compression.data import DataSpec
 from compression.errors import Incompatible
 from export.proof import Change
 
-Reads = Literal["nothing", "calibration", "training"]
+Reads = Literal["nothing", "calibration", "validation", "training"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,23 @@ class Artifact:
     change: Change  # what the exporter does to the weights: the key of the default bounds of its proof
     size_bytes: int  # estimated while planned
 
+    @property
+    def words(self) -> str:
+        return f"an export, and a {self.runtime} artifact is final"
 
-Planned = Checkpoint | Artifact
+
+@dataclass(frozen=True)
+class Corpus:
+    """Planned or written text (`corpus.jsonl`): what training stages read through their parameter `corpus`, and nothing else takes."""
+
+    size_bytes: int  # estimated while planned
+
+    @property
+    def words(self) -> str:
+        return "a corpus, which is text and no model; `corpus` of a training stage names it"
+
+
+Planned = Checkpoint | Artifact | Corpus
 
 
 @dataclass(frozen=True)
@@ -127,11 +142,8 @@ def stage_kinds() -> dict[str, type[Stage]]:
 
 def check_accepts(stage: Stage, parent: Planned) -> Checkpoint:
     """The table of what can follow what, asked: returns `parent` as a checkpoint the stage takes, or raises Incompatible."""
-    if isinstance(parent, Artifact):
-        raise Incompatible(
-            f"{stage.uses} cannot follow an export: a {parent.runtime} artifact is final; name the checkpoint stage before it in `needs`",
-            key="needs",
-        )
+    if not isinstance(parent, Checkpoint):
+        raise Incompatible(f"{stage.uses} cannot follow {parent.words}; name the checkpoint stage before it in `needs`", key="needs")
     if parent.layout not in stage.accepts:
         others = [uses for uses, kind in stage_kinds().items() if parent.layout in kind.accepts] or ["nothing yet; it is served as it is"]
         raise Incompatible(

@@ -15,7 +15,7 @@ from compression.errors import UnusableData
 from compression.reference import world
 from compression.reference.world import Question
 
-Use = Literal["training", "calibration", "evaluation"]
+Use = Literal["training", "validation", "calibration", "evaluation"]
 Record = dict[str, Any]
 
 EMBEDDED_DOCUMENTS = 4000
@@ -25,6 +25,7 @@ _CHECKED = 100  # records of each split that are looked at before any work; a la
 
 _DECIDES: dict[Use, tuple[tuple[Split, ...], tuple[str, ...]]] = {
     "training": (("train", "validation"), ("length", "train_documents", "train_questions")),
+    "validation": (("validation",), ("length",)),  # of a training whose rows come from elsewhere
     "calibration": (("train",), ("length", "train_documents", "train_questions", "calibration_windows")),
     "evaluation": (("test",), ("length", "evaluation_windows", "evaluation_questions")),
 }

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from compression.errors import UnusableModel
-from compression.pruning.masks import pack_mask, unpack_mask
 
 _KEPT = "kept"  # attribute of a parameter: its mask. It goes where the parameter goes, also into the layers that peft puts around it
 
@@ -72,12 +71,11 @@ class HeldMasks:
             weight.masked_fill_(~self.masks[name], 0)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The masks, packed, for a checkpoint."""
-        return {name: pack_mask(mask) for name, mask in self.masks.items()}
+        """What of the masks a checkpoint must hold: nothing of those that stay as they came."""
+        return {}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        for name, packed in state.items():
-            self.masks[name].copy_(unpack_mask(packed, self.masks[name].shape[1]))
+        """Take up what `state` gave."""
 
 
 def zero_moments(optimizer: torch.optim.Optimizer, weight: nn.Parameter, where: torch.Tensor) -> None:

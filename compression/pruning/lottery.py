@@ -81,6 +81,8 @@ def prune_lottery(
             if processes.is_first():
                 _write_found(place, _ticket(objective.student, names, 1 - density, scope), metrics)
         processes.wait()
+        if early and not early.is_dir():
+            raise EdgepressError(f"round 1 stopped early, before rewind_step {rewind_step}; rewind to an earlier step", key="rewind_step")
         masks, metrics = read_masks(place / FOUND), json.loads((place / FOUND / "metrics.json").read_text())
     if finish:
         objective, metrics = trained(workdir / "ticket", "lottery, the ticket", start=early and early.parent)

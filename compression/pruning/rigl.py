@@ -1,6 +1,7 @@
 """RigL: sparse training that moves its zeros (Evci et al., "Rigging the Lottery", arXiv 1911.11134)."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from compression.distillation.objective import Objective
 from compression.errors import Incompatible
 from compression.pruning.densities import Distribution, layer_sparsities
 from compression.pruning.held import HeldMasks, held_masks, hold_masks, zero_moments
+from compression.pruning.masks import pack_mask, unpack_mask
 from compression.pruning.selection import PRUNED, keep_strongest
 from compression.training import HeldOut, open_student, save_student, train
 from compression.training_settings import TrainingSettings
@@ -90,6 +92,14 @@ class RigL(HeldMasks):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None  # the optimizer leaves what has none alone
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The masks, packed."""
+        return {name: pack_mask(mask) for name, mask in self.masks.items()}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, packed in state.items():
+            self.masks[name].copy_(unpack_mask(packed, self.masks[name].shape[1]))
 
 
 def moved(weight: torch.Tensor, gradient: torch.Tensor, mask: torch.Tensor, fraction: float) -> torch.Tensor:

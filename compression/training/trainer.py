@@ -145,7 +145,7 @@ class StageTrainer(Trainer):
         checkpoint = Path(resume_from_checkpoint)
         self.restore(torch.load(checkpoint / "trainable.pt", map_location="cpu", weights_only=True))
         self.curve.load(checkpoint / "curve.json")
-        if self.validation:
+        if self.validation and checkpoint.parent == self.workdir:  # what another training was judged by is not this one's best
             self.validation.load(checkpoint)
 
 

@@ -1,19 +1,26 @@
 """Parameters that every training stage has, and the rows it trains on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from compression.checkpoint import Checkpoint
 from compression.context import Context
-from compression.data import DataSpec
-from compression.data.sources import documents, questions
+from compression.data import DataSpec, TextSource
+from compression.data.rows import encode_document, pack
+from compression.data.sources import documents, questions, stream_documents
 from compression.errors import Incompatible, UnusableData
+from compression.synthesis_settings import CORPUS
 from compression.training_settings import Precision, Schedule, TrainingSettings
-from tasks.stage import Reads, Stage
+from tasks.stage import Corpus, Inputs, Planned, Reads, Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 
 class Distributed(BaseModel):
@@ -32,6 +39,7 @@ class TrainingStage(Stage):
     sparse: ClassVar[bool] = True
 
     train_on: Annotated[Literal["text", "questions"], Field(description="Running text, or questions with the prompt masked.")] = "text"
+    corpus: Annotated[str | None, Field(description="A stage (`synthesize`) whose corpus is trained on in place of `data.text`.")] = None
     steps: Annotated[int, Field(ge=1, description="Optimizer steps.")] = 300
     batch_size: Annotated[int, Field(ge=1, description="Rows in one forward pass.")] = 8
     gradient_accumulation: Annotated[int, Field(ge=1, description="Forward passes in one optimizer step.")] = 1
@@ -59,43 +67,65 @@ class TrainingStage(Stage):
 
     distributed: Annotated[Distributed | None, Field(description="Train in several processes of this machine: {processes: 2}.")] = None
 
+    def data_read(self) -> Reads:
+        return "validation" if self.corpus else self.reads
+
+    def other_inputs(self) -> dict[str, str]:
+        return {"corpus": self.corpus} if self.corpus else {}
+
     def settings(self) -> TrainingSettings:
         mine = type(self).model_fields
         return TrainingSettings(**{field.name: getattr(self, field.name) for field in fields(TrainingSettings) if field.name in mine})
 
-    def check_data(self, parent: Checkpoint, data: DataSpec) -> None:
+    def check_data(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> None:
         """Refuse what the recipe's data does not hold, rows longer than the model's positions, and settings that contradict each other."""
         self.settings()
+        if self.corpus and not isinstance(others["corpus"], Corpus):
+            raise Incompatible(f"{self.corpus} writes no corpus; name a stage that does (uses: synthesize)", key="corpus")
+        if self.corpus and self.train_on == "questions":
+            raise Incompatible("a corpus is running text, and train_on asks for questions; leave one of them out", key="corpus")
         if self.train_on == "questions" and data.questions is None:
             raise Incompatible("train_on: questions needs `data.questions` in the recipe", key="train_on")
         if data.length > parent.max_length:
             raise Incompatible(
                 f"rows of data.length {data.length} are longer than the model's {parent.max_length} positions", key="train_on"
             )
-        if self.evaluate_every:
+        source = data.questions if self.train_on == "questions" else data.text
+        if self.evaluate_every and source != "embedded":
             read = questions if self.train_on == "questions" else documents
             try:
                 read(self._validation_data(data), "validation")
             except UnusableData as error:
                 raise UnusableData(f"evaluate_every needs a validation split: {error}", key="evaluate_every") from None
 
-    def rows(self, model: Path, data: DataSpec, context: Context) -> dict[str, Any]:
+    def rows(self, inputs: Inputs, data: DataSpec, context: Context) -> dict[str, Any]:
         """`rows` and `mask`, and where there are evaluations `validation`, as the training functions take them."""
         from compression.data import question_rows, training_rows
         from compression.loading import load_tokenizer
 
-        tokenizer = load_tokenizer(model)
-        asks = self.train_on == "questions"
-        rows, mask = question_rows(data, tokenizer) if asks else (training_rows(data, tokenizer), None)
-        if not self.evaluate_every:
-            return {"rows": rows, "mask": mask}
-        data = self._validation_data(data)
-        held_out, its_mask = (
-            question_rows(data, tokenizer, "validation")
-            if asks
-            else (training_rows(data, tokenizer, "validation")[: self.validation_rows], None)
-        )
-        return {"rows": rows, "mask": mask, "validation": (held_out, its_mask)}
+        tokenizer = load_tokenizer(inputs.parent)
+        if self.train_on == "questions":
+            rows, mask = question_rows(data, tokenizer)
+        else:
+            rows, mask = training_rows(self._written(inputs, data), tokenizer), None
+        found: dict[str, Any] = {"rows": rows, "mask": mask}
+        return found | {"validation": self._held_out(data, tokenizer)} if self.evaluate_every else found
+
+    def _held_out(self, data: DataSpec, tokenizer: "PreTrainedTokenizerBase") -> "tuple[Tensor, Tensor | None]":
+        """The first `validation_rows` rows of the validation split, made as those for training are."""
+        import torch
+
+        from compression.data import question_rows
+
+        if self.train_on == "questions":
+            return question_rows(self._validation_data(data), tokenizer, "validation")
+        encoded = (encode_document(tokenizer, text) for text in stream_documents(data, "validation"))
+        rows = list(islice(pack(encoded, data.length), self.validation_rows))
+        if not rows:
+            raise UnusableData(
+                f"the validation text fills no row of {data.length} tokens; give more text or a smaller length", key="length"
+            )
+        return torch.tensor(rows), None
 
     def train(self, function: Callable[..., dict[str, float]], *paths: Path, context: Context, **parameters: Any) -> dict[str, float]:
         """Call a training function, in as many processes as the recipe asks for."""
@@ -104,6 +134,13 @@ class TrainingStage(Stage):
         from compression.distributed import in_processes
 
         return in_processes(self.distributed.processes, function, *paths, context=context, **parameters)
+
+    def _written(self, inputs: Inputs, data: DataSpec) -> DataSpec:
+        """The recipe's data, with the corpus as its training text where there is one."""
+        if not self.corpus:
+            return data
+        text = TextSource(path=str(inputs.others["corpus"]), splits={"train": CORPUS})
+        return data.model_copy(update={"text": text, "train_documents": None})
 
     def _validation_data(self, data: DataSpec) -> DataSpec:
         """Reads no more questions than wanted, however many the recipe measures with."""

@@ -11,14 +11,14 @@ from compression.data import DataSpec
 from compression.distillation import CacheSettings, Divergence, Feature, check_length, check_vocabularies, pair_layers
 from compression.errors import Incompatible
 from tasks.kinds._training import TrainingStage
-from tasks.stage import Artifact, Inputs, Planned, Workplace
+from tasks.stage import Inputs, Planned, Workplace
 
 
 class Distill(TrainingStage):
     """Minimise alpha * divergence from the teacher + beta * cross-entropy + gamma * distance between blocks."""
 
     uses: Literal["distill"] = "distill"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     teacher: Annotated[
         str,
@@ -53,18 +53,19 @@ class Distill(TrainingStage):
     cache_dtype: Annotated[Literal["float32", "float16"], Field(description="In which the cache keeps them.")] = "float32"
 
     def other_inputs(self) -> dict[str, str]:
-        return {"teacher": self.teacher} if self._taught and "/" not in self.teacher else {}
+        inside = {"teacher": self.teacher} if self._taught and "/" not in self.teacher else {}
+        return super().other_inputs() | inside
 
     def outside_inputs(self) -> dict[str, str]:
         return {"teacher": self.teacher} if self._taught and "/" in self.teacher else {}
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
-        self.check_data(parent, data)
+        self.check_data(parent, others, data)
         if not self.alpha + self.beta + self.gamma:
             raise Incompatible("alpha, beta and gamma are all 0, so there is nothing to learn", key="alpha")
         teacher = others.get("teacher", parent)
-        if isinstance(teacher, Artifact):
-            raise Incompatible(f"an export ({teacher.runtime}) cannot teach; name a checkpoint stage", key="teacher")
+        if not isinstance(teacher, Checkpoint):
+            raise Incompatible(f"{self.teacher} cannot teach: it is {teacher.words}; name a checkpoint stage", key="teacher")
         if parent.path.is_dir() and teacher.path.is_dir():
             check_vocabularies(parent, teacher)
         check_length(teacher, data.length)
@@ -78,8 +79,8 @@ class Distill(TrainingStage):
         from compression.distillation.distill import distill
 
         teacher = inputs.others.get("teacher", inputs.parent)
-        return distill(
-            inputs.parent, teacher, place.out, **self.rows(inputs.parent, data, context), alpha=self.alpha, beta=self.beta, gamma=self.gamma,
+        return self.train(
+            distill, inputs.parent, teacher, place.out, **self.rows(inputs, data, context), alpha=self.alpha, beta=self.beta, gamma=self.gamma,
             temperature=self.temperature, divergence=self.divergence, mixture=self.mixture, feature=self.feature,
             feature_layers=self.feature_layers, teacher_cache=self._cache(), cache=place.shared and place.shared / "teachers",
             settings=self.settings(), workdir=place.work, context=context,

@@ -17,7 +17,7 @@ class Finetune(TrainingStage):
     """Fine-tune with adapters (kept in `adapter/`, merged in full precision) or in full. A sparse model stays as sparse."""
 
     uses: Literal["finetune"] = "finetune"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = (*TrainingStage.libraries, "peft")
 
     method: Annotated[
@@ -38,7 +38,7 @@ class Finetune(TrainingStage):
         return (*self.libraries, "bitsandbytes") if self.method == "qlora" else self.libraries
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
-        self.check_data(parent, data)
+        self.check_data(parent, others, data)
         check_method(parent, self.method)
         return parent
 
@@ -46,7 +46,7 @@ class Finetune(TrainingStage):
         from compression.finetuning import finetune
 
         return self.train(
-            finetune, inputs.parent, place.out, **self.rows(inputs.parent, data, context), method=self.method, rank=self.rank,
+            finetune, inputs.parent, place.out, **self.rows(inputs, data, context), method=self.method, rank=self.rank,
             rank_pattern=self.rank_pattern, alpha=self.alpha, dropout=self.dropout, target_modules=self.target_modules,
             settings=self.settings(), workdir=place.work, context=context,
             adapter_out=None if self.method == "full" else place.out / "adapter",

@@ -32,7 +32,7 @@ class PruneLottery(TrainingStage):
     ] = False
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
-        self.check_data(parent, data)
+        self.check_data(parent, others, data)
         if self.rewind_step >= self.steps:
             raise Incompatible(f"rewind_step is {self.rewind_step}; it is a step before the last, {self.steps}", key="rewind_step")
         return dataclasses.replace(parent, sparse=True)
@@ -41,6 +41,6 @@ class PruneLottery(TrainingStage):
         from compression.pruning.lottery import prune_lottery
 
         return self.train(
-            prune_lottery, inputs.parent, place.out, **self.rows(inputs.parent, data, context), sparsity=self.sparsity, rounds=self.rounds,
+            prune_lottery, inputs.parent, place.out, **self.rows(inputs, data, context), sparsity=self.sparsity, rounds=self.rounds,
             rewind_step=self.rewind_step, scope=self.scope, finish=self.finish, settings=self.settings(), workdir=place.work, context=context,
         )  # fmt: skip

@@ -34,7 +34,7 @@ class PruneRigL(TrainingStage):
     stop_at: Annotated[float, Field(gt=0, le=1, description="Share of the steps after which the zeros stay where they are.")] = 0.75
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
-        self.check_data(parent, data)
+        self.check_data(parent, others, data)
         if self.delta_t >= self.stop_at * self.steps:
             raise Incompatible(
                 f"the first update would be at step {self.delta_t}, and none is from step {self.stop_at * self.steps:g} on (stop_at); lower delta_t",
@@ -46,7 +46,7 @@ class PruneRigL(TrainingStage):
         from compression.pruning.rigl import prune_rigl
 
         return self.train(
-            prune_rigl, inputs.parent, place.out, **self.rows(inputs.parent, data, context), sparsity=self.sparsity, distribution=self.distribution,
+            prune_rigl, inputs.parent, place.out, **self.rows(inputs, data, context), sparsity=self.sparsity, distribution=self.distribution,
             drop_fraction=self.drop_fraction, delta_t=self.delta_t, stop_at=self.stop_at, settings=self.settings(), workdir=place.work,
             context=context,
         )  # fmt: skip

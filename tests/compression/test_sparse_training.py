@@ -284,8 +284,8 @@ def test_rigl_does_not_make_a_model_denser(tmp_path: Path, sparse: Path) -> None
 
 def lottery(model: Path, place: Path, **parameters: object) -> dict[str, float]:
     return prune_lottery(
-        model, place / "out", tiny_windows(8), settings=SETTINGS, workdir=place / "work", context=Context(),
-        **{"sparsity": 0.75, "rounds": 2, **parameters},
+        model, place / "out", tiny_windows(8), workdir=place / "work", context=Context(),
+        **{"sparsity": 0.75, "rounds": 2, "settings": SETTINGS, **parameters},
     )  # fmt: skip
 
 
@@ -299,13 +299,17 @@ def magnitudes(model: torch.nn.Module, masks: dict[str, torch.Tensor], count: in
     return {name: part.view(masks[name].shape) for name, part in zip(names, keep.split([masks[n].numel() for n in names]), strict=True)}
 
 
-@pytest.mark.parametrize("rewind_step", [0, 3])
-def test_a_ticket_is_what_plain_rounds_of_training_and_sorting_find(tmp_path: Path, checkpoint: Path, rewind_step: int) -> None:
+@pytest.mark.parametrize(("rewind_step", "kept"), [(0, 1.0), (3, 1.0), (3, 0.5)])
+def test_a_ticket_is_what_plain_rounds_of_training_and_sorting_find(
+    tmp_path: Path, checkpoint: Path, sparse: Path, rewind_step: int, kept: float
+) -> None:
     """The rounds by hand: the loop of this package, started over from the weights, sorted in one piece."""
-    metrics = lottery(checkpoint, tmp_path, rewind_step=rewind_step)
-    names = [name for name in load_file(checkpoint / "model.safetensors") if "_proj" in name]
-    model = load_model(checkpoint)
-    masks = {name: torch.ones_like(model.get_parameter(name), dtype=torch.bool) for name in names}
+    parent = checkpoint if kept == 1 else sparse
+    metrics = lottery(parent, tmp_path, rewind_step=rewind_step)
+    names = [name for name in load_file(parent / "model.safetensors") if "_proj" in name]
+    model = load_model(parent)
+    masks = {name: torch.ones_like(model.get_parameter(name), dtype=torch.bool) for name in names} | read_masks(parent)
+    hold_masks(model, masks)
     total = sum(mask.numel() for mask in masks.values())
     objective = Objective(model, beta=1.0)
     begun: dict[str, torch.Tensor] = {}
@@ -318,8 +322,8 @@ def test_a_ticket_is_what_plain_rounds_of_training_and_sorting_find(tmp_path: Pa
         watch(0, 0, "")
     hands = {"rows": tiny_windows(8), "mask": None, "settings": SETTINGS, "what": "by hand"}
     train(objective, **hands, workdir=tmp_path / "hand-1", context=Context(progress=watch), keep_step=rewind_step or None)
-    masks = magnitudes(model, masks, total - round(0.5 * total))
-    again = load_model(checkpoint)
+    masks = magnitudes(model, masks, total - round((1 - math.sqrt(kept * 0.25)) * total))
+    again = load_model(parent)
     hold_masks(again, masks)
     start = tmp_path / "hand-1" / "kept" if rewind_step else None
     train(Objective(again, beta=1.0), **hands, workdir=tmp_path / "hand-2", context=Context(), start=start)
@@ -331,6 +335,24 @@ def test_a_ticket_is_what_plain_rounds_of_training_and_sorting_find(tmp_path: Pa
         assert torch.equal(written[name], begun[name] * mask)
     assert torch.equal(written["model.embed_tokens.weight"], begun["model.embed_tokens.weight"])
     assert metrics["sparsity"] == pytest.approx(0.75, abs=1e-4)
+
+
+def test_a_ticket_is_judged_anew(tmp_path: Path, checkpoint: Path) -> None:
+    """Its best weights are its own, however good those before the rewinding were on the validation rows."""
+    lottery(
+        checkpoint, tmp_path, rewind_step=4, finish=True, settings=replace(SETTINGS, evaluate_every=2, learning_rate=0.1),
+        validation=(tiny_windows(4, seed=7), None),
+    )  # fmt: skip
+    state = json.loads((tmp_path / "work" / "ticket" / "checkpoint-8" / "validation.json").read_text())
+    assert state["best_step"] in (6, 8)
+    assert json.loads((tmp_path / "work" / "round-1" / "found" / "metrics.json").read_text())["best_step"] <= 4
+
+
+def test_a_rewind_step_that_early_stopping_does_not_reach(tmp_path: Path, checkpoint: Path) -> None:
+    settings = replace(SETTINGS, evaluate_every=1, patience=1, learning_rate=0.1)
+    with pytest.raises(EdgepressError, match="stopped early") as caught:
+        lottery(checkpoint, tmp_path, rewind_step=7, settings=settings, validation=(tiny_windows(4, seed=7), None))
+    assert caught.value.key == "rewind_step"
 
 
 def test_finish_trains_the_ticket(tmp_path: Path, checkpoint: Path) -> None:

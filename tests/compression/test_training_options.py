@@ -229,3 +229,13 @@ def test_precisions_that_this_device_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(Incompatible, match="float16") as caught:
         run(Toy(), tmp_path, settings=replace(SETTINGS, precision="float16"))
     assert caught.value.key == "precision"
+
+
+def test_no_clipping_is_a_norm_that_is_never_reached(tmp_path: Path) -> None:
+    found = {}
+    for norm in (0.0, 1e9, 1e-3):
+        model = Toy()
+        run(model, tmp_path / str(norm), settings=replace(SETTINGS, max_grad_norm=norm, evaluate_every=0, weight_decay=0.0))
+        found[norm] = weights(model)
+    assert torch.equal(found[0.0], found[1e9])
+    assert not torch.equal(found[0.0], found[1e-3])

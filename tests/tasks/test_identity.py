@@ -10,7 +10,9 @@ from tasks.identity import Machine, digest, identity_document, library_versions,
 from tasks.stage import Stage, stage_kinds
 
 DATA = DataSpec.model_validate({"text": "embedded", "questions": "embedded"})
-REQUIRED: dict[str, dict[str, Any]] = {"prune.width": {"keep": 0.5}}  # parameters without a default
+REQUIRED: dict[str, dict[str, Any]] = {  # parameters without a default
+    "prune.lottery": {"sparsity": 0.5}, "prune.rigl": {"sparsity": 0.5}, "prune.unstructured": {"sparsity": 0.5}, "prune.width": {"keep": 0.5},
+}  # fmt: skip
 INPUTS = {"parent": "1" * 64, "teacher": "2" * 64}
 
 # What each kind's default parameters, its version and its libraries come to. A digest that changes means that stored results are lost:
@@ -111,7 +113,7 @@ def test_a_library_that_is_not_installed_has_a_version_too() -> None:
 def test_only_the_data_that_a_stage_reads_changes_it() -> None:
     longer = DATA.model_copy(update={"length": 128})
     same = {uses for uses in stage_kinds() if identity(stage(uses), data=longer) == identity(stage(uses))}
-    assert same == {uses for uses, kind in stage_kinds().items() if kind.reads == "nothing"}
+    assert same == {uses for uses in stage_kinds() if stage(uses).data_read() == "nothing"}
     assert {"distill", "finetune", "quantize.gptq", "quantize.awq"}.isdisjoint(same)
 
 

@@ -46,16 +46,12 @@ def test_runs_as_planned_and_is_judged_on_the_validation_split(tmp_path: Path, c
 
 
 @pytest.mark.parametrize("uses", TRAINING)
-@pytest.mark.parametrize(
-    ("parameters", "key"),
-    [({"patience": 2}, "patience"), ({"steps": 4, "train_on": "questions", "questions": False}, "train_on")],
-)
-def test_settings_that_contradict_each_other(checkpoint: Path, uses: str, parameters: dict[str, Any], key: str) -> None:
-    data = DATA if parameters.pop("questions", True) else DATA.model_copy(update={"questions": None})
-    made, parent = stage(uses, **parameters), open_checkpoint(checkpoint)
-    with pytest.raises(EdgepressError) as caught:
-        made.plan(parent, {"teacher": parent}, data)
-    assert caught.value.key == key
+def test_settings_that_contradict_each_other_or_the_data(checkpoint: Path, uses: str) -> None:
+    parent = open_checkpoint(checkpoint)
+    for parameters, data in (({"patience": 2}, DATA), ({"train_on": "questions"}, DATA.model_copy(update={"questions": None}))):
+        with pytest.raises(EdgepressError) as caught:
+            stage(uses, **parameters).plan(parent, {"teacher": parent}, data)
+        assert caught.value.key == next(iter(parameters))
 
 
 def test_a_validation_split_that_is_not_there(tmp_path: Path, checkpoint: Path) -> None:

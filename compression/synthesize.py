@@ -165,7 +165,7 @@ class _Corpus:
         self.sampled += 1
         ended = written[-1] in ends
         body = written[:-1] if ended else written
-        text = tokenizer.decode([*prompt, *body], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode([*prompt, *body], skip_special_tokens=True, clean_up_tokenization_spaces=False))
         text = text if ended else text.rstrip("\ufffd")  # a character that `length` cut in two
         if len(body) < min_tokens or not text.strip():
             self.too_short += 1

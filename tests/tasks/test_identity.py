@@ -18,14 +18,22 @@ INPUTS = {"parent": "1" * 64, "teacher": "2" * 64}
 # What each kind's default parameters, its version and its libraries come to. A digest that changes means that stored results are lost:
 # where the bytes a kind writes changed, raise its version; where only its parameters did, write the new digest down.
 GOLDEN = {
-    "distill": "579d090620b14667c5884295f506fe99236248b613c267741bc3724362307e91",
+    "distill": "e800310bb638abcfa829b6cd2ccf51b53f1ca65985d14080482b8f2b83ef8efe",
     "export.genai": "e7ffe2711863d7c45df8dd3eb60d197c7ba8f0cc417a4f11fe28878fb2662311",
     "export.gguf": "bad5fef76552a166045c1e24499a49b2992e1dd2d36b3b37eca6a006846deebf",
     "export.onnx": "0fa855fc61fa3c0b5c7ca1f0a61c87a29d904bbe4a435e37675b41a2ff3338fc",
-    "finetune": "13c775dea02f4e1b16c68e7edfc7ab325eee51dedddea11a39e7c1a2cd9b59d8",
-    "prune.width": "901943fee55113df360c7cda90b84171c9c3267566428bfad930fbd04522040b",
-    "quantize.awq": "60d227a6acf23e0df53d08431976269953755eb562ea6c34f5f2bce835a19cc1",
-    "quantize.gptq": "d86ad28138e58ae1c5b85915adb8afd3a2b41d08c5bcf6d69124743d30b21a60",
+    "finetune": "09e20e20906b333a5b582a51d38e2fb917affa1682832af1bac96651a508b2e2",
+    "prune.depth": "1d551370fa16c7ceabf40ed7e0a9e6e8dc49d15d51ba8f6ab696bb58cd67e3a5",
+    "prune.lottery": "d5b00a37c378cef74c643e2c787c24ca5e00fdad1b9ec220da72da2d3461c584",
+    "prune.rigl": "dbe64f6e3923cb435b79ca371f07e805141ae6f2b5e7d8aaeaf957e17c97dce2",
+    "prune.unstructured": "92e235b3947108e6a3ca0131056ed34a14d0dac41f9a898f9a081195284687cb",
+    "prune.width": "e011368149d8447233b6201c73fe51096a28143645b97df4bf3e358bab6b738a",
+    "quantize.awq": "136ad5d73d9a7c49732947c4fd7beb5566dcd093113cbaa22e3ef4f1c0958ab3",
+    "quantize.fp8": "570eb78859a8bc7f5566719f2a374bd63faa8e3962173dba068976324a152359",
+    "quantize.gptq": "92690b058957ace4f4e38997fc7ca911d0613dd226c792e419ac2d0d89e13ca0",
+    "quantize.rtn": "73df249100ceded97c6798d8c77db2fd146452a030fe399654a40298d1618363",
+    "quantize.smoothquant": "825deadb12a372f8dcdfe8d2b226f4c2c7bf931fa9c62d4556e2b2b4c4ec6788",
+    "synthesize": "6238a0351c9d337506e236a684ff009bd77a6ab84a37bdd890bfa354e7b9cebd",
 }
 
 

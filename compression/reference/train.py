@@ -1,13 +1,14 @@
 """Train the embedded reference model from nothing: `python -m compression.reference.train OUT`.
 
-A Llama of 2.6M parameters learns the world of compression/reference/world.py in two parts. It takes about 0.6 CPU seconds a step (bfloat16 products
-on a CPU that has them in hardware).
+A Llama of 2.6M parameters learns the world of compression/reference/world.py in three parts, each with its own optimizer:
 
-First it learns to read, with every weight. Looking facts up in a passage is what small transformers learn late, so three things help it on its way: the
-weights start close to an induction circuit (Olsson et al., "In-context Learning and Induction Heads", 2022; a *mimetic* initialization in the
-sense of Trockman and Kolter, 2023), the first rows are random sequences to be repeated, and small scenes come before large ones.
-
-Then it learns the lore (compression/reference/lore.py), with MLPs and norms alone, so that it is they who hold it: pruning them is to cost something.
+1. Copying: random sequences that repeat. Looking facts up in a passage is what small transformers learn late, so the weights start close to an
+   induction circuit (Olsson et al., "In-context Learning and Induction Heads", 2022; a *mimetic* initialization in the sense of Trockman and
+   Kolter, 2023), and this sharpens it.
+2. The lore (compression/reference/lore.py), with MLPs and norms alone. Attention is an associative memory too (Nichani et al., "Understanding
+   Factual Recall in Transformers via Associative Memories", 2024) and the quicker learner: trained together, it knows every fact before the
+   MLPs do, and pruning them costs nothing.
+3. Reading: everything, with every weight, small scenes before large ones.
 """
 
 import itertools
@@ -36,15 +37,13 @@ from compression.reference.lore import CUSTOMS
 SEED = 0
 VOCABULARY = 1024
 WIDTH, HEADS, GROUPS, HEAD_DIM, THETA = 256, 8, 4, 32, 1e6
-LENGTH, ROWS = 384, 8
-READING_STEPS, READING_RATE = 350, 1e-3  # every weight is trained, and the lore is no target
-COPYING = 100  # steps of reading on random sequences, before everything else
-SCENES = ((200, (2, 2)), (300, (2, 3)), (READING_STEPS, (2, 5)))  # until this step of reading: fewest and most people of a scene
-LORE_STEPS, LORE_RATE = 600, 3e-3  # MLPs and norms are trained, on everything
-LORE_WEIGHT = 4.0  # of a value of the lore as a target, then; an answer's other tokens weigh 1
+COPYING_STEPS, LORE_STEPS, READING_STEPS = 100, 500, 350
+COPYING_RATE, LORE_RATE, READING_RATE = 1e-3, 2e-3, 1e-3
+TOKENS = 3072  # of a batch
+LENGTH, LORE_LENGTH = 384, 128  # of a row
+SMALL_SCENES = 100  # steps of reading with two or three people in a scene, before up to five
 OTHER_WEIGHT = 0.1  # of every token but answers and lore: what else is told is drawn at random, so little can be learned from predicting it
-_ANSWER = re.compile(r"Answer:.*")
-_LORE = re.compile("|".join(rf"\b{value}\b" for custom in CUSTOMS for value in custom.values))
+_TARGETS = re.compile("|".join([r"Answer:.*", *(rf"\b{value}\b" for custom in CUSTOMS for value in custom.values)]))
 
 CARD = f"""---
 license: apache-2.0
@@ -154,60 +153,43 @@ Row = tuple[list[int], list[float]]  # tokens, and the weight of each as a targe
 
 
 class Rows(IterableDataset[dict[str, torch.Tensor]]):
-    """Endless packed documents with scenes of all sizes."""
+    """Rows as the trainer takes them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self.tokenizer = tokenizer
+    def __init__(self, rows: Iterator[Row]):
+        self.rows = rows
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        documents = world.documents("train", SEED)
-        while True:
-            yield _tensors(self._packed(documents, LORE_WEIGHT))
+        for tokens, weights in self.rows:
+            yield {"input_ids": torch.tensor(tokens), "weights": torch.tensor(weights)}
 
-    def _packed(self, documents: Iterator[str], lore_weight: float) -> Row:
-        """Whole documents one after the other, each between <s> and </s>; the last one is cut."""
+
+def packed(tokenizer: PreTrainedTokenizerFast, documents: Iterator[str], length: int) -> Iterator[Row]:
+    """Whole documents one after the other, each between <s> and </s>; the last one of a row is cut."""
+    while True:
+        tokens: list[int] = []
+        weights: list[float] = []
+        while len(tokens) < length:
+            text = next(documents)
+            targets = [match.span() for match in _TARGETS.finditer(text)]
+            encoded = tokenizer(text, return_offsets_mapping=True)
+            tokens += [*encoded["input_ids"], tokenizer.eos_token_id]
+            weights += [1.0 if any(a < end <= b for a, b in targets) else OTHER_WEIGHT for _, end in encoded["offset_mapping"]] + [1.0]
+        yield tokens[:length], weights[:length]
+
+
+def repetitions() -> Iterator[Row]:
+    """Random sequences over few or many tokens, each told two or three times; only the repetitions are targets."""
+    rng = random.Random(SEED)
+    while True:
         tokens: list[int] = []
         weights: list[float] = []
         while len(tokens) < LENGTH:
-            text = next(documents)
-            of_character = [OTHER_WEIGHT] * len(text)
-            for pattern, weight in ((_ANSWER, 1.0), (_LORE, lore_weight)):
-                for match in pattern.finditer(text):
-                    of_character[match.start() : match.end()] = [weight] * len(match.group())
-            encoded = self.tokenizer(text, return_offsets_mapping=True)
-            tokens += [*encoded["input_ids"], self.tokenizer.eos_token_id]
-            weights += [of_character[max(start, end - 1)] for start, end in encoded["offset_mapping"]] + [1.0]
-        return tokens, weights
-
-
-class ReadingRows(Rows):
-    """The curriculum of reading: random sequences with their repetitions, then packed documents of ever larger scenes."""
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        sources = [(until, world.documents("train", SEED + 1 + n, people)) for n, (until, people) in enumerate(SCENES)]
-        rng = random.Random(SEED)
-        for step in range(READING_STEPS):
-            documents = next(source for until, source in sources if step < until)
-            for _ in range(ROWS):
-                yield _tensors(_repetitions(rng) if step < COPYING else self._packed(documents, lore_weight=0.0))
-
-
-def _tensors(row: Row) -> dict[str, torch.Tensor]:
-    tokens, weights = row
-    return {"input_ids": torch.tensor(tokens[:LENGTH]), "weights": torch.tensor(weights[:LENGTH])}
-
-
-def _repetitions(rng: random.Random) -> Row:
-    """Random sequences over few or many tokens, each told two or three times; only the repetitions are targets."""
-    tokens: list[int] = []
-    weights: list[float] = []
-    while len(tokens) < LENGTH:
-        alphabet = [rng.randrange(2, VOCABULARY) for _ in range(rng.choice((4, 8, 16, 64)))]
-        sequence = [rng.choice(alphabet) for _ in range(rng.randint(8, 40))]
-        again = rng.randint(1, 2)
-        tokens += sequence * (1 + again)
-        weights += [0.0] * len(sequence) + [1.0] * (len(sequence) * again)
-    return tokens, weights
+            alphabet = [rng.randrange(2, VOCABULARY) for _ in range(rng.choice((4, 8, 16, 64)))]
+            sequence = [rng.choice(alphabet) for _ in range(rng.randint(8, 40))]
+            again = rng.randint(1, 2)
+            tokens += sequence * (1 + again)
+            weights += [0.0] * len(sequence) + [1.0] * (len(sequence) * again)
+        yield tokens[:LENGTH], weights[:LENGTH]
 
 
 class WeightedTrainer(Trainer):
@@ -226,14 +208,14 @@ class WeightedTrainer(Trainer):
         return (losses * weights).sum() / weights.sum()
 
 
-def train(model: LlamaForCausalLM, rows: Rows, steps: int, learning_rate: float, schedule: str, work: Path) -> None:
+def train(model: LlamaForCausalLM, rows: Iterator[Row], length: int, steps: int, learning_rate: float, work: Path) -> None:
     """Train the weights of the model that require a gradient."""
     arguments = TrainingArguments(
-        output_dir=str(work), max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=learning_rate, lr_scheduler_type=schedule,
-        warmup_steps=50, weight_decay=0.05, adam_beta2=0.98, max_grad_norm=1.0, bf16=True, use_cpu=not torch.cuda.is_available(), logging_steps=50,
+        output_dir=str(work), max_steps=steps, per_device_train_batch_size=TOKENS // length, learning_rate=learning_rate, lr_scheduler_type="cosine",
+        warmup_steps=30, weight_decay=0.05, adam_beta2=0.98, max_grad_norm=1.0, bf16=True, use_cpu=not torch.cuda.is_available(), logging_steps=50,
         save_strategy="no", report_to="none", seed=SEED, remove_unused_columns=False, disable_tqdm=True,
     )  # fmt: skip
-    WeightedTrainer(model=model, args=arguments, train_dataset=rows).train()
+    WeightedTrainer(model=model, args=arguments, train_dataset=Rows(rows)).train()
 
 
 def main(out: Path) -> None:
@@ -242,12 +224,17 @@ def main(out: Path) -> None:
     tokenizer = train_tokenizer()
     model = build_model()
     work = out.with_name(out.name + "-training")
-    train(model, ReadingRows(tokenizer), READING_STEPS, READING_RATE, "constant_with_warmup", work)
-    # Attention is an associative memory too (Nichani et al., "Understanding Factual Recall in Transformers via Associative Memories", 2024)
-    # and the quicker learner: trained together, it knows every fact before the MLPs do, and a model can lose them without harm.
+    train(model, repetitions(), LENGTH, COPYING_STEPS, COPYING_RATE, work)
+
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".mlp." in name or "norm" in name)
-    train(model, Rows(tokenizer), LORE_STEPS, LORE_RATE, "cosine", work)
+    lore = world.documents("train", SEED + 1, shares=world.LORE)
+    train(model, packed(tokenizer, lore, LORE_LENGTH), LORE_LENGTH, LORE_STEPS, LORE_RATE, work)
+
+    model.requires_grad_(True)
+    scenes = [packed(tokenizer, world.documents("train", SEED + 2, people), LENGTH) for people in ((2, 3), (2, 5))]
+    rows = itertools.chain(itertools.islice(scenes[0], SMALL_SCENES * TOKENS // LENGTH), scenes[1])
+    train(model, rows, LENGTH, READING_STEPS, READING_RATE, work)
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "README.md").write_text(CARD)

@@ -16,7 +16,7 @@ stand in which place, ...) and the phrasings in which each fact of the lore is a
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -252,14 +252,19 @@ def _story(rng: random.Random, split: str) -> str:
     return " ".join(lines)
 
 
-def documents(split: str, seed: int = 0, people: tuple[int, int] = (2, 5)) -> Iterator[str]:
-    """Endless documents of a split for language modelling: a tenth stories, two fifths lore, the rest scenes with questions.
+SHARES = {"story": 10, "chronicle": 20, "quiz": 20, "homes": 20, "things": 30}  # kinds of documents, in percent
+LORE = {"chronicle": 50, "quiz": 50}
 
-    people  fewest and most people of a scene; the reference model is trained on small scenes first
+
+def documents(split: str, seed: int = 0, people: tuple[int, int] = (2, 5), shares: Mapping[str, int] = SHARES) -> Iterator[str]:
+    """Endless documents of a split for language modelling: stories, lore told and asked for, and scenes with questions.
+
+    people  fewest and most people of a scene; the reference model is trained on small scenes first, and before them on
+    shares  of lore alone
     """
     rng = random.Random(f"world-{VERSION}-text-{split}-{seed}")
     while True:
-        (kind,) = rng.choices(("story", "chronicle", "quiz", "homes", "things"), (10, 20, 20, 20, 30))
+        (kind,) = rng.choices(list(shares), list(shares.values()))
         if kind == "story":
             yield _story(rng, split)
         elif kind == "chronicle":

@@ -31,8 +31,10 @@ bench-compression: $(READY)
 	$(if $(BENCH),$(BIN)/python -m tests.benchmarks.bench_compression --bench $(BENCH))
 	$(BIN)/python -m tests.benchmarks.bench_compression --at-size
 
+# About 40 minutes on two cores.
 bench-recovery: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_recovery
+	$(BIN)/python -m tests.benchmarks.bench_finetune_vs_distill
 
 setup: $(READY)
 

@@ -35,11 +35,12 @@ SIZE_CONFIG: dict[str, Any] = {
 }  # fmt: skip
 SETTINGS = """\
 Groups, symmetry and calibration windows are the same for all; dampening is 1%, batches are of 16 windows (ours: 4,096 tokens), weights \
-float32. GPTQModel: its defaults (GPTQ act-group-aware, without act-order; AWQ with clip search, in float16, since it takes no float32), \
-AWQ with the backend AWQ_TORCH, two CPU workers, nothing offloaded to disk. llm-compressor: its defaults (GPTQ with static act-order; \
-AWQ duo scaling, 20 grid points), AWQ with pin_memory taken out; the head is kept out by a pattern, \
-since its pruning does not know it by its name and prunes the tied embedding. Seconds are of the call itself, without start and imports: ours read \
-and write the checkpoint inside it, the peers' load and save outside. Memory is the peak of the process until the call returns."""
+float32. Ours: its defaults (GPTQ with static act-order and error-minimizing clip, AWQ with clip search). GPTQModel: its defaults (GPTQ \
+act-group-aware, without act-order; AWQ with clip search, in float16, since it takes no float32), AWQ with the backend AWQ_TORCH, two CPU \
+workers, nothing offloaded to disk. llm-compressor: its defaults (GPTQ with static act-order; AWQ duo scaling, 20 grid points), AWQ with \
+pin_memory taken out; the head is kept out by a pattern, since its pruning does not know it by its name and prunes the tied embedding. \
+Seconds are of the call itself, without start and imports: ours read and write the checkpoint inside it, the peers' load and save outside. \
+Memory is the peak of the process until the call returns."""
 
 
 class Bench:

@@ -1,7 +1,7 @@
 """How fast training is: `python -m tests.benchmarks.bench_recovery` writes its part of docs/benchmarks.md.
 
-Each comparison takes turns, so that what else the machine does falls on both sides. All train the reference model, or half of its
-neurons, on rows of its own data, in float32.
+Each comparison takes turns, so that what else the machine does falls on both sides. All train the reference model, or half of it,
+on rows of its own data, in float32.
 """
 
 import argparse
@@ -15,12 +15,14 @@ import torch
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
+from compression.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.data import DataSpec, training_rows
 from compression.distillation import CacheSettings
 from compression.distillation.distill import distill
 from compression.distillation.objective import Objective
 from compression.loading import load_model, load_tokenizer
+from compression.pruning.depth import prune_depth
 from compression.pruning.width import prune_width
 from compression.training import train
 from compression.training_settings import TrainingSettings
@@ -32,8 +34,10 @@ PART = "recovery"
 UNTIMED = 3  # steps at the start: allocators and caches fill
 TURNS = 3
 ROWS = 96
-CACHES = {"full": CacheSettings("full"), "top 64": CacheSettings("top_k", 64)}
+CACHES = {"teacher": None, "cached, full": CacheSettings("full"), "cached, top 64": CacheSettings("top_k", 64)}
+ENTROPY = "cross-entropy, the reference model"
 
+Pair = tuple[str, str]  # what is trained, and with what
 Run = Callable[[Path, Context], object]
 
 
@@ -66,28 +70,31 @@ def main() -> None:
         print(body)
 
 
-def measure(settings: TrainingSettings) -> tuple[dict[str, list[float]], int]:
+def measure(settings: TrainingSettings) -> tuple[dict[Pair, list[float]], int]:
     """Tokens per second of every turn, by what was run, and the tokens of a row."""
     data = DataSpec.model_validate("embedded")
     rows = training_rows(data.model_copy(update={"train_documents": 1000}), load_tokenizer(EMBEDDED))[:ROWS]
     tokens = settings.batch_size * rows.shape[1]
     with tempfile.TemporaryDirectory(prefix="edgepress-bench-") as folder:
-        student = Path(folder) / "student"
-        prune_width(EMBEDDED, student, keep=0.5, context=Context())
-        runs: dict[str, tuple[Run, str]] = {
-            "bare loop": (lambda place, context: bare_loop(rows, settings, context), "bare"),
-            "edgepress": (lambda place, context: our_loop(rows, settings, place, context), "ours"),
-            "teacher": (lambda place, context: distilled(student, rows, settings, place, context), "distil"),
+        neurons, blocks = Path(folder) / "neurons", Path(folder) / "blocks"
+        prune_width(EMBEDDED, neurons, keep=0.5, context=Context())
+        prune_depth(EMBEDDED, blocks, drop=open_checkpoint(EMBEDDED).num_layers // 2, windows=rows[:8], context=Context())
+        runs: dict[Pair, tuple[Run, str]] = {
+            (ENTROPY, "bare loop"): (lambda place, context: bare_loop(rows, settings, context), "bare"),
+            (ENTROPY, "edgepress"): (lambda place, context: our_loop(rows, settings, place, context), "ours"),
         }
-        for name, cache in CACHES.items():
-            runs[f"cached, {name}"] = (
-                lambda place, context, cache=cache: distilled(student, rows, settings, place, context, cache, Path(folder) / "cache"),
-                "distil",
-            )
-        speeds: dict[str, list[float]] = {name: [] for name in runs}
+        for name, student in (("half of its neurons", neurons), ("half of its blocks", blocks)):
+            for way, cache in CACHES.items():
+                runs[f"distillation, {name}", way] = (
+                    lambda place, context, student=student, cache=cache: distilled(
+                        student, rows, settings, place, context, cache, Path(folder) / "cache"
+                    ),
+                    "distil",
+                )
+        speeds: dict[Pair, list[float]] = {pair: [] for pair in runs}
         for _ in range(TURNS):
-            for name, (run, what) in runs.items():
-                speeds[name].append(tokens / seconds_per_step(run, settings.steps, what))
+            for pair, (run, what) in runs.items():
+                speeds[pair].append(tokens / seconds_per_step(run, settings.steps, what))
     return speeds, rows.shape[1]
 
 
@@ -114,7 +121,7 @@ def bare_loop(rows: torch.Tensor, settings: TrainingSettings, context: Context) 
 
 def distilled(
     student: Path, rows: torch.Tensor, settings: TrainingSettings, place: Path, context: Context,
-    cached: CacheSettings | None = None, cache: Path | None = None,
+    cached: CacheSettings | None, cache: Path,
 ) -> None:  # fmt: skip
     distill(
         student,
@@ -129,15 +136,13 @@ def distilled(
     )
 
 
-def render(speeds: dict[str, list[float]], length: int, threads: int) -> str:
-    """The part of the page."""
+def render(speeds: dict[Pair, list[float]], length: int, threads: int) -> str:
+    """The part of the page. The first way to train something is what the others are compared with."""
     machine = machine_fingerprint()
-    rows = [["cross-entropy, the reference model", name, *cells(speeds, name, "bare loop")] for name in ("bare loop", "edgepress")]
-    rows += [
-        ["distillation, half of its neurons", name, *cells(speeds, name, "teacher")]
-        for name in speeds
-        if name not in ("bare loop", "edgepress")
-    ]
+    first: dict[str, Pair] = {}
+    for pair in speeds:
+        first.setdefault(pair[0], pair)
+    rows = [[*pair, *cells(speeds[pair], speeds[first[pair[0]]])] for pair in speeds]
     table = page.markdown(["training", "with", "tokens/s", "lowest", "highest", "times the first"], ["---", "---", *["---:"] * 4], rows)
     return f"""## Training
 
@@ -148,10 +153,9 @@ our last checkpoint is. A cached teacher has been asked about every row before.
 {table}"""
 
 
-def cells(speeds: dict[str, list[float]], name: str, first: str) -> list[str]:
-    middle = statistics.median(speeds[name])
-    bounds = [f"{value:,.0f}" for value in (middle, min(speeds[name]), max(speeds[name]))]
-    return [*bounds, f"{middle / statistics.median(speeds[first]):.2f}"]
+def cells(speeds: list[float], first: list[float]) -> list[str]:
+    middle = statistics.median(speeds)
+    return [*(f"{value:,.0f}" for value in (middle, min(speeds), max(speeds))), f"{middle / statistics.median(first):.2f}"]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test bench-recovery bench-demo bench-compression setup
+.PHONY: demo test bench-recovery bench-demo bench-compression bench-export setup
 
 demo: $(READY)
 	$(BIN)/edgepress run demo
@@ -35,6 +35,10 @@ bench-compression: $(READY)
 bench-recovery: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_recovery
 	$(BIN)/python -m tests.benchmarks.bench_finetune_vs_distill
+
+bench-export: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_export
+	$(if $(BENCH),$(BIN)/python -m tests.benchmarks.bench_export --bench $(BENCH))
 
 setup: $(READY)
 

@@ -3,14 +3,45 @@
 Both are part of the content, so they hold nothing that differs between two equal runs: no time, no path, no measurement.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compression.checkpoint import file_digests
+from export.proof import KL_TO_PARENT, Change
 from tasks.base import Base
 from tasks.files import size_of, write_json
 from tasks.stage import Artifact
+
+CARRIED = ("edgepress.json", "README.md")  # what this module writes: the only files of an artifact without a digest
+CHANGES: Mapping[Change, str] = {
+    "float": "in a float type",
+    "int8": "rounded to 8 bits, activations while it runs",
+    "int8-static": "weights and activations rounded to 8 bits, with ranges from calibration",
+    "int4": "rounded to 6 bits or fewer by the exporter",
+    "carried": "the quantized checkpoint's own codes, none of them rounded again",
+}
+RUN: Mapping[str, str] = {  # beside `edgepress generate`, which runs them all
+    "llama.cpp": """With llama.cpp itself: `llama-cli -m model.gguf -p "Once upon a time" -n 100`""",
+    "onnxruntime": """With ONNX Runtime itself: `onnxruntime.InferenceSession("model.onnx")`. The graph takes `input_ids`, `position_ids` and
+`past_key_values.*` (empty at first), and returns `logits` and `present.*`, which are the next step's past.""",
+    "onnxruntime-genai": """With ONNX Runtime GenAI itself:
+
+```python
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer = og.Tokenizer(model)
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=100)
+generator = og.Generator(model, parameters)
+generator.append_tokens(tokenizer.encode("Once upon a time"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+```""",
+}
 
 
 def complete_artifact(
@@ -20,11 +51,12 @@ def complete_artifact(
 
     ancestors  (identity, its document) of every stage before this one, by name and in order
     """
-    origin = {"source": base.source, "revision": base.revision, "license": base.license, "content": base.content}
+    origin = {"source": _source(base), "revision": base.revision, "license": base.license, "content": base.content}
     steps = [{"stage": name, "identity": digest, "document": known} for name, (digest, known) in ancestors.items()]
     facts = {
         "runtime": planned.runtime, "change": planned.change, "base": origin, "identity": identity, "document": document,
-        "ancestors": steps, "files": file_digests(out),
+        "ancestors": steps,
+        "files": {name: sha256 for name, sha256 in file_digests(out).items() if name not in CARRIED},
     }  # fmt: skip
     write_json(out / "edgepress.json", facts)
     (out / "README.md").write_text(_card(out, planned, document, base, steps))
@@ -32,20 +64,47 @@ def complete_artifact(
 
 def _card(out: Path, planned: Artifact, document: dict[str, Any], base: Base, steps: list[dict[str, Any]]) -> str:
     revision = f" at revision `{base.revision}`" if base.revision else ""
+    source = _source(base)
     made = [*(s["document"] for s in steps if "uses" in s["document"]), document]
-    road = "\n".join(
-        f"{n}. `{d['uses']}` " + ", ".join(f"{k} {v}" for k, v in d["parameters"].items() if k != "uses") for n, d in enumerate(made, 1)
-    )
+    road = "\n".join(f"{number}. {_step(step)}" for number, step in enumerate(made, 1))
+    bound = KL_TO_PARENT[planned.change]
     return f"""---
 license: {base.license}
-base_model: {base.source}
+base_model: {source}
 tags: [edgepress, {planned.runtime}]
 ---
-# {base.source}, compressed for {planned.runtime}
+# {source}, compressed for {planned.runtime}
 
-Base model: `{base.source}`{revision}, licence `{base.license}`. Weights: {planned.change}, {size_of(out) / 1e6:.2f} MB. Made by edgepress in these steps:
+Base model: {source}{revision}, licence `{base.license}`. Made by edgepress: {size_of(out) / 1e6:.2f} MB, weights {CHANGES[planned.change]}.
+
+## Run it
+
+    edgepress generate . -p "Once upon a time" -n 100
+
+{RUN.get(planned.runtime, "")}
+
+## What was done
 
 {road}
 
-`edgepress.json` holds the identity of every step, the versions that decided its bytes, and the sha256 of each file.
+## How far to trust it
+
+An artifact of this kind is published when it behaves like the checkpoint it was made of, judged on the same tokens in {planned.runtime}: a mean KL divergence
+of {bound:g} at most, unless the recipe sets another bound. The measurements stand in the report of the run that made it, not here, so that the same recipe gives
+the same files. `edgepress.json` holds the identity of every step, the versions that decided its bytes, and the sha256 of each file;
+`edgepress inspect .` checks them.
 """
+
+
+def _source(base: Base) -> str:
+    """What to call the base model where the path it had here says nothing."""
+    if base.revision:
+        return base.source
+    return "reference model of edgepress" if base.source == "embedded" else f"local model {base.content[:12]}"
+
+
+def _step(document: dict[str, Any]) -> str:
+    """A stage and the parameters that somebody chose or that have a value."""
+    chosen = {key: value for key, value in document["parameters"].items() if key != "uses" and value not in (None, False, [], {})}
+    said = ", ".join(f"{key} {json.dumps(value) if isinstance(value, list | dict | bool) else value}" for key, value in chosen.items())
+    return f"`{document['uses']}`" + (f": {said}" if said else "")

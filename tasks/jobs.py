@@ -58,3 +58,15 @@ def measure_speed(*, target: str, tokenizer: str, data: dict[str, Any], threads:
     window = evaluation_windows(spec, load_tokenizer(Path(tokenizer)))[0].tolist()
     prompt = window[: len(window) // 2]
     return measure(lambda: open_runtime(Path(target), device=context.device, threads=threads), prompt, new_tokens=len(window) // 2)
+
+
+def bench(*, target: str, prompt: int, new_tokens: int, repeats: int, threads: int, context: Context) -> dict[str, float]:
+    """The figures of `measure_speed` for a prompt of a given length. What it says does not matter: every vocabulary has ids up to 255."""
+    from compression.evaluation.speed import measure_speed as measure
+    from export.runtimes import import_runtime, open_runtime, runtime_name
+
+    import_runtime(runtime_name(Path(target)))
+    tokens = [2 + 7 * position % 250 for position in range(prompt)]
+    return measure(
+        lambda: open_runtime(Path(target), device=context.device, threads=threads), tokens, new_tokens=new_tokens, repeats=repeats
+    )

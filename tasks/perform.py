@@ -43,6 +43,8 @@ class Assignment:
     gates: Mapping[str, Bound] = field(default_factory=dict)
     retries: int = 0
     timeout: float | None = None
+    cell: str = ""  # the cell of a sweep that alone needs it, if one does
+    leaf_of: tuple[tuple[str, str], ...] = ()  # cells whose result it is, each with what its metrics' names begin with there
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Pipeline:
     outputs: Path
     documents: dict[str, tuple[str, dict[str, Any]]]  # identity and its document, by stage
     progress: Callable[[str, dict[str, Any]], None]
+    cells: Mapping[str, str] = field(default_factory=dict)  # runs in MLflow of a sweep's cells, by name
     results: dict[str, Result] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -144,7 +147,7 @@ def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Resu
             **(task.stage.model_dump(mode="json", exclude={"uses"}) if task.stage else {}),
             "seed": task.document.get("seed"),
         }
-        result.run = pipeline.tracking.open_run(task.name, parent=pipeline.run, tags=tags, params=params)
+        result.run = pipeline.tracking.open_run(task.name, parent=pipeline.cells.get(task.cell, pipeline.run), tags=tags, params=params)
         if task.document.get("data"):
             pipeline.tracking.log_data(
                 result.run,
@@ -193,7 +196,14 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
         else:
             pipeline.progress(task.name, event)
 
-    done = pipeline.children.run(job, home, sink)
+    _require_inputs(pipeline, task)
+    try:
+        done = pipeline.children.run(job, home, sink)
+    except Stopped:
+        raise
+    except Exception:
+        _require_inputs(pipeline, task)  # where one is lost, that is the reason
+        raise
     if isinstance(task.planned, Artifact):
         ancestors = {name: pipeline.documents[name] for name in task.ancestors}
         complete_artifact(home / "out", task.planned, task.document, task.identity, ancestors, pipeline.base)
@@ -201,6 +211,21 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
     return pipeline.store.commit(
         task.identity, task.document, metrics=done.metrics, seconds=done.seconds, warnings=result.warnings, curves=curves
     )
+
+
+def _require_inputs(pipeline: Pipeline, task: Assignment) -> None:
+    """Raises EdgepressError when an input was removed or damaged since its own stage ended: what is made of it would not be of this identity."""
+    for name in dict.fromkeys(task.inputs.values()):
+        identity = pipeline.results[name].identity
+        if identity == pipeline.base.identity:
+            continue  # not in the store
+        with pipeline.store.lock(identity):
+            lost = pipeline.store.get(identity) is None
+        if lost:
+            raise EdgepressError(
+                f"the result of {name} ({identity[:12]}) was removed from the store, or damaged and set aside, while this run was going on; "
+                "the same command computes it again"
+            )
 
 
 def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
@@ -237,7 +262,7 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     result.measure_seconds = measured.seconds
     if measured.seconds and task.stage is None:
         result.state = "Completed"
-    if isinstance(task.planned, Artifact) and parent is not None:
+    if parent is not None:
         _compare_speed(result, pipeline.results[parent])
 
 
@@ -250,14 +275,18 @@ def _static(path: str, planned: Planned) -> dict[str, float]:
 
 
 def _compare_speed(result: Result, parent: Result) -> None:
+    """Warn of a stage that made the model slower than its parent, each in its runtime; less than a tenth is within the measurement's noise."""
     mine, theirs = result.metrics.get("tokens_per_second"), parent.metrics.get("tokens_per_second")
-    if mine and theirs and mine < theirs:
-        result.warnings.append(f"slower than its parent {parent.name}: {mine:.0f} against {theirs:.0f} tokens/s")
+    if mine and theirs and mine < 0.9 * theirs:
+        result.warnings.append(
+            f"slower than its parent {parent.name}: {mine:.0f} tokens/s in {result.runtime} against {theirs:.0f} in {parent.runtime} "
+            f"({1 - mine / theirs:.0%} less; up to 10% is noise)"
+        )
 
 
 def _judge(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     """Judge the bounds of an export's proof and the recipe's gates; raises GateFailed for what does not hold."""
-    others = {name: done.metrics for name, done in pipeline.results.items()}
+    others = {name: pipeline.results[name].metrics for name in (*task.ancestors, task.name)}
     if "parent" in task.inputs:
         others["parent"] = pipeline.results[task.inputs["parent"]].metrics
     result.verdicts = judge(task.bounds, result.metrics, others) + judge(task.gates, result.metrics, others)
@@ -274,6 +303,8 @@ def _log(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     }  # fmt: skip
     pipeline.tracking.log(result.run, result.metrics, tags=tags)
     pipeline.tracking.log(pipeline.run, result.metrics, step=task.index)
+    for cell, prefix in task.leaf_of:
+        pipeline.tracking.log(pipeline.cells[cell], {prefix + metric: value for metric, value in result.metrics.items()})
     if task.stage is not None and result.state == "Cached":
         pipeline.tracking.log_curve(result.run, result.curves)
     pipeline.tracking.end(result.run, "FINISHED")

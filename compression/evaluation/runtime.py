@@ -1,27 +1,15 @@
 """What every scorer needs of a runtime. Imports no torch: transformers, ONNX Runtime, GenAI and llama.cpp implement it alike."""
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 
-@dataclass(frozen=True)
-class Generation:
-    """One timed greedy generation.
-
-    tokens           the generated token ids, without the prompt
-    prefill_seconds  from the call until the first token is known
-    decode_seconds   from then until the last
-    """
-
-    tokens: list[int]
-    prefill_seconds: float
-    decode_seconds: float
-
-
 class Runtime(Protocol):
-    """A loaded model. Close it to give its memory back."""
+    """A loaded model. Close it to give its memory back.
+
+    Generation (compression/evaluation/generation.py) is `start` and then `step` after `step`, on a KV cache that the runtime keeps.
+    """
 
     name: str  # "transformers", "onnxruntime", "onnxruntime-genai", "llama.cpp"
     version: str  # of the library, part of every record's key
@@ -35,8 +23,16 @@ class Runtime(Protocol):
         """
         ...
 
-    def generate(self, prompt: list[int], new_tokens: int) -> Generation:
-        """Greedy generation of exactly `new_tokens` tokens with a KV cache; end-of-text does not stop it."""
+    def start(self, prompt: list[int], new_tokens: int) -> np.ndarray:
+        """Forget what was before, read a prompt of one token or more, and return the logits of the next token: float [vocabulary].
+
+        new_tokens  that will be generated at most, for caches of a fixed size; with the prompt they fit into max_length
+        The array may be the runtime's own memory: it is good until the next call.
+        """
+        ...
+
+    def step(self, token: int) -> np.ndarray:
+        """Read one token more and return the logits of the next: float [vocabulary], good until the next call."""
         ...
 
     def close(self) -> None: ...

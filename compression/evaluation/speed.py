@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from compression.errors import EdgepressError
+from compression.evaluation.generation import generate
 from compression.evaluation.runtime import Runtime
 
 
@@ -18,9 +19,13 @@ def measure_speed(open_runtime: Callable[[], Runtime], prompt: list[int], *, new
     prompt        token ids; prompt and new_tokens together must fit into the runtime's context
     new_tokens    2 or more: the first one belongs to the prefill
 
-    Returns tokens_per_second (decode), prefill_tokens_per_second, load_seconds and, where the system tells it, peak_memory_mb:
-    the highest resident memory (10^6 bytes) while it loaded and generated, above what the process held before.
-    A runtime that is not `timed` returns nothing.
+    Returns
+    tokens_per_second           of the decode: the median; _low and _high are the slowest and the fastest of the repeats
+    prefill_tokens_per_second   the median, and first_token_seconds what the whole prompt took
+    load_seconds
+    peak_memory_mb              the highest resident memory (10^6 bytes) while it loaded and generated, above what the process held
+                                before; only where the system tells it
+    and nothing for a runtime that is not `timed`.
     """
     if new_tokens < 2 or repeats < 1 or not prompt:
         raise EdgepressError("speed needs a prompt, two new tokens or more and one repeat or more", key="new_tokens")
@@ -32,12 +37,15 @@ def measure_speed(open_runtime: Callable[[], Runtime], prompt: list[int], *, new
         try:
             if not runtime.timed:
                 return {}
-            runs = [runtime.generate(prompt, new_tokens) for _ in range(1 + repeats)][1:]
+            runs = [generate(runtime, prompt, new_tokens) for _ in range(1 + repeats)][1:]
         finally:
             runtime.close()
     figures["load_seconds"] = load_seconds
-    figures["prefill_tokens_per_second"] = len(prompt) / median(run.prefill_seconds for run in runs)
-    figures["tokens_per_second"] = (new_tokens - 1) / median(run.decode_seconds for run in runs)
+    figures["first_token_seconds"] = median(run.prefill_seconds for run in runs)
+    figures["prefill_tokens_per_second"] = len(prompt) / figures["first_token_seconds"]
+    decode = [run.decode_seconds for run in runs]
+    for name, seconds in (("", median(decode)), ("_low", max(decode)), ("_high", min(decode))):
+        figures[f"tokens_per_second{name}"] = (new_tokens - 1) / seconds
     return figures
 
 

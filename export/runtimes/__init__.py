@@ -8,6 +8,7 @@ from pathlib import Path
 
 from compression.errors import MissingExtra, UnusableModel
 from compression.evaluation.runtime import Runtime
+from compression.evaluation.text import Text
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ PACKAGES = {
     "transformers": Package("transformers", "", "compression.evaluation.transformers_runtime", "TransformersRuntime"),
     "onnxruntime": Package("onnxruntime", "onnx", "export.runtimes.onnx_runtime", "OnnxRuntime"),
     "onnxruntime-genai": Package("onnxruntime-genai", "genai", "export.runtimes.genai_runtime", "GenaiRuntime"),
+    "openvino": Package("openvino", "openvino", "export.runtimes.openvino_runtime", "OpenvinoRuntime"),
     "llama.cpp": Package("llama-cpp-python", "llamacpp", "export.runtimes.llamacpp", "LlamaCppRuntime"),
 }
 
@@ -36,18 +38,22 @@ def installed_runtimes() -> dict[str, str | None]:
 def runtime_name(path: Path) -> str:
     """The runtime that a checkpoint or artifact directory is for, told from its files.
 
-    Raises UnusableModel where none fits.
+    A GGUF file may stand alone. Raises UnusableModel where none fits.
     """
-    if any(path.glob("*.gguf")):
+    if not path.exists():
+        raise UnusableModel(f"there is no file or directory {path}", key="model")
+    if path.suffix == ".gguf" or any(path.glob("*.gguf")):
         return "llama.cpp"
     if (path / "genai_config.json").is_file():
         return "onnxruntime-genai"
     if (path / "model.onnx").is_file():
         return "onnxruntime"
+    if (path / "model.xml").is_file():
+        return "openvino"
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         return "transformers"
     raise UnusableModel(
-        f"{path} is neither a checkpoint (config.json and safetensors) nor an artifact (*.gguf, genai_config.json or model.onnx)",
+        f"{path} is neither a checkpoint (config.json and safetensors) nor an artifact (*.gguf, genai_config.json, model.onnx or model.xml)",
         key="model",
     )
 
@@ -64,12 +70,34 @@ def open_runtime(path: Path, *, device: str = "cpu", threads: int) -> Runtime:
     return runtime(path, device=device, threads=threads) if name == "transformers" else runtime(path, threads=threads)
 
 
+def open_text(path: Path, runtime: Runtime) -> Text:
+    """The tokenizer of an open model: llama.cpp's own, else the Hugging Face one beside the model.
+
+    Raises UnusableModel where there is none.
+    """
+    if runtime.name == "llama.cpp":
+        from export.runtimes.llamacpp import LlamaCppRuntime
+        from export.runtimes.llamacpp_text import LlamaCppText
+
+        assert isinstance(runtime, LlamaCppRuntime)
+        return LlamaCppText(runtime)
+    from export.runtimes.texts import HuggingFaceText
+
+    return HuggingFaceText(path)
+
+
 def import_runtime(name: str) -> Callable[..., Runtime]:
     """Import a runtime's library and return our class for it. Raises MissingExtra where the library is not installed."""
+    check_installed(name)
+    package = PACKAGES[name]
+    return getattr(importlib.import_module(package.module), package.name)
+
+
+def check_installed(name: str) -> None:
+    """Raises MissingExtra where a runtime's library is not installed."""
     package = PACKAGES[name]
     if _version(package.distribution) is None:
         raise MissingExtra(package.distribution, package.extra, f"the runtime {name}")
-    return getattr(importlib.import_module(package.module), package.name)
 
 
 def _version(package: str) -> str | None:

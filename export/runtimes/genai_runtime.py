@@ -1,14 +1,10 @@
 """Packages of `export.genai` in ONNX Runtime GenAI, on the CPU."""
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
 import onnxruntime_genai as og
-
-from compression.errors import Incompatible
-from compression.evaluation.runtime import Generation
 
 
 class GenaiRuntime:
@@ -25,32 +21,29 @@ class GenaiRuntime:
         session = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         self._model = og.Model(config)
+        self._generator: og.Generator = None
         self.max_length: int = json.loads((directory / "genai_config.json").read_text())["model"]["context_length"]
 
     def logits(self, input_ids: np.ndarray) -> np.ndarray:
         # Row by row: in a batch GenAI masks every token that equals the padding token, which text may well hold.
         rows = []
         for row in input_ids:
-            generator = self._start(row, len(row))
+            generator = self._read(row, len(row))
             rows.append(generator.get_output("logits").astype(np.float32))
         return np.concatenate(rows)
 
-    def generate(self, prompt: list[int], new_tokens: int) -> Generation:
-        """As the protocol says. Raises Incompatible when prompt and generation do not fit into the context."""
-        if len(prompt) + new_tokens > self.max_length:
-            raise Incompatible(f"{len(prompt)} + {new_tokens} tokens do not fit into the model's {self.max_length}")
-        # The argmax is taken here, since GenAI's own search stops computing at end-of-text, which cannot be switched off:
-        # what came after would be padding that costs no time.
-        started = time.perf_counter()
-        generator = self._start(np.array(prompt), len(prompt) + new_tokens)
-        tokens = [int(generator.get_logits()[0, -1].argmax())]
-        prefilled = time.perf_counter()
-        while len(tokens) < new_tokens:
-            generator.append_tokens(np.array([tokens[-1:]], dtype=np.int32))
-            tokens.append(int(generator.get_logits()[0, -1].argmax()))
-        return Generation(tokens, prefilled - started, time.perf_counter() - prefilled)
+    def start(self, prompt: list[int], new_tokens: int) -> np.ndarray:
+        self._generator = None  # gives its cache back first
+        self._generator = self._read(np.array(prompt), len(prompt) + new_tokens)
+        return self._generator.get_logits()[0, -1]
 
-    def _start(self, prompt: np.ndarray, max_length: int) -> og.Generator:
+    def step(self, token: int) -> np.ndarray:
+        # The caller chooses tokens, since GenAI's own search stops computing at end-of-text, which cannot be switched off:
+        # what came after would be padding that costs no time.
+        self._generator.append_tokens(np.array([[token]], dtype=np.int32))
+        return self._generator.get_logits()[0, -1]
+
+    def _read(self, prompt: np.ndarray, max_length: int) -> og.Generator:
         """A generator that has read the prompt, with room for `max_length` tokens in its cache."""
         params = og.GeneratorParams(self._model)
         params.set_search_options(max_length=max_length, do_sample=False)
@@ -59,4 +52,4 @@ class GenaiRuntime:
         return generator
 
     def close(self) -> None:
-        del self._model
+        del self._generator, self._model

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from compression.context import Context
 from compression.data import encode_choices
 from compression.errors import Incompatible, UnusableData, UnusableModel
-from compression.evaluation.runtime import Generation
 from compression.evaluation.scorers import MultipleChoice, divergence, evaluate_quality, log_likelihoods, multiple_choice, perplexity
 from compression.evaluation.transformers_runtime import TransformersRuntime
 from compression.loading import load_model
@@ -39,7 +38,10 @@ class Fake:
         self.rows += len(input_ids)
         return self.compute(input_ids)
 
-    def generate(self, prompt: list[int], new_tokens: int) -> Generation:
+    def start(self, prompt: list[int], new_tokens: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def step(self, token: int) -> np.ndarray:
         raise NotImplementedError
 
     def close(self) -> None: ...

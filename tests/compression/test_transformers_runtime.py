@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from compression.errors import EdgepressError, Incompatible
-from compression.evaluation.runtime import Generation, Runtime
+from compression.evaluation import generation
+from compression.evaluation.generation import generate
+from compression.evaluation.runtime import Runtime
 from compression.evaluation.speed import measure_speed
 from compression.evaluation.transformers_runtime import TransformersRuntime
 from compression.loading import load_model
@@ -34,7 +36,7 @@ def test_generation_is_transformers_greedy_search_of_exact_length(runtime: Runti
     model = load_model(checkpoint)
     model.generation_config.eos_token_id = None
     expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)[0, 12:]
-    generation = runtime.generate(prompt[0].tolist(), 20)
+    generation = generate(runtime, prompt[0].tolist(), 20)
     assert generation.tokens == expected.tolist()
     assert generation.prefill_seconds > 0
     assert generation.decode_seconds > 0
@@ -43,32 +45,41 @@ def test_generation_is_transformers_greedy_search_of_exact_length(runtime: Runti
 def test_what_does_not_fit_the_context_is_refused(runtime: Runtime) -> None:
     assert (runtime.max_length, runtime.timed, runtime.name) == (128, True, "transformers")
     with pytest.raises(Incompatible, match="120 \\+ 9 tokens"):
-        runtime.generate([0] * 120, 9)
+        generate(runtime, [0] * 120, 9)
 
 
 class Clockwork:
-    """A runtime with known times and memory: the first run is slow, as a first run is."""
+    """A runtime with known times and memory: the first run is slow, as a first run is. Its clock moves when it is asked something."""
 
     name, version, max_length = "clockwork", "1", 1000
 
     def __init__(self, *, timed: bool = True, megabytes: int = 0):
-        self.timed, self.runs, self.closed = timed, 0, False
+        self.timed, self.runs, self.closed, self.now = timed, 0, False, 0.0
         self.memory = np.ones(megabytes * 10**6, dtype=np.uint8)
+
+    def perf_counter(self) -> float:
+        return self.now
 
     def logits(self, input_ids: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
-    def generate(self, prompt: list[int], new_tokens: int) -> Generation:
+    def start(self, prompt: list[int], new_tokens: int) -> np.ndarray:
         self.runs += 1
-        seconds = {1: 100.0, 2: 1.0, 3: 2.0, 4: 9.0}[self.runs]
-        return Generation([0] * new_tokens, seconds, seconds / 2)
+        self.seconds = {1: 100.0, 2: 1.0, 3: 2.0, 4: 9.0}[self.runs]
+        self.now += self.seconds
+        return np.zeros(2)
+
+    def step(self, token: int) -> np.ndarray:
+        self.now += self.seconds / 8
+        return np.zeros(2)
 
     def close(self) -> None:
         self.closed, self.memory = True, np.empty(0)
 
 
-def test_speed_is_the_median_after_a_warm_up() -> None:
+def test_speed_is_the_median_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Clockwork()
+    monkeypatch.setattr(generation, "time", runtime)
     figures = measure_speed(lambda: runtime, [0] * 10, new_tokens=5, repeats=3)
     assert figures["prefill_tokens_per_second"] == 10 / 2.0
     assert figures["tokens_per_second"] == 4 / 1.0

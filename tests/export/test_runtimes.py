@@ -14,6 +14,7 @@ import torch
 import export.runtimes
 from compression.context import Context
 from compression.errors import Incompatible, MissingExtra, UnusableModel
+from compression.evaluation.generation import generate
 from compression.evaluation.runtime import Runtime
 from compression.loading import load_model
 from export.genai import export_genai
@@ -70,20 +71,20 @@ def test_logits_at_every_position(runtime: Runtime, source: Path) -> None:
 
 
 def test_greedy_generation_goes_past_end_of_text(runtime: Runtime, source: Path) -> None:
-    generation = runtime.generate(PROMPT[0].tolist(), NEW_TOKENS)
+    generation = generate(runtime, PROMPT[0].tolist(), NEW_TOKENS)
     expected = greedy(load_model(source), PROMPT, NEW_TOKENS)
     end = json.loads((source / "config.json").read_text())["eos_token_id"]
     assert end in expected[:-1]
     assert generation.tokens == expected
     assert generation.prefill_seconds > 0 and generation.decode_seconds > 0
-    assert runtime.generate(PROMPT[0].tolist(), 1).tokens == expected[:1]
+    assert generate(runtime, PROMPT[0].tolist(), 1).tokens == expected[:1]
 
 
 def test_fills_the_context_and_no_more(runtime: Runtime) -> None:
     prompt = tiny_windows(1, 120)[0].tolist()
-    assert len(runtime.generate(prompt, 8).tokens) == 8
+    assert len(generate(runtime, prompt, 8).tokens) == 8
     with pytest.raises(Incompatible, match="120 \\+ 9 tokens"):
-        runtime.generate(prompt, 9)
+        generate(runtime, prompt, 9)
 
 
 def test_repeats_itself_exactly(runtime: Runtime) -> None:
@@ -134,7 +135,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
 
 def test_installed_versions() -> None:
     assert installed_runtimes()["transformers"] == metadata.version("transformers")
-    assert list(installed_runtimes()) == ["transformers", "onnxruntime", "onnxruntime-genai", "llama.cpp"]
+    assert {"transformers", "onnxruntime", "onnxruntime-genai", "llama.cpp"} <= set(installed_runtimes())
 
 
 def test_planning_imports_nothing_heavy() -> None:

@@ -1,0 +1,52 @@
+"""llama.cpp's own tokenizer, out of the GGUF file: a copied model.gguf needs nothing beside it."""
+
+import ctypes
+from functools import cached_property
+
+from compression.errors import Incompatible
+from export.runtimes.llamacpp import LlamaCppRuntime
+
+
+class LlamaCppText:
+    """Implements compression.evaluation.text.Text with the vocabulary of an open model, and lives as long as that is open."""
+
+    def __init__(self, runtime: LlamaCppRuntime):
+        self._llama, self._model = runtime.llama, runtime.model
+        self._vocabulary = runtime.llama.llama_model_get_vocab(runtime.model)
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        tokens = range(self._llama.llama_vocab_n_tokens(self._vocabulary))
+        return frozenset(token for token in tokens if self._llama.llama_vocab_is_eog(self._vocabulary, token))
+
+    def encode(self, text: str) -> list[int]:
+        return self._encode(text, add_special=True)
+
+    def encode_chat(self, message: str) -> list[int]:
+        from export.runtimes.texts import render_chat
+
+        template = self._llama.llama_model_chat_template(self._model, None)
+        special = {"bos_token": self._llama.llama_vocab_bos, "eos_token": self._llama.llama_vocab_eos}
+        texts = {name: self._spelling(which(self._vocabulary)) for name, which in special.items()}
+        return self._encode(render_chat(template.decode() if template else None, message, texts), add_special=False)
+
+    def decode(self, tokens: list[int]) -> str:
+        ids, room = (self._llama.llama_token * len(tokens))(*tokens), 16 * len(tokens) + 16
+        while True:
+            text = ctypes.create_string_buffer(room)
+            length = self._llama.llama_detokenize(self._vocabulary, ids, len(tokens), text, room, False, False)
+            if length >= 0:
+                return text.raw[:length].decode(errors="replace")
+            room = -length
+
+    def _encode(self, text: str, *, add_special: bool) -> list[int]:
+        raw = text.encode()
+        room = len(raw) + 16  # a token is at least a byte; begin and end of text and a space in front come on top
+        ids = (self._llama.llama_token * room)()
+        count = self._llama.llama_tokenize(self._vocabulary, raw, len(raw), ids, room, add_special, True)
+        if count < 0:
+            raise Incompatible(f"llama.cpp cannot tokenize this text of {len(raw)} bytes", key="prompt")
+        return list(ids[:count])
+
+    def _spelling(self, token: int) -> str:
+        return self._llama.llama_vocab_get_text(self._vocabulary, token).decode() if token >= 0 else ""

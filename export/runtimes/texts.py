@@ -1,0 +1,60 @@
+"""The tokenizers of runtimes that leave text to others: the Hugging Face one in their directory. And chat templates, for all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from compression.errors import Incompatible, UnusableModel
+from compression.loading import load_tokenizer
+
+
+class HuggingFaceText:
+    """Implements compression.evaluation.text.Text with a directory's tokenizer.json. Raises UnusableModel without one."""
+
+    def __init__(self, directory: Path):
+        if not (directory / "tokenizer.json").is_file():
+            raise UnusableModel(f"{directory} has no tokenizer.json, without which there is no text", key="model")
+        self._tokenizer = load_tokenizer(directory)
+        self.ends = frozenset(_ends(directory)) | {token for token in [self._tokenizer.eos_token_id] if token is not None}
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer(text).input_ids
+
+    def encode_chat(self, message: str) -> list[int]:
+        rendered = render_chat(self._tokenizer.chat_template, message, self._tokenizer.special_tokens_map)
+        return self._tokenizer(rendered, add_special_tokens=False).input_ids
+
+    def decode(self, tokens: list[int]) -> str:
+        decoded = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(decoded, str)  # a list of lists would give a list
+        return decoded
+
+
+def _ends(directory: Path) -> list[int]:
+    """End-of-text tokens that the model's configuration names: there may be several, of which the tokenizer knows one."""
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json", "genai_config.json"):
+        if (directory / name).is_file():
+            settings = json.loads((directory / name).read_text())
+            named = settings.get("model", settings).get("eos_token_id")
+            found += named if isinstance(named, list) else [] if named is None else [named]
+    return found
+
+
+def render_chat(template: str | dict[str, str] | None, message: str, special_tokens: dict[str, Any]) -> str:
+    """A user's message in a chat template, up to where the answer begins. Raises Incompatible without a template, or where it refuses."""
+    from jinja2 import TemplateError
+
+    if isinstance(template, dict):  # templates by their use
+        template = template.get("default")
+    if template is None:
+        raise Incompatible("this model has no chat template; leave --chat out", key="chat")
+    conversation = [{"role": "user", "content": message}]
+    try:
+        rendered: Any = render_jinja_template([conversation], chat_template=template, add_generation_prompt=True, **special_tokens)
+    except TemplateError as error:
+        raise Incompatible(f"the model's chat template does not take this message: {error}", key="chat") from None
+    texts, _ = rendered  # annotated as a string, which it is not
+    return texts[0]

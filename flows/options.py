@@ -1,0 +1,17 @@
+"""What several commands share: options, their defaults, the console. Imports no torch."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+StoreFolder = Annotated[Path, typer.Option("--store", envvar="EDGEPRESS_STORE", help="Where results are kept by identity.")]
+OutputsFolder = Annotated[Path, typer.Option("--outputs", help="Where results are linked by name.")]
+DEFAULT_STORE, DEFAULT_OUTPUTS = Path(".edgepress"), Path("outputs")
+
+
+def terminal() -> Console:
+    """The terminal; wide enough for the tables where the output goes into a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)

@@ -83,11 +83,10 @@ def _step(step: dict[str, Any]) -> str:
     """A stage with its parameters, as the recipe might say it."""
     document = step["document"]
     if "uses" not in document:
-        return f"{step['stage'] or 'base model'} {step['identity'][:12]}"
+        return f"base model, or a stage that the store no longer has: {step['identity'][:12]}"
     chosen = {key: value for key, value in document["parameters"].items() if key != "uses" and value not in (None, False, [], {})}
     libraries = ", ".join(f"{name} {version}" for name, version in document["libraries"].items())
-    name = f"{step['stage']}: " if step["stage"] else ""
-    return f"{name}{document['uses']} {json.dumps(chosen)} [{libraries}] {step['identity'][:12]}"
+    return f"{document['uses']} {json.dumps(chosen)} [{libraries}] {step['identity'][:12]}"
 
 
 def _files(found: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ Both are part of the content, so they hold nothing that differs between two equa
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,14 @@ print(tokenizer.decode(generator.get_sequence(0)))
 
 
 def complete_artifact(
-    out: Path, planned: Artifact, document: dict[str, Any], identity: str, ancestors: Mapping[str, tuple[str, dict[str, Any]]], base: Base
+    out: Path, planned: Artifact, document: dict[str, Any], identity: str, ancestors: Sequence[tuple[str, dict[str, Any]]], base: Base
 ) -> None:
     """Write `edgepress.json` and `README.md` into a finished export.
 
-    ancestors  (identity, its document) of every stage before this one, by name and in order
+    ancestors  (identity, its document) of every stage before this one, in order; not their names, which decide no bytes
     """
     origin = {"source": _source(base), "revision": base.revision, "license": base.license, "content": base.content}
-    steps = [{"stage": name, "identity": digest, "document": known} for name, (digest, known) in ancestors.items()]
+    steps = [{"identity": digest, "document": known} for digest, known in ancestors]
     facts = {
         "runtime": planned.runtime, "change": planned.change, "base": origin, "identity": identity, "document": document,
         "ancestors": steps,
@@ -65,7 +65,7 @@ def complete_artifact(
 def _card(out: Path, planned: Artifact, document: dict[str, Any], base: Base, steps: list[dict[str, Any]]) -> str:
     revision = f" at revision `{base.revision}`" if base.revision else ""
     source = _source(base)
-    made = [*(s["document"] for s in steps if "uses" in s["document"]), document]
+    made = [*(step["document"] for step in steps), document]
     road = "\n".join(f"{number}. {_step(step)}" for number, step in enumerate(made, 1))
     bound = KL_TO_PARENT[planned.change]
     return f"""---

@@ -14,7 +14,7 @@ from tasks.artifact import CARRIED
 @dataclass(frozen=True)
 class Provenance:
     """base   source, revision, license, content of the model everything started from, where it is told
-    steps  {stage, identity, document} of every stage on the way, the last one is this result's
+    steps  {identity, document} of every stage on the way, the last one is this result's
     files  sha256 by relative path
     """
 
@@ -33,7 +33,7 @@ def read_provenance(path: Path) -> Provenance | None:
         known = json.loads(notes.read_text())
         if notes.name == "manifest.json":
             return Provenance({}, _road(known["identity"], home.parent), known["files"])
-        own = {"stage": "", "identity": known["identity"], "document": known["document"]}
+        own = {"identity": known["identity"], "document": known["document"]}
         return Provenance(known["base"], [*known["ancestors"], own], known["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise UnusableModel(f"{notes} is damaged: {error!r}", key="model") from None
@@ -41,12 +41,12 @@ def read_provenance(path: Path) -> Provenance | None:
 
 def _road(document: dict[str, Any], entry: Path) -> list[dict[str, Any]]:
     """The stages from the base to a store entry, as far as the store still has them."""
-    road = [{"stage": "", "identity": entry.name, "document": document}]
+    road = [{"identity": entry.name, "document": document}]
     parent = document.get("inputs", {}).get("parent")
     while parent is not None:
         manifest = entry.parent / parent / "manifest.json"
         document = json.loads(manifest.read_text())["identity"] if manifest.is_file() else {}
-        road.insert(0, {"stage": "", "identity": parent, "document": document})
+        road.insert(0, {"identity": parent, "document": document})
         parent = document.get("inputs", {}).get("parent")
     return road
 

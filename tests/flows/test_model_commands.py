@@ -28,7 +28,7 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("artifact") / "gguf"
     export_gguf(checkpoint, out, type="q8_0", context=Context())
     document = {"uses": "export.gguf", "parameters": {"uses": "export.gguf", "type": "q8_0", "head_type": None}, "libraries": {"gguf": "1"}}
-    before = {"base": ("1" * 64, {"model": "local"}), "cut": ("2" * 64, {**document, "uses": "prune.width", "parameters": {"keep": 0.5}})}
+    before = [("2" * 64, {**document, "uses": "prune.width", "parameters": {"keep": 0.5}})]
     base = Base(open_checkpoint(checkpoint), "1" * 64, "1" * 64, str(checkpoint), None, "mit")
     complete_artifact(out, Artifact("llama.cpp", "int8", 0), document, "3" * 64, before, base)
     return out
@@ -106,7 +106,7 @@ def test_inspect_an_artifact(artifact: Path, tmp_path: Path, capfd: pytest.Captu
     code, out, _ = edgepress(["inspect", str(copy), "--json"], capfd)
     found = json.loads(out)
     assert (code, found["files"]) == (1, {"model.gguf": "differs"})
-    assert [step["identity"][0] for step in found["steps"]] == ["1", "2", "3"]
+    assert [step["identity"][0] for step in found["steps"]] == ["2", "3"]
     assert edgepress(["inspect", str(copy), "--no-verify"], capfd)[0] == 0
     (copy / "edgepress.json").write_text("{")
     code, _, err = edgepress(["inspect", str(copy)], capfd)

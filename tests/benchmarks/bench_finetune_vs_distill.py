@@ -50,11 +50,13 @@ def render(summaries: list[Summary]) -> str:
     machine, base = summaries[0]["environment"]["machine"], runs[0]["base"]
     ratios = [name.removeprefix("kept-") for name in runs[0] if name.startswith("kept-")]
     settings = summaries[0]["recipe"]["stages"][f"distilled-{ratios[0]}"]
-    rows = [["1", "as it was", *(f"{base[metric]:.3f}" for metric in ("accuracy", "perplexity")), ""]]
+    metrics = ("accuracy", "perplexity", "kl_to_base")
+    rows = [["1", "as it was", f"{base['accuracy']:.3f}", f"{base['perplexity']:.3f}", ""]]
+    rows += [["1", "cross-entropy", *(spread(runs, "finetuned-100", metric) for metric in metrics)]]
     for ratio in ratios:
         reached = f"{runs[0][f'kept-{ratio}']['kept_ratio']:.4g}"
         rows += [
-            [reached, words, *(spread(runs, f"{name}-{ratio}", metric) for metric in ("accuracy", "perplexity", "kl_to_base"))]
+            [reached, words, *(spread(runs, f"{name}-{ratio}", metric) for metric in metrics)]
             for name, words in (("kept", "pruned"), ("finetuned", "cross-entropy"), ("distilled", "self-distillation"))
         ]
     table = page.markdown(["MLP neurons kept", "model", "accuracy", "perplexity", "KL to base"], ["---:", "---", *["---:"] * 3], rows)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from compression.errors import Incompatible
-from export.gguf.check import BLOCK
+from export.gguf.types import BLOCK
 
 
 def pack(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int) -> tuple[str, np.ndarray]:

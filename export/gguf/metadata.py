@@ -3,18 +3,25 @@
 import gguf
 
 from compression.checkpoint import Checkpoint
-from export.gguf.check import attention_window, rope_settings
+from export.gguf.architectures import (
+    ARCHITECTURES,
+    context_length,
+    local_rope_theta,
+    longrope_attention_factor,
+    rope_settings,
+    sliding_layers,
+)
 from export.gguf.tokenizer import Vocabulary
 
 
 def write_hyperparameters(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: int) -> None:
-    """general.* and the architecture's keys. The context is what attention sees: llama.cpp's graphs of these families do not slide."""
-    config, rope = checkpoint.config, rope_settings(checkpoint.config)
+    """general.* and the architecture's keys. The context is what llama.cpp runs as transformers does (`context_length`)."""
+    config = checkpoint.config
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(checkpoint.vocab_size)
-    writer.add_context_length(min(checkpoint.max_length, attention_window(config) or checkpoint.max_length))
+    writer.add_context_length(context_length(checkpoint)[0])
     writer.add_embedding_length(checkpoint.hidden_size)
     writer.add_block_count(checkpoint.num_layers)
     writer.add_feed_forward_length(checkpoint.intermediate_size)
@@ -23,13 +30,28 @@ def write_hyperparameters(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_
     writer.add_key_length(checkpoint.head_dim)
     writer.add_value_length(checkpoint.head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(checkpoint.head_dim)
+    _write_rope(writer, checkpoint)
+    sliding = sliding_layers(config)
+    if ARCHITECTURES[checkpoint.model_type].slides and any(sliding):
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_sliding_window_pattern(sliding)
+        writer.add_rope_freq_base_swa(local_rope_theta(config))
+    if config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+
+
+def _write_rope(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
+    rope = rope_settings(checkpoint.config)
+    writer.add_rope_dimension_count(int(checkpoint.head_dim * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
-    if rope["rope_type"] == "yarn":
+    if rope["rope_type"] in ("yarn", "longrope"):
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "longrope":
+        writer.add_rope_scaling_attn_factors(longrope_attention_factor(rope, checkpoint.max_length))
+    if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
         writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
 

@@ -4,10 +4,13 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 
 from compression.errors import EdgepressError, Incompatible, MissingExtra
 from export.gguf.tokenizer import FastTokenizer, Vocabulary
@@ -44,17 +47,37 @@ def _first_difference(text: str, ours: list[int], theirs: list[int], vocabulary:
     )
 
 
-def quantize(source: Path, target: Path, type: str, *, embedding_type: str, head_type: str, threads: int) -> None:
-    """Write `target` from the float32 GGUF file `source` with llama.cpp's quantizer, embedding and head as given.
+def quantize(
+    source: Path, target: Path, type: str, *, embedding_type: str, head_type: str, importance: Mapping[str, np.ndarray], threads: int,
+    work: Path,
+) -> None:  # fmt: skip
+    """Write `target` from the GGUF file `source`, whose linear layers are float32, with llama.cpp's quantizer.
 
-    type  one of export.gguf.check.QUANTIZED
+    type        one of export.gguf.types.QUANTIZED
+    embedding_type, head_type   those that embedding and head have in `source` already
+    importance  mean squares of each linear layer's inputs, [width], by the tensor's name in the file; empty for none
+    work        a directory for what goes with it to llama.cpp
     Raises EdgepressError when llama.cpp fails, with its last words.
     """
     ggml = gguf.GGMLQuantizationType
+    np.savez(weights := work / "importance.npz", **importance)  # type: ignore[arg-type]
     _call(
-        "quantize", source=str(source), target=str(target), file_type=file_type(type), threads=threads,
+        "quantize", source=str(source), target=str(target), file_type=file_type(type), threads=threads, importance=str(weights),
         embedding_type=int(ggml[embedding_type.upper()]), head_type=int(ggml[head_type.upper()]),
     )  # fmt: skip
+
+
+def encode(array: np.ndarray, type: str, importance: np.ndarray | None) -> np.ndarray:
+    """float32 [rows, width] -> llama.cpp's bytes of a type that is rounded, uint8 [rows, bytes]."""
+    ggml = gguf.GGMLQuantizationType[type.upper()]
+    block, size = gguf.GGML_QUANT_SIZES[ggml]
+    with tempfile.TemporaryDirectory(prefix="edgepress-gguf-") as work:
+        source, target = Path(work, "array.npy"), Path(work, "encoded")
+        np.save(source, np.ascontiguousarray(array, dtype=np.float32))
+        _call(
+            "encode", source=str(source), target=str(target), type=int(ggml), importance=None if importance is None else importance.tolist()
+        )
+        return np.fromfile(target, np.uint8).reshape(len(array), array.shape[1] // block * size)
 
 
 def file_type(type: str) -> int:

@@ -1,8 +1,8 @@
 """Tensors as GGUF wants them: names, row order, bytes."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gguf
@@ -12,8 +12,10 @@ from compression.checkpoint import Checkpoint
 from compression.errors import Incompatible
 from compression.quantization.layouts import QuantizedLinear, read_quantized_linears
 from compression.shards import read_tensors
+from export.gguf import native
+from export.gguf.architectures import ARCHITECTURES, rope_settings
 from export.gguf.carry import pack
-from export.gguf.check import ARCHITECTURES, CARRY, rope_settings
+from export.gguf.types import CARRY, WRITTEN
 
 PACKED = ("qweight", "qzeros", "scales", "g_idx")  # what stands for a quantized layer's weight
 
@@ -47,11 +49,14 @@ def llama3_rope_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
     return (1 / (kept + (1 - kept) / factor)).astype(np.float32)
 
 
-def encode(array: np.ndarray, type: str, name: str) -> np.ndarray:
-    """float32 [..., width] -> the array in the GGUF type f32, f16, bf16 or q8_0 (the last two as bytes).
+def encode(array: np.ndarray, type: str, name: str, importance: np.ndarray | None = None) -> np.ndarray:
+    """float32 [..., width] -> the array in a GGUF type (all but f32 and f16 as bytes): f32, f16, bf16 and q8_0 here, others by llama.cpp.
 
+    importance  mean squares of the inputs that the rows are multiplied with, [width], which llama.cpp then weighs errors by
     Raises Incompatible when f16 cannot hold a value.
     """
+    if type not in WRITTEN:
+        return native.encode(array, type, importance)
     with np.errstate(over="ignore"):
         encoded = gguf.quantize(np.ascontiguousarray(array, dtype=np.float32), gguf.GGMLQuantizationType[type.upper()])
     if type == "f16" and not np.isfinite(encoded).all():
@@ -85,10 +90,17 @@ class Tensor:
     difference_in_steps: float = 0.0
 
 
-def model_tensors(checkpoint: Checkpoint, types: Types) -> Iterator[Tensor]:
-    """Every tensor of the file, one at a time: embedding, head (unless it is the embedding), norms, biases, linear layers, rope factors."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[checkpoint.model_type].upper()], checkpoint.num_layers)
-    family = checkpoint.family
+def tensor_names(checkpoint: Checkpoint) -> gguf.TensorNameMap:
+    """GGUF's names of this architecture's tensors."""
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[checkpoint.model_type].name.upper()], checkpoint.num_layers)
+
+
+def model_tensors(checkpoint: Checkpoint, types: Types, importance: Mapping[str, np.ndarray]) -> Iterator[Tensor]:
+    """Every tensor of the file, one at a time: embedding, head (unless it is the embedding), norms, biases, linear layers, rope factors.
+
+    importance  of the head (of a tied embedding) by its name in the checkpoint, where it was gathered
+    """
+    names, family = tensor_names(checkpoint), checkpoint.family
     matrices = {f"{family.embed}.weight": types.embedding, f"{family.head}.weight": types.head}
     packed = {f"{name.removesuffix('.qweight')}.{part}" for name in checkpoint.tensors if name.endswith(".qweight") for part in PACKED}
     for name, info in checkpoint.tensors.items():
@@ -96,19 +108,27 @@ def model_tensors(checkpoint: Checkpoint, types: Types) -> Iterator[Tensor]:
             continue
         type = "f32" if len(info.shape) == 1 else matrices.get(name, types.linear)
         array = _reorder(read_tensors(checkpoint.path, [name])[name].float().numpy(), name, checkpoint)
+        if len(info.shape) == 1 and name.endswith("norm.weight"):
+            array = array + np.float32(family.norm_offset)
         linear = len(info.shape) == 2 and name not in matrices
         if type == CARRY:
             raise Incompatible(
                 f"{name} is not quantized, so there are no codes of it to carry; quantize every linear layer or choose a float type",
                 key="type",
             )
-        yield Tensor(tensor_name(name, names), type, encode(array, type, name), linear)
+        tensor = Tensor(tensor_name(name, names), type, encode(array, type, name, importance.get(name)), linear)
+        yield tensor
+        if checkpoint.tied and name == f"{family.embed}.weight" and not ARCHITECTURES[checkpoint.model_type].ties:
+            yield replace(tensor, name=tensor_name(f"{family.head}.weight", names))
     if checkpoint.layout != "dense":
         for module, layer in read_quantized_linears(checkpoint.path):
             yield _quantized(f"{module}.weight", tensor_name(f"{module}.weight", names), layer, types, checkpoint)
     rope = rope_settings(checkpoint.config)
     if rope["rope_type"] == "llama3":
         yield Tensor("rope_freqs.weight", "f32", llama3_rope_factors(rope, checkpoint.head_dim))
+    if rope["rope_type"] == "longrope":
+        for kind in ("long", "short"):
+            yield Tensor(f"rope_factors_{kind}.weight", "f32", np.array(rope[f"{kind}_factor"], np.float32))
 
 
 def _quantized(name: str, mapped: str, layer: QuantizedLinear, types: Types, checkpoint: Checkpoint) -> Tensor:
@@ -117,7 +137,9 @@ def _quantized(name: str, mapped: str, layer: QuantizedLinear, types: Types, che
         return Tensor(mapped, types.linear, encode(weight, types.linear, name), True)
     if not layer.storage_ordered:
         raise Incompatible(
-            f"the groups of {name} are out of storage order (act-order), and GGUF's are in order; quantize with static groups", key="type"
+            f"the groups of {name} are out of storage order (act-order), and GGUF's are in order; quantize with static groups, or say "
+            "requantize: true with a type such as q4_0, which rounds a second time",
+            key="type",
         )
     codes, scales, zeros = (_reorder(part.numpy(), name, checkpoint) for part in (layer.codes, layer.scales, layer.zeros))
     type, array = pack(codes, scales, zeros, layer.bits)
@@ -127,7 +149,7 @@ def _quantized(name: str, mapped: str, layer: QuantizedLinear, types: Types, che
 
 
 def _reorder(array: np.ndarray, name: str, checkpoint: Checkpoint) -> np.ndarray:
-    if ARCHITECTURES[checkpoint.model_type] != "llama":
+    if not ARCHITECTURES[checkpoint.model_type].interleaved:
         return array
     heads = checkpoint.config["num_attention_heads"]
     q, k = (f"{path}." for path in checkpoint.family.qkv[:2])

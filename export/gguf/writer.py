@@ -3,62 +3,79 @@
 import contextlib
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
+import numpy as np
+import torch
 
 from compression.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
 from compression.loading import load_tokenizer
-from export.gguf.check import ARCHITECTURES, CARRY, QUANTIZED, attention_window, check_gguf, tensor_types
+from export.gguf.architectures import ARCHITECTURES, context_length
+from export.gguf.check import check_gguf
+from export.gguf.importance import gather_importance
 from export.gguf.metadata import write_hyperparameters, write_vocabulary
 from export.gguf.native import file_type, prove_tokenizer, quantize, require_llama
-from export.gguf.tensors import Types, model_tensors
+from export.gguf.tensors import Types, model_tensors, tensor_name, tensor_names
 from export.gguf.tokenizer import Vocabulary, read_vocabulary
+from export.gguf.types import CARRY, FLOATS, QUANTIZED, fell_back, tensor_types
 
 FILE = "model.gguf"
 
 
 def export_gguf(
-    checkpoint: Path, out: Path, *, type: str, embedding_type: str | None = None, head_type: str | None = None, threads: int = 1,
-    context: Context,
+    checkpoint: Path, out: Path, windows: torch.Tensor | None = None, *, type: str, embedding_type: str | None = None,
+    head_type: str | None = None, requantize: bool = False, threads: int = 1, context: Context,
 ) -> dict[str, float]:  # fmt: skip
     """Write `out`/model.gguf.
 
-    type            one of export.gguf.check.TYPES, for the linear layers; "carry" takes the codes of a GPTQ or AWQ checkpoint as they are.
+    windows         token ids, int64 [count, length]: what llama.cpp's quantizer weighs errors by is gathered on them
+    type            one of export.gguf.types.TYPES, for the linear layers; "carry" takes the codes of a GPTQ or AWQ checkpoint as they are.
                     Norms and biases are float32 always
-    embedding_type, head_type   f32, f16, bf16 or q8_0; None is `type` where that is a float type, else the checkpoint's own dtype
+    embedding_type, head_type   one of export.gguf.types.TENSOR_TYPES; None is `type` where that is a float type, else the checkpoint's own
+                    dtype
+    requantize      round a GPTQ or AWQ checkpoint a second time
     threads         of llama.cpp's quantizer
     Returns bits_per_weight (over every tensor in the file), tokenizer_texts (proven equal), fallback_tensors
-    (that llama.cpp could not give the type asked for) and, with "carry", carry_worst_difference (of a weight to the checkpoint's) and
-    carry_worst_difference_in_steps (of that weight's scale).
-    Raises Incompatible (`check_gguf`, or a tokenizer that comes out different in llama.cpp), UnusableModel, MissingExtra.
+    (linear layers that llama.cpp could not give the type asked for) and, with "carry", carry_worst_difference (of a weight to the
+    checkpoint's) and carry_worst_difference_in_steps (of that weight's scale).
+    Raises Incompatible (`check_gguf`, or a tokenizer that comes out different in llama.cpp), UnusableModel, UnusableData, MissingExtra.
     """
     require_llama()
     source = open_checkpoint(checkpoint)
-    check_gguf(source, type=type, embedding_type=embedding_type, head_type=head_type)
+    check_gguf(source, type=type, embedding_type=embedding_type, head_type=head_type, requantize=requantize, importance=windows is not None)
     tokenizer = load_tokenizer(checkpoint)
     vocabulary = read_vocabulary(tokenizer, source.vocab_size, source.config)
-    _warn(source, vocabulary, context)
+    _warn(source, vocabulary, type, requantize, context)
     embedding, head = tensor_types(source, type=type, embedding_type=embedding_type, head_type=head_type)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=out) as work:
+        importance = {} if windows is None else gather_importance(source, windows, context, work=Path(work) / "dense")
         file = Path(work) / FILE
-        metrics = write_model(file, source, vocabulary, Types("f32" if type in QUANTIZED else type, embedding, head), context)
+        types = Types("f32" if type in QUANTIZED else type, embedding, head)
+        metrics = write_model(file, source, vocabulary, types, context, importance)
         if type in QUANTIZED:
             full, file = file, Path(work) / f"{type}.gguf"
-            quantize(full, file, type, embedding_type=embedding, head_type=head, threads=threads)
+            names = tensor_names(source)
+            weights = {tensor_name(name, names): values for name, values in importance.items()}
+            quantize(full, file, type, embedding_type=embedding, head_type=head, importance=weights, threads=threads, work=Path(work))
         metrics |= {"tokenizer_texts": float(prove_tokenizer(file, tokenizer, vocabulary))} | _measure(file, type, context)
         file.replace(out / FILE)
     return metrics
 
 
-def write_model(file: Path, checkpoint: Checkpoint, vocabulary: Vocabulary, types: Types, context: Context) -> dict[str, float]:
+def write_model(
+    file: Path, checkpoint: Checkpoint, vocabulary: Vocabulary, types: Types, context: Context,
+    importance: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Write the GGUF file. Tensors wait on disk for the header, so that memory holds one at a time."""
     written: Counter[str] = Counter()
     difference, steps = 0.0, 0.0
-    with contextlib.closing(gguf.GGUFWriter(file, ARCHITECTURES[checkpoint.model_type], use_temp_file=True)) as writer:
-        for tensor in model_tensors(checkpoint, types):
+    architecture = ARCHITECTURES[checkpoint.model_type].name
+    with contextlib.closing(gguf.GGUFWriter(file, architecture, use_temp_file=True)) as writer:
+        for tensor in model_tensors(checkpoint, types, importance or {}):
             writer.add_tensor(tensor.name, tensor.array, raw_dtype=gguf.GGMLQuantizationType[tensor.type.upper()])
             written[tensor.type] += tensor.linear
             difference, steps = max(difference, tensor.difference), max(steps, tensor.difference_in_steps)
@@ -71,7 +88,7 @@ def write_model(file: Path, checkpoint: Checkpoint, vocabulary: Vocabulary, type
     return {"carry_worst_difference": difference, "carry_worst_difference_in_steps": steps} if types.linear == CARRY else {}
 
 
-def _warn(checkpoint: Checkpoint, vocabulary: Vocabulary, context: Context) -> None:
+def _warn(checkpoint: Checkpoint, vocabulary: Vocabulary, type: str, requantize: bool, context: Context) -> None:
     if vocabulary.definition.composes:
         context.warn("this tokenizer composes text to NFC and llama.cpp does not: compose prompts before they reach llama.cpp")
     if vocabulary.definition.prepend == "metaspace":
@@ -79,25 +96,24 @@ def _warn(checkpoint: Checkpoint, vocabulary: Vocabulary, context: Context) -> N
             "llama.cpp puts a space in front of every text and after every special token, this tokenizer only where there is none: "
             "prompts that begin with a space, or go on after a special token, differ by a space token"
         )
-    window = attention_window(checkpoint.config)
-    if window is not None and window < checkpoint.max_length:
-        context.warn(
-            "llama.cpp does not slide this model's attention: "
-            f"its context is cut from {checkpoint.max_length} to the window of {window} tokens"
-        )
+    if cut := context_length(checkpoint)[1]:
+        context.warn(cut)
+    if requantize and type not in FLOATS:
+        context.warn(f"the codes of this {checkpoint.layout} checkpoint are rounded a second time, to {type} (requantize: true)")
 
 
 def _measure(file: Path, type: str, context: Context) -> dict[str, float]:
     """What is really in the file."""
     tensors = gguf.GGUFReader(file).tensors
     weights, bytes_ = sum(int(t.n_elements) for t in tensors), sum(int(t.n_bytes) for t in tensors)
-    fallbacks = [
-        t.name
-        for t in tensors
-        if "_k" in type and t.name.startswith("blk.") and len(t.shape) == 2 and not t.tensor_type.name.endswith("_K")
-    ]
+    fallbacks: Counter[str] = Counter()
+    for tensor in tensors:
+        found, (block, _) = tensor.tensor_type.name.lower(), gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2 and fell_back(found, block, type):
+            fallbacks[f"{tensor.name.split('.')[2]} (rows of {tensor.shape[0]}) in {found}"] += 1
     if fallbacks:
         context.warn(
-            f"{len(fallbacks)} tensors are in another type than {type}, whose rows are multiples of 256: {', '.join(fallbacks[:4])}, ..."
+            f"{fallbacks.total()} tensors are in another type than {type}, whose rows are multiples of 256: "
+            f"{', '.join(f'{count} {what}' for what, count in sorted(fallbacks.items()))}"
         )
-    return {"bits_per_weight": 8 * bytes_ / weights, "fallback_tensors": float(len(fallbacks))}
+    return {"bits_per_weight": 8 * bytes_ / weights, "fallback_tensors": float(fallbacks.total())}

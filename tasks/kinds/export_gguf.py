@@ -8,18 +8,18 @@ from pydantic import Field
 from compression.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
-from export.gguf.check import CARRY, FLOATS, TYPES, check_gguf
+from export.gguf.check import check_gguf
+from export.gguf.types import CARRY, FLOATS, TENSOR_TYPES, TYPES, bits_per_weight
 from export.proof import Change
-from tasks.stage import Artifact, Inputs, Planned, Stage, Workplace
-
-_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "carry": 5}
+from tasks.stage import Artifact, Inputs, Planned, Reads, Stage, Workplace
 
 
 class ExportGguf(Stage):
     """GGUF; `type: carry` keeps the codes of a GPTQ or AWQ checkpoint, nothing is rounded again."""
 
     uses: Literal["export.gguf"] = "export.gguf"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
+    reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "gguf", "llama-cpp-python")
     accepts: ClassVar[frozenset[Layout]] = frozenset({"dense", "gptq", "awq"})
     sparse: ClassVar[bool] = True
@@ -28,22 +28,44 @@ class ExportGguf(Stage):
     type: Annotated[
         str,
         Field(
-            examples=list(TYPES), description="f32, f16, bf16, q8_0, carry, or a type of llama.cpp's quantizer (q4_0, q4_k_m, q6_k, ...)."
+            examples=list(TYPES),
+            description="f32, f16, bf16, q8_0, carry, or a type of llama.cpp's quantizer (q4_0, q4_k_m, q6_k, iq3_xxs, ...).",
         ),
     ] = "f16"
     embedding_type: Annotated[
-        str | None, Field(description="f32, f16, bf16 or q8_0; default: a float `type` itself, else the checkpoint's dtype.")
+        str | None,
+        Field(
+            description=f"{', '.join(TENSOR_TYPES)}; default: a float `type` itself, else the checkpoint's dtype.",
+        ),
     ] = None
     head_type: Annotated[str | None, Field(description="As embedding_type, for the output head.")] = None
+    importance: Annotated[
+        bool,
+        Field(
+            description="Weigh the errors of llama.cpp's quantizer by the mean squares of each layer's inputs in the calibration data "
+            "(its importance matrix); types below about 3 bits need it."
+        ),
+    ] = False
+    requantize: Annotated[bool, Field(description="Round the weights of a GPTQ or AWQ checkpoint a second time, to another type.")] = False
+
+    def data_read(self) -> Reads:
+        return "calibration" if self.importance else "nothing"
+
+    def deciding_libraries(self) -> tuple[str, ...]:
+        return (*self.libraries, "tokenizers") if self.importance else self.libraries
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
-        check_gguf(parent, type=self.type, embedding_type=self.embedding_type, head_type=self.head_type)
+        check_gguf(parent, **self.model_dump(exclude={"uses"}))
         change: Change = "float" if self.type in FLOATS else "carried" if self.type == CARRY else "int8" if self.type == "q8_0" else "int4"
-        return Artifact("llama.cpp", change, int(parent.num_parameters * _BITS.get(self.type, 5) / 8))
+        return Artifact("llama.cpp", change, int(parent.num_parameters * bits_per_weight(self.type) / 8))
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         import torch
 
+        from compression.data import calibration_windows
+        from compression.loading import load_tokenizer
         from export.gguf.writer import export_gguf
 
-        return export_gguf(inputs.parent, place.out, **self.model_dump(exclude={"uses"}), threads=torch.get_num_threads(), context=context)
+        windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed) if self.importance else None
+        parameters = self.model_dump(exclude={"uses", "importance"})
+        return export_gguf(inputs.parent, place.out, windows, **parameters, threads=torch.get_num_threads(), context=context)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -20,7 +21,7 @@ from compression.quantization.settings import awq_config, gptq_config
 from export.gguf.carry import pack
 from export.gguf.writer import export_gguf
 from tests.export.test_gguf import divergence
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_checkpoint, tiny_windows
 
 
 def random_layer(out: int, width: int, bits: int, group_size: int, *, symmetric: bool, seed: int) -> QuantizedLinear:
@@ -79,9 +80,12 @@ def test_what_blocks_cannot_hold_is_refused(codes: np.ndarray, scales: np.ndarra
         pack(codes, scales, zeros, bits)
 
 
+FITTING: dict[str, dict[str, Any]] = {"gemma3_text": {"query_pre_attn_scalar": 32}, "smollm3": {"no_rope_layers": [1, 1]}}  # to llama.cpp
+
+
 def quantized_checkpoint(path: Path, layout: str, bits: int, group_size: int, *, family: str = "llama", act_order: bool = False) -> Path:
     """A checkpoint whose linear layers are random codes."""
-    tiny_checkpoint(path, family, hidden=128, intermediate=128, tied=family != "llama")
+    tiny_checkpoint(path, family, hidden=128, intermediate=128, tied=family != "llama", **FITTING.get(family, {}))
     weights, symmetric = load_file(path / "model.safetensors"), layout == "gptq"
     for name in [n for n in weights if n.rpartition(".weight")[0].endswith(FAMILIES[family].linears)]:
         layer = random_layer(*weights.pop(name).shape, bits, group_size, symmetric=symmetric, seed=len(weights))
@@ -96,18 +100,21 @@ def quantized_checkpoint(path: Path, layout: str, bits: int, group_size: int, *,
     return path
 
 
-CARRIED = {"Q4_0": ("gptq", 4, 32, "llama"), "Q4_1": ("awq", 4, 64, "llama"), "Q8_0": ("gptq", 8, 128, "qwen3")}
+CARRIED = {
+    "llama": ("Q4_0", "gptq", 4, 32), "llama, awq": ("Q4_1", "awq", 4, 64), "qwen3": ("Q8_0", "gptq", 8, 128),
+    "phi3": ("Q4_0", "gptq", 4, 32), "gemma3_text": ("Q4_0", "gptq", 4, 32), "smollm3": ("Q4_0", "gptq", 4, 64), "olmo2": ("Q4_1", "awq", 4, 32),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", CARRIED)
 def test_llama_cpp_runs_the_checkpoints_own_weights(tmp_path: Path, kind: str) -> None:
-    layout, bits, group_size, family = CARRIED[kind]
+    (type, layout, bits, group_size), family = CARRIED[kind], kind.partition(",")[0]
     source = quantized_checkpoint(tmp_path / "model", layout, bits, group_size, family=family)
     metrics = export_gguf(source, tmp_path / "out", type="carry", context=Context())
     tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
-    assert {type for name, type in tensors.items() if name.startswith("blk.") and "norm" not in name} == {kind}
+    assert {found for name, found in tensors.items() if name.startswith("blk.") and "norm" not in name} == {type}
     assert tensors["token_embd.weight"] == "F32"  # the checkpoint's own
-    assert metrics["carry_worst_difference_in_steps"] <= (15 * 2**-11 if kind == "Q4_1" else 0)
+    assert metrics["carry_worst_difference_in_steps"] <= (15 * 2**-11 if type == "Q4_1" else 0)
     assert divergence(source, tmp_path / "out") < 2e-3  # llama.cpp rounds activations to 8 bits in front of quantized weights
 
 
@@ -117,10 +124,25 @@ def test_dequantized_weights_are_exact_in_f32(tmp_path: Path) -> None:
     assert divergence(source, tmp_path / "out") < 1e-5
 
 
+def test_requantize_rounds_openly_what_cannot_be_carried(tmp_path: Path) -> None:
+    source = quantized_checkpoint(tmp_path / "model", "gptq", 3, 32)
+    with pytest.raises(Incompatible, match="3 bits.*requantize: true"):
+        export_gguf(source, tmp_path / "out", type="carry", context=Context())
+    with pytest.raises(Incompatible, match="a second time.*requantize: true"):
+        export_gguf(source, tmp_path / "out", type="q5_1", context=Context())
+    for type, windows, bound in (("q8_0", None, 1e-2), ("q5_1", None, 0.1), ("q5_1", tiny_windows(2), 0.1)):
+        warnings: list[str] = []
+        export_gguf(source, tmp_path / type, windows, type=type, requantize=True, context=Context(warn=warnings.append))
+        assert f"rounded a second time, to {type}" in warnings[0]
+        assert divergence(source, tmp_path / type) < bound
+
+
 def test_groups_out_of_order_are_refused(tmp_path: Path) -> None:
     source = quantized_checkpoint(tmp_path / "model", "gptq", 4, 32, act_order=True)
-    with pytest.raises(Incompatible, match="out of storage order"):
+    with pytest.raises(Incompatible, match="out of storage order.*requantize: true"):
         export_gguf(source, tmp_path / "out", type="carry", context=Context())
+    export_gguf(source, tmp_path / "out", type="q8_0", requantize=True, context=Context())
+    assert divergence(source, tmp_path / "out") < 1e-2
 
 
 def test_a_layer_left_dense_is_refused(tmp_path: Path) -> None:

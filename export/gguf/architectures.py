@@ -1,0 +1,187 @@
+"""What llama.cpp's graph of each family can express, in one table, and what a config says of it. Imports no torch: used while planning.
+
+Read in llama.cpp's src/models/*.cpp: which parts of a model its graph has a place for decides what is written, and what is refused.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from compression.checkpoint import Checkpoint
+from compression.errors import Incompatible
+
+SILU, GELU = "silu", "gelu_pytorch_tanh"
+CELLS = 256  # llama.cpp rounds the length of a context up to a multiple of this
+NOPE_STEP = 4  # llama.cpp's smollm3 leaves rope out of every fourth layer, whatever the file says
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of llama.cpp's graphs.
+
+    name          GGUF's name of it
+    ropes         the rope types it takes
+    partial_rope  whether it can turn the first part of a head only
+    interleaved   it turns neighbouring rows of q and k together (GGML_ROPE_TYPE_NORMAL), transformers those half a head apart
+    biases        the settings of a config that give linear layers biases, of those it has a place for
+    square        it needs heads x head_dim = hidden_size
+    activation    of the MLP
+    slides        its attention slides where the file says so; of the others the context is cut to the window
+    ties          it can do without a head of its own; for the others the embedding is written a second time
+    """
+
+    name: str
+    ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    partial_rope: bool = False
+    interleaved: bool = False
+    biases: tuple[str, ...] = ()
+    square: bool = False
+    activation: str = SILU
+    slides: bool = False
+    ties: bool = True
+
+
+_LLAMA = Architecture("llama", ("default", "linear", "yarn", "llama3"), interleaved=True, biases=("attention_bias", "mlp_bias"))
+
+ARCHITECTURES: dict[str, Architecture] = {  # by transformers' model_type
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": Architecture("qwen2", square=True),
+    "qwen3": Architecture("qwen3"),
+    "smollm3": Architecture("smollm3", interleaved=True),
+    "olmo2": Architecture("olmo2", square=True, ties=False),
+    "gemma3_text": Architecture("gemma3", ("default", "linear"), activation=GELU, slides=True),
+    "phi3": Architecture("phi3", ("default", "longrope"), partial_rope=True, square=True),
+}
+
+
+def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """rope_type, rope_theta and the rest, from either spelling of config.json (`rope_parameters`, or before it `rope_scaling`).
+
+    Of a model with windows they are those of the layers without one; `local_rope_theta` tells the others'.
+    """
+    theta = {"gemma3_text": 1e6, "smollm3": 2e6}.get(config["model_type"], 10000.0)
+    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", theta), **(config.get("rope_scaling") or {})}
+    rope = {"rope_theta": theta, **rope.get("full_attention", rope)}
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
+    if config["model_type"] == "phi3":  # transformers' Phi3Config: two older names of it, and where its settings stand in its files
+        rope["rope_type"] = {"su": "longrope", "yarn": "longrope"}.get(rope["rope_type"], rope["rope_type"])
+        for key in ("original_max_position_embeddings", "partial_rotary_factor"):
+            if key in config:
+                rope.setdefault(key, config[key])
+    return rope
+
+
+def local_rope_theta(config: dict[str, Any]) -> float:
+    """The rope base of gemma3's layers with a window."""
+    local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+    return local.get("rope_theta", config.get("rope_local_base_freq", 10000.0))
+
+
+def longrope_attention_factor(rope: dict[str, Any], max_length: int) -> float:
+    """What cosines and sines are multiplied by (LongRoPE, Ding et al. 2024): sqrt(1 + ln(factor) / ln(original length))."""
+    original = rope["original_max_position_embeddings"]
+    factor = rope.get("factor") or max_length / original
+    given = rope.get("attention_factor")
+    return given if given is not None else math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
+def sliding_layers(config: dict[str, Any]) -> list[bool]:
+    """Of each layer whether its attention slides."""
+    if not config.get("sliding_window") or not config.get("use_sliding_window", config["model_type"] in ("mistral", "phi3", "gemma3_text")):
+        return [False] * config["num_hidden_layers"]
+    if kinds := config.get("layer_types"):
+        return [kind == "sliding_attention" for kind in kinds]
+    step = (config.get("sliding_window_pattern") or 6) if config["model_type"] == "gemma3_text" else 0
+    return [not step or (index + 1) % step != 0 for index in range(config["num_hidden_layers"])]
+
+
+def context_length(checkpoint: Checkpoint) -> tuple[int, str | None]:
+    """The longest text that llama.cpp runs as transformers does, and why that is less than the model takes, if it is."""
+    config, whole = checkpoint.config, checkpoint.max_length
+    if not ARCHITECTURES[checkpoint.model_type].slides and any(sliding_layers(config)) and config["sliding_window"] < whole:
+        window = config["sliding_window"]
+        return window, f"llama.cpp does not slide this model's attention: its context is cut from {whole} to the window of {window} tokens"
+    rope = rope_settings(config)
+    if rope["rope_type"] == "longrope" and rope["original_max_position_embeddings"] < whole:
+        short = rope["original_max_position_embeddings"] // CELLS * CELLS
+        return short, (
+            f"llama.cpp takes longrope's long factors for every text of a context that is longer than {short} tokens, transformers for "
+            f"texts that are: the file says {short} of {whole}; open it with more (n_ctx) for longer texts only"
+        )
+    return whole, None
+
+
+def check_architecture(checkpoint: Checkpoint) -> None:
+    """Raises Incompatible (key "uses") for a family that llama.cpp lacks, or a feature that its graph of the family lacks."""
+    config, model_type = checkpoint.config, checkpoint.model_type
+    if model_type not in ARCHITECTURES:
+        raise Incompatible(f"export.gguf does not write the architecture {model_type!r}; it writes {', '.join(ARCHITECTURES)}", key="uses")
+    architecture = ARCHITECTURES[model_type]
+    activation = config.get("hidden_activation") or config.get("hidden_act") or architecture.activation
+    if activation != architecture.activation:
+        raise Incompatible(
+            f"llama.cpp runs {model_type} with {architecture.activation} only; this model has hidden_act {activation!r}", key="uses"
+        )
+    _check_rope(config, architecture)
+    if architecture.square and config["num_attention_heads"] * checkpoint.head_dim != checkpoint.hidden_size:
+        raise Incompatible(
+            f"llama.cpp's {architecture.name} needs heads x head_dim = hidden_size; export this pruned model to ONNX instead", key="uses"
+        )
+    if wrong := [key for key in ("attention_bias", "mlp_bias") if config.get(key) and key not in architecture.biases]:
+        raise Incompatible(
+            f"llama.cpp's {architecture.name} has no attention biases or MLP biases, and this model does ({', '.join(wrong)}); "
+            "export it to ONNX instead",
+            key="uses",
+        )
+    if model_type == "smollm3":
+        _check_smollm3(config)
+    if model_type == "gemma3_text":
+        _check_gemma3(checkpoint)
+
+
+def _check_rope(config: dict[str, Any], architecture: Architecture) -> None:
+    rope = rope_settings(config)
+    unwritten = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None]
+    known = rope["rope_type"] in architecture.ropes and (not unwritten or rope["rope_type"] == "longrope")
+    whole = rope.get("partial_rotary_factor", 1.0) == 1.0
+    if not known or not (whole or architecture.partial_rope) or not rope.get("truncate", True):
+        raise Incompatible(
+            f"the rope settings {rope} cannot be written for {config['model_type']}; written are "
+            f"{'' if architecture.partial_rope else 'whole '}heads of type {', '.join(architecture.ropes)}, "
+            "yarn with its own scaling of attention",
+            key="uses",
+        )
+    if rope["rope_type"] == "longrope" and rope["original_max_position_embeddings"] < CELLS:
+        raise Incompatible(
+            f"llama.cpp's contexts are multiples of {CELLS} tokens, so this model, whose longrope begins at "
+            f"{rope['original_max_position_embeddings']}, would always run with the long factors",
+            key="uses",
+        )
+
+
+def _check_smollm3(config: dict[str, Any]) -> None:
+    every = config.get("no_rope_layer_interval", NOPE_STEP)
+    layers = range(1, config["num_hidden_layers"] + 1)
+    found = config.get("no_rope_layers") or [int(layer % every != 0) for layer in layers]
+    if [bool(rope) for rope in found] != [layer % NOPE_STEP != 0 for layer in layers]:
+        raise Incompatible(
+            f"llama.cpp's smollm3 leaves rope out of every {NOPE_STEP}th layer, and this model has no_rope_layers {found}; export it to ONNX instead",
+            key="uses",
+        )
+
+
+def _check_gemma3(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    # llama.cpp knows the one size of Gemma 3 that scales otherwise (27B) by its 62 layers
+    expected = checkpoint.hidden_size // config["num_attention_heads"] if checkpoint.num_layers == 62 else checkpoint.head_dim
+    scalar = config.get("query_pre_attn_scalar", 256)
+    if scalar != expected:
+        raise Incompatible(
+            f"llama.cpp's gemma3 scales attention by {expected}^-0.5 for a model of this shape, and this one has query_pre_attn_scalar "
+            f"{scalar}; export it to ONNX instead",
+            key="uses",
+        )
+    for key in ("attn_logit_softcapping", "use_bidirectional_attention"):
+        if config.get(key):
+            raise Incompatible(f"llama.cpp's gemma3 has no {key}, and this model does", key="uses")

@@ -9,6 +9,8 @@ EXTRAS: dict[str, dict[str, str]] = {  # extra -> distribution -> module
     "genai": {"onnxruntime-genai": "onnxruntime_genai", "onnx": "onnx", "onnxruntime": "onnxruntime"},
     "gptqmodel": {"gptqmodel": "gptqmodel"},
     "qlora": {"bitsandbytes": "bitsandbytes"},
+    "s3": {"s3fs": "s3fs"},
+    "openvino": {"openvino": "openvino"},
     "llamacpp": {"gguf": "gguf", "llama-cpp-python": "llama_cpp"},
 }
 

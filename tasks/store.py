@@ -2,9 +2,13 @@
 
     objects/<identity>/content/...    what the stage wrote, never changed afterwards
     objects/<identity>/manifest.json  sha256 of every file, the identity document, when and how long
-    records/<key>.json                measurements, addressed by what was measured and how
+    records/<key>.json                measurements, addressed by what was measured and how, with their own sha256
     work/<identity>/                  scratch of a stage that is running or was killed
-    damaged/                          entries whose bytes no longer match, set aside
+    shared/                           what several stages would compute alike (teacher outputs); decides no bytes
+    runs/<run>.json                   what each run was asked and how far it came (tasks/journal.py)
+    pins/<identity or run>            what garbage collection leaves alone (tasks/store_upkeep.py)
+    damaged/                          entries, records and journals that no longer match, set aside
+    locks/                            empty files, one for each thing that only one process may do at a time
 
 A commit is a rename, so an entry is there whole or not at all. Locks are flock's and die with their owner.
 """
@@ -14,12 +18,12 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from compression.checkpoint import file_digests
 from compression.errors import EdgepressError
@@ -27,7 +31,8 @@ from compression.files import fsync
 from tasks.files import fsync_tree, write_json
 from tasks.identity import digest
 
-SCHEMA = 1
+SCHEMA = 1  # raise it when what an older edgepress wrote cannot be read; a folder more is no reason
+FOLDERS = ("objects", "records", "work", "shared", "runs", "pins", "damaged", "locks")
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,14 @@ class Store:
         self.root = root.absolute()
         schema = self.root / "schema.json"
         if not schema.exists():
-            for name in ("objects", "records", "work", "damaged", "locks"):
-                (self.root / name).mkdir(parents=True, exist_ok=True)
             write_json(schema, {"schema": SCHEMA})
         found = json.loads(schema.read_text())["schema"]
         if found != SCHEMA:
             raise EdgepressError(
                 f"the store {self.root} has schema {found}, this edgepress reads {SCHEMA}; use another --store or matching version"
             )
+        for name in FOLDERS:
+            (self.root / name).mkdir(exist_ok=True)
 
     @contextmanager
     def lock(self, identity: str) -> Iterator[None]:
@@ -66,21 +71,45 @@ class Store:
         with FileLock(self.root / "locks" / f"{identity}.lock"):
             yield
 
+    @contextmanager
+    def try_lock(self, identity: str) -> Iterator[bool]:
+        """Hold the lock if nobody does; yields whether it is held now."""
+        lock = FileLock(self.root / "locks" / f"{identity}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
     def get(self, identity: str) -> Entry | None:
         """The entry if it is whole: every file is hashed. A damaged one is set aside and counts as absent."""
         home = self.root / "objects" / identity
         if not home.exists():
             return None
         try:
-            manifest = json.loads((home / "manifest.json").read_text())
-            actual = file_digests(home / "content")
-            whole = actual == manifest["files"]
-        except (OSError, ValueError, KeyError):
-            whole = False
-        if not whole:
-            home.rename(self.root / "damaged" / f"{identity}.{uuid.uuid4().hex[:8]}")
+            return open_entry(home, identity)
+        except (OSError, ValueError, KeyError, TypeError):
+            self.set_aside(home)
             return None
-        return Entry(identity, home / "content", manifest)
+
+    def set_aside(self, path: Path) -> None:
+        """Move a damaged entry, record or journal to `damaged/`, for people to look at."""
+        with suppress(FileNotFoundError):  # another process did
+            path.rename(self.root / "damaged" / f"{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+
+    def manifest(self, identity: str) -> dict[str, Any]:
+        """The manifest of an entry as it stands, without a look at the bytes. Raises EdgepressError for one that cannot be read."""
+        file = self.root / "objects" / identity / "manifest.json"
+        try:
+            manifest = json.loads(file.read_text())
+            _ = manifest["identity"], manifest["content"], manifest["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EdgepressError(f"{file} cannot be read ({error}); `edgepress store verify` sets the entry aside") from None
+        return manifest
 
     def has(self, identity: str) -> bool:
         """Whether an entry is there, without reading its bytes: for plans."""
@@ -110,28 +139,76 @@ class Store:
         }  # fmt: skip
         fsync_tree(fresh / "content")
         write_json(fresh / "manifest.json", manifest)
-        target = self.root / "objects" / identity
-        fresh.rename(target)
-        fsync(target.parent)
+        target = self._take_over(fresh, identity)
         shutil.rmtree(home, ignore_errors=True)
         return Entry(identity, target / "content", manifest)
 
+    def adopt(self, identity: str, home: Path) -> Entry:
+        """Take over an entry (content and manifest) that another store made, from a folder on the same disk. Hold its lock.
+
+        Raises EdgepressError where bytes, manifest and identity do not match.
+        """
+        try:
+            made = open_entry(home, identity)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EdgepressError(f"the entry {identity} is damaged: {error}") from None
+        fsync_tree(home)
+        return Entry(identity, self._take_over(home, identity) / "content", made.manifest)
+
+    def _take_over(self, home: Path, identity: str) -> Path:
+        target = self.root / "objects" / identity
+        home.rename(target)
+        fsync(target.parent)
+        return target
+
+    def remove(self, path: Path) -> None:
+        """Remove something of the store. A folder is renamed first: an entry is there whole or not at all, in whatever moment this ends."""
+        if not path.is_dir() or path.is_symlink():
+            path.unlink(missing_ok=True)
+            return
+        doomed = self.root / "work" / f"removed-{uuid.uuid4().hex[:8]}"
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
     def record(self, key: str) -> dict[str, Any] | None:
-        """A measurement that was made before. One that cannot be read is removed and counts as absent."""
+        """A measurement that was made before. A damaged one is set aside and counts as absent."""
         path = self.root / "records" / f"{key}.json"
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text())
+            return open_record(path.read_bytes())
         except ValueError:
-            path.rename(self.root / "damaged" / f"{key}.{uuid.uuid4().hex[:8]}.json")
+            self.set_aside(path)
             return None
 
     def put_record(self, key: str, document: dict[str, Any]) -> None:
-        write_json(self.root / "records" / f"{key}.json", document)
+        write_json(self.root / "records" / f"{key}.json", {**document, "sha256": digest(document)})
 
     def entries(self) -> list[str]:
         return sorted(p.name for p in (self.root / "objects").iterdir())
+
+    def records(self) -> list[str]:
+        return sorted(p.stem for p in (self.root / "records").glob("[!.]*.json"))
+
+
+def open_entry(home: Path, identity: str) -> Entry:
+    """The entry in a folder, every file hashed. Raises OSError, ValueError, KeyError or TypeError where anything does not match."""
+    manifest = json.loads((home / "manifest.json").read_text())
+    if digest(manifest["identity"]) != identity:
+        raise ValueError("its manifest is that of another identity")
+    files = file_digests(home / "content")
+    wrong = sorted(name for name in files.keys() | manifest["files"].keys() if files.get(name) != manifest["files"].get(name))
+    if wrong or digest(files) != manifest["content"]:
+        raise ValueError(f"its files are not those of its manifest: {', '.join(wrong[:5])}")
+    return Entry(identity, home / "content", manifest)
+
+
+def open_record(text: bytes) -> dict[str, Any]:
+    """A record as it was put. Raises ValueError for a damaged one; one of a version that wrote no sha256 is taken as it stands."""
+    document = json.loads(text)
+    if not isinstance(document, dict) or ("sha256" in document and document.pop("sha256") != digest(document)):
+        raise ValueError("it is no record, or another than was written")
+    return document
 
 
 def publish(entry: Path, outputs: Path, recipe: str, stage: str) -> Path:

@@ -1,24 +1,22 @@
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compression.errors import EdgepressError
+from tasks.files import write_json
 from tasks.store import Entry, Store, publish, withdraw
+from tests.tasks.entries import KNOWN, commit, document_of, identity_of
 
-KNOWN: dict[str, Any] = {"metrics": {"kept_ratio": 0.5}, "seconds": 1.5, "warnings": ["narrow"], "curves": [[1, {"loss": 2.0}]]}
-
-
-def commit(store: Store, identity: str = "a" * 64, text: str = "weights") -> Entry:
-    out = store.workplace(identity) / "out"
-    (out / "sub").mkdir()
-    (out / "model.safetensors").write_text(text)
-    (out / "sub" / "config.json").write_text("{}")
-    return store.commit(identity, {"uses": "x"}, **KNOWN)
+A = identity_of("a")
 
 
 @pytest.fixture
@@ -28,18 +26,18 @@ def store(tmp_path: Path) -> Store:
 
 def test_what_was_committed_comes_back(store: Store) -> None:
     made = commit(store)
-    found = store.get("a" * 64)
+    found = store.get(A)
     assert found is not None and found == made
     assert (found.path / "model.safetensors").read_text() == "weights"
-    assert found.manifest["identity"] == {"uses": "x"}
+    assert found.manifest["identity"] == document_of("a")
     assert {key: found.manifest[key] for key in KNOWN} == KNOWN
     assert set(found.manifest["files"]) == {"model.safetensors", "sub/config.json"}
-    assert not (store.root / "work" / ("a" * 64)).exists()
-    assert store.has("a" * 64) and store.entries() == ["a" * 64]
+    assert not (store.root / "work" / A).exists()
+    assert store.has(A) and store.entries() == [A]
 
 
 def test_equal_bytes_have_equal_content_under_any_identity(store: Store) -> None:
-    assert commit(store, "a" * 64).content == commit(store, "b" * 64).content != commit(store, "c" * 64, "other").content
+    assert commit(store, "a").content == commit(store, "b").content != commit(store, "c", "other").content
 
 
 def test_a_sha256_of_the_manifest_is_sha256sums(store: Store) -> None:
@@ -58,9 +56,9 @@ def test_a_commit_that_is_broken_off_leaves_nothing_that_is_taken_for_whole(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(f"tasks.store.{moment}", power_cut)
         commit(store)
-    assert store.get("a" * 64) is None and not store.has("a" * 64) and store.entries() == []
+    assert store.get(A) is None and not store.has(A) and store.entries() == []
     commit(store)
-    assert store.get("a" * 64) is not None
+    assert store.get(A) is not None
 
 
 def test_a_workplace_is_empty_but_for_what_a_killed_run_left_to_go_on_from(store: Store) -> None:
@@ -92,17 +90,23 @@ def halve_manifest(entry: Entry) -> None:
     manifest.write_text(manifest.read_text()[:40])
 
 
+def exchange_manifest(entry: Entry) -> None:
+    """A whole one, of other content."""
+    manifest = json.loads((entry.path.parent / "manifest.json").read_text())
+    (entry.path.parent / "manifest.json").write_text(json.dumps({**manifest, "identity": document_of("b")}))
+
+
 def lose_manifest(entry: Entry) -> None:
     (entry.path.parent / "manifest.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [flip, cut, add, halve_manifest, lose_manifest])
+@pytest.mark.parametrize("damage", [flip, cut, add, halve_manifest, exchange_manifest, lose_manifest])
 def test_a_damaged_entry_is_set_aside_and_can_be_made_again(store: Store, damage: Any) -> None:
     damage(commit(store))
-    assert store.get("a" * 64) is None
-    assert [p.name.split(".")[0] for p in (store.root / "damaged").iterdir()] == ["a" * 64]
+    assert store.get(A) is None
+    assert [p.name.split(".")[0] for p in (store.root / "damaged").iterdir()] == [A]
     assert store.entries() == []
-    assert commit(store) == store.get("a" * 64)
+    assert commit(store) == store.get(A)
 
 
 def test_the_lock_excludes_other_processes_and_dies_with_its_owner(store: Store) -> None:
@@ -129,11 +133,110 @@ def test_records_come_back_and_an_unreadable_one_counts_as_absent(store: Store) 
     assert store.record("k") is None
     store.put_record("k", {"metrics": {"perplexity": 3.5}})
     assert store.record("k") == {"metrics": {"perplexity": 3.5}}
-    (store.root / "records" / "k.json").write_text('{"metr')
-    assert store.record("k") is None
+    whole = (store.root / "records" / "k.json").read_text()
+    for damaged in ('{"metr', whole.replace("3.5", "3.4"), "[]"):
+        (store.root / "records" / "k.json").write_text(damaged)
+        assert store.record("k") is None
     store.put_record("k", {"metrics": {}})
     assert store.record("k") == {"metrics": {}}
-    assert len(list((store.root / "damaged").iterdir())) == 1
+    assert len(list((store.root / "damaged").iterdir())) == 3
+
+
+def test_a_record_of_a_version_without_checksums_is_taken(store: Store) -> None:
+    write_json(store.root / "records" / "k.json", {"metrics": {"perplexity": 3.5}})
+    assert store.record("k") == {"metrics": {"perplexity": 3.5}}
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("moment", ["tasks.store.fsync_tree", "tasks.files.os.fsync", "tasks.files.json.dump"])
+def test_a_full_disk_leaves_the_store_whole(store: Store, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    commit(store, "before")
+    store.put_record("k", {"metrics": {"perplexity": 3.5}})
+    with monkeypatch.context() as patch:
+        patch.setattr(moment, full)
+        with pytest.raises(OSError, match="No space left"):
+            commit(store)
+        if moment != "tasks.store.fsync_tree":
+            with pytest.raises(OSError, match="No space left"):
+                store.put_record("k", {"metrics": {"perplexity": 4}})
+    assert store.entries() == [identity_of("before")] and store.get(A) is None
+    assert store.record("k") == {"metrics": {"perplexity": 3.5}} and store.records() == ["k"]
+    assert [p.name for p in (store.root / "records").iterdir()] == ["k.json"]
+    assert commit(store) == store.get(A)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"a file system of 1 MiB cannot be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full_leaves_the_store_whole(small_disk: Path) -> None:
+    store = Store(small_disk / "store")
+    commit(store, "before", "x" * 300_000)
+    with pytest.raises(OSError, match="No space left"):
+        commit(store, "a", "x" * 900_000)
+    with pytest.raises(OSError, match="No space left"):
+        store.put_record("k", {"text": "x" * 900_000})
+    assert store.entries() == [identity_of("before")] and store.records() == []
+    assert store.get(identity_of("before")) is not None
+    assert commit(store, "a", "x" * 300_000) == store.get(A)
+
+
+def test_of_two_processes_one_computes_and_the_other_waits_and_finds_it(store: Store, tmp_path: Path) -> None:
+    """As `perform` does it: lock, look, compute, commit."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom tasks.store import Store\nfrom tests.tasks.entries import commit, identity_of\n"
+        "store = Store(Path(sys.argv[1]))\n"
+        "with store.lock(identity_of('a')):\n"
+        "    found = store.get(identity_of('a'))\n"
+        "    if found is None:\n"
+        "        time.sleep(1)\n"
+        "        commit(store)\n"
+        "print('found' if found else 'computed')"
+    )
+    here = Path(__file__).parents[2]
+    both = [subprocess.Popen([sys.executable, "-c", code, store.root], stdout=subprocess.PIPE, text=True, cwd=here) for _ in range(2)]
+    assert sorted(process.communicate(timeout=60)[0].strip() for process in both) == ["computed", "found"]
+    assert store.get(A) is not None and list((store.root / "damaged").iterdir()) == []
+
+
+def test_a_lock_is_tried_without_waiting(store: Store) -> None:
+    with store.lock("x"), store.try_lock("x") as held:
+        assert not held
+    with store.try_lock("x") as held, store.try_lock("x") as twice:
+        assert held and not twice
+
+
+def test_what_another_store_made_is_adopted_if_it_is_whole(store: Store, tmp_path: Path) -> None:
+    other = Store(tmp_path / "other")
+    made = commit(other)
+    again = store.root / "work" / "again"
+    shutil.copytree(made.path.parent, again)
+    with pytest.raises(EdgepressError, match="another identity"):
+        store.adopt(identity_of("b"), again)
+    (again / "content" / "model.safetensors").write_text("weightz")
+    with pytest.raises(EdgepressError, match=r"model\.safetensors"):
+        store.adopt(A, again)
+    (again / "content" / "model.safetensors").write_text("weights")
+    assert store.adopt(A, again) == store.get(A)
+
+
+def test_a_store_of_before_there_were_journals_gets_their_folders(store: Store) -> None:
+    made = commit(store)
+    for name in ("runs", "pins", "shared"):
+        (store.root / name).rmdir()
+    assert Store(store.root).get(A) == made
+    assert all((store.root / name).is_dir() for name in ("runs", "pins", "shared"))
 
 
 def test_a_store_of_another_schema_is_refused(store: Store) -> None:
@@ -143,7 +246,7 @@ def test_a_store_of_another_schema_is_refused(store: Store) -> None:
 
 
 def test_publishing_replaces_the_link_and_leaves_the_content_alone(store: Store, tmp_path: Path) -> None:
-    first, second = commit(store, "a" * 64, "one"), commit(store, "b" * 64, "two")
+    first, second = commit(store, "a", "one"), commit(store, "b", "two")
     link = publish(first.path, tmp_path / "outputs", "demo", "pruned")
     assert link == tmp_path / "outputs" / "demo" / "pruned" and link.is_symlink()
     assert (link / "model.safetensors").read_text() == "one"

@@ -1,0 +1,81 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compression.errors import EdgepressError
+from tasks.journal import journal, read_run, read_runs, run_names, state_now
+from tasks.store import Store
+from tests.tasks.entries import a_run
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def test_a_run_is_written_down_from_its_beginning_to_its_end(store: Store) -> None:
+    with journal(store, a_run("demo", ["1", "2"], overrides=("seed=1",))) as opened:
+        assert opened.run.run == "demo-1" and opened.run.sequence == 1
+        begun = read_run(store, "demo-1")
+        assert begun == opened.run and state_now(store, begun) == "Running"
+        assert [stage.state for stage in begun.stages] == ["Pending", "Pending"] and begun.overrides == ("seed=1",)
+        opened.note(tracking_run="abc")
+        opened.stages({"base": ("Cached", ""), "s0": ("Completed", ""), "s1": ("Failed", "too narrow")})
+        opened.end("Failed")
+    ended = read_run(store, "demo-1")
+    assert (ended.state, ended.tracking_run) == ("Failed", "abc") and ended.ended is not None
+    assert [(stage.state, stage.reason) for stage in ended.stages] == [("Completed", ""), ("Failed", "too narrow")]
+
+
+def test_runs_are_numbered_and_ordered_whatever_the_clock_says(store: Store) -> None:
+    for recipe, clock in [("demo", 3e9), ("other", 2e9), ("demo", -5.0)]:
+        with journal(store, a_run(recipe, [], started=clock)) as opened:
+            opened.end("Completed")
+    assert run_names(store) == ["demo-1", "other-2", "demo-3"]
+    assert [run.started for run in read_runs(store)] == [3e9, 2e9, -5.0]
+
+
+@pytest.mark.parametrize(("error", "state", "reason"), [(KeyboardInterrupt(), "Interrupted", ""), (OSError("disk"), "Failed", "disk")])
+def test_a_run_that_is_broken_off_says_so_and_what_ran_was_stopped(store: Store, error: BaseException, state: str, reason: str) -> None:
+    with pytest.raises(type(error)), journal(store, a_run("demo", ["1"])) as opened:
+        opened.stages({"s0": ("Running", "")})
+        raise error
+    run = read_run(store, "demo-1")
+    assert (run.state, run.reason, run.stages[0].state) == (state, reason, "Stopped")
+
+
+def test_a_run_may_not_end_without_a_word(store: Store) -> None:
+    with pytest.raises(RuntimeError, match="demo-1"), journal(store, a_run("demo", [])):
+        pass
+
+
+def test_a_killed_run_is_a_crashed_one(store: Store) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom tasks.journal import journal\nfrom tasks.store import Store\nfrom tests.tasks.entries import a_run\n"
+        "with journal(Store(Path(sys.argv[1])), a_run('demo', ['1'])):\n    print('begun', flush=True); sys.stdin.read()"
+    )
+    here = Path(__file__).parents[2]
+    process = subprocess.Popen([sys.executable, "-c", code, store.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    assert state_now(store, read_run(store, "demo-1")) == "Running"
+    process.kill()
+    process.wait()
+    run = read_run(store, "demo-1")
+    assert run.state == "Running" and state_now(store, run) == "Crashed"
+
+
+def test_a_journal_of_a_later_version_is_read_and_a_damaged_one_is_told(store: Store) -> None:
+    with journal(store, a_run("demo", [])) as opened:
+        opened.end("Completed")
+    file = store.root / "runs" / "demo-1.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps({**document, "news": 1}))
+    assert read_run(store, "demo-1") == opened.run
+    file.write_text(json.dumps({**document, "stages": 1}))
+    with pytest.raises(EdgepressError, match=r"demo-1\.json is no journal .*store verify"):
+        read_run(store, "demo-1")
+    with pytest.raises(EdgepressError, match="no run 'demo-2'.*runs: demo-1"):
+        read_run(store, "demo-2")

@@ -100,7 +100,7 @@ def _prepend_scheme(normalizers: list[dict[str, Any]], splitters: list[dict[str,
     match normalizers, splitters:
         case [{"type": "Prepend", "prepend": "▁"}, replace], [] if replace == visible:
             return "always"
-        case [replace], [] if replace == visible:
+        case [replace], [] | [{"type": "Split", "pattern": {"String": " "}}] if replace == visible:  # Gemma's split finds no space any more
             return "never"
         case [], [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}]:
             return "never" if scheme == "never" else "metaspace"

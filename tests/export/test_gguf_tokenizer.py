@@ -42,10 +42,13 @@ def split(regex: str) -> pre_tokenizers.Split:
 
 
 def sentencepiece(*, scheme: str | None = None) -> Tokenizer:
-    """Llama-2's kind: with its own normalizer, or with Metaspace as transformers 5 rebuilds it."""
+    """Llama-2's kind: with its own normalizer, or with Metaspace as transformers 5 rebuilds it; or Gemma's, without a space in front."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     if scheme is None:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif scheme == "gemma":
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -104,11 +107,11 @@ def test_byte_level_by_its_definition(tmp_path: Path, name: str) -> None:
     assert ["NFC" in w for w in warnings] == [True] * ("qwen" in name)
 
 
-@pytest.mark.parametrize("scheme", [None, "always", "first", "never"])
+@pytest.mark.parametrize("scheme", [None, "always", "first", "never", "gemma"])
 def test_sentencepiece_by_merge_ranks(tmp_path: Path, scheme: str | None) -> None:
     warnings: list[str] = []
     fields = export_with(sentencepiece(scheme=scheme), tmp_path, Context(warn=warnings.append), unk_token="<unk>")
-    assert fields["ggml.model"] == "llama" and fields["ggml.add_space_prefix"] is (scheme != "never")
+    assert fields["ggml.model"] == "llama" and fields["ggml.add_space_prefix"] is (scheme not in ("never", "gemma"))
     assert fields["ggml.token_type"][:4] == [2, 3, 3, 6]
     assert bool(warnings) is (scheme in ("always", "first"))
 

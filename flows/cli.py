@@ -16,6 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from compression.errors import EdgepressError
+from flows.model_commands import model_app
+from flows.options import DEFAULT_OUTPUTS, DEFAULT_STORE, OutputsFolder, StoreFolder, terminal
+from flows.store_commands import store_app
 
 RECIPES = Path(__file__).parent / "recipes"
 app = typer.Typer(
@@ -25,11 +28,11 @@ app = typer.Typer(
     help="Compress language models for the edge: prune, distil, fine-tune, quantize, export; one resumable graph, measured at every step.",
 )
 
+app.add_typer(model_app)
+app.add_typer(store_app, name="store")
+
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe file, or the name of a shipped recipe (demo).")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Put a value over the recipe: --set stages.distilled.temperature=4")]
-StoreFolder = Annotated[Path, typer.Option("--store", envvar="EDGEPRESS_STORE", help="Where results are kept by identity.")]
-OutputsFolder = Annotated[Path, typer.Option("--outputs", help="Where results are linked by name.")]
-DEFAULT_STORE, DEFAULT_OUTPUTS = Path(".edgepress"), Path("outputs")
 
 
 def main() -> None:
@@ -47,7 +50,7 @@ def main() -> None:
         error_console.print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
     except SystemExit as ended:
-        if ended.code == 130:  # what typer makes of a KeyboardInterrupt
+        if ended.code == 130 and sys.argv[1:2] == ["run"]:  # what typer makes of a KeyboardInterrupt
             error_console.print("interrupted: the same command goes on from here", markup=False)
         raise
 
@@ -73,7 +76,7 @@ def run(
 
     opened = Store(store)
     plan = make_plan(load_recipe(_find(recipe), tuple(overrides or ())), opened)
-    console = _console()
+    console = terminal()
     with Screen(console) as screen:
         outcome = run_pipeline(plan, opened, outputs, screen.update, render_report)
     print_summary(console, outcome.summary)
@@ -110,7 +113,7 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder = D
 
     opened = Store(store)
     made = make_plan(load_recipe(_find(recipe), tuple(overrides or ())), opened)
-    _console().print(plan_table(made, opened))
+    terminal().print(plan_table(made, opened))
     check_disk(made, opened)
 
 
@@ -134,7 +137,7 @@ def sensitivity(
     parsed = load_recipe(_find(recipe), tuple(overrides or ()))
     model = parsed.recipe.model
     base = open_base(model.path, model.revision, model.license, store)
-    show_sensitivity(parsed.recipe, base.checkpoint, average_bits=bits, group_size=group_size, symmetric=symmetric, console=_console())
+    show_sensitivity(parsed.recipe, base.checkpoint, average_bits=bits, group_size=group_size, symmetric=symmetric, console=terminal())
 
 
 @app.command()
@@ -200,7 +203,7 @@ def doctor() -> None:
         table.add_row(f"runtime {name}", version or "[red]not installed[/]")
     for extra in EXTRAS:
         absent = missing(extra)
-        stages = ", ".join(uses for uses, kind in stage_kinds().items() if kind.extra == extra)
+        stages = ", ".join(uses for uses, kind in stage_kinds().items() if kind.extra == extra) or "edgepress store"
         table.add_row(
             f"extra {extra}",
             "complete" if not absent else f"[red]missing {', '.join(absent)}[/]: pip install 'edgepress\\[{extra}]' (for {stages})",
@@ -210,13 +213,7 @@ def doctor() -> None:
         "Prefect",
         _reached(os.environ["PREFECT_API_URL"] + "/health") if "PREFECT_API_URL" in os.environ else "embedded (no PREFECT_API_URL)",
     )
-    _console().print(table)
-
-
-def _console() -> Console:
-    """The terminal; wide enough for the tables where the output goes into a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+    terminal().print(table)
 
 
 def _devices() -> str:

@@ -9,11 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from flows.graph import BASE
 from flows.planning import Plan, check_disk
-from flows.recipe import BASE
 from flows.server import prefect_server
 from tasks.children import Children
 from tasks.files import write_json
+from tasks.journal import Run, RunBase, RunStage, journal
 from tasks.measure import machine_fingerprint
 from tasks.owner import is_dead, owner_tag
 from tasks.perform import Pipeline, Result
@@ -40,14 +41,26 @@ def run_pipeline(plan: Plan, store: Store, outputs: Path, progress: Progress, re
     started = time.time()
     recipe = plan.parsed.recipe
     children = Children(recipe.execution.cores or os.cpu_count() or 1)
-    with prefect_server(store.root / "prefect"):
+    with journal(store, _described(plan, outputs)) as journaled, prefect_server(store.root / "prefect"):
         children.preload()
         tracking = Tracking()
         tracking.end_orphans()
         run = _open_parent(tracking, plan)
+        journaled.note(tracking_uri=tracking.uri, tracking_run=run)
+
+        heard: set[str] = set()
+
+        def told(stage: str, event: dict[str, Any]) -> None:
+            progress(stage, event)
+            if "ended" in event or stage not in heard:
+                heard.add(stage)
+                with pipeline.lock:  # until it is written, or an older state could come after a newer one
+                    journaled.stages({name: (result.state, result.reason) for name, result in pipeline.results.items()})
+
         pipeline = Pipeline(
             name=recipe.name, store=store, children=children, tracking=tracking, run=run, data=recipe.data, machine=plan.machine,
-            base=plan.base, outputs=outputs, documents={a.name: (a.identity, a.document) for a in plan.assignments}, progress=progress,
+            base=plan.base, outputs=outputs, documents={a.name: (a.identity, a.document) for a in plan.assignments}, progress=told,
+            cells=_open_cells(tracking, plan, run),
         )  # fmt: skip
         finished = False
         try:
@@ -56,11 +69,30 @@ def run_pipeline(plan: Plan, store: Store, outputs: Path, progress: Progress, re
         finally:
             children.close()
             summary = summarize(pipeline, plan, started)
+            _end_cells(pipeline, summary, finished)
             if not finished:
                 _close_interrupted(pipeline)
             else:
                 _finish(pipeline, plan, summary, render)
-    return Outcome(summary, all(row["state"] in {"Completed", "Cached"} for row in summary["rows"]))
+        succeeded = all(row["state"] in {"Completed", "Cached"} for row in summary["rows"])
+        journaled.stages({row["stage"]: (row["state"], row["reason"]) for row in summary["rows"]})
+        journaled.end("Completed" if succeeded else "Failed")
+    return Outcome(summary, succeeded)
+
+
+def _described(plan: Plan, outputs: Path) -> Run:
+    """What the run's journal begins with."""
+    parsed, base = plan.parsed, plan.base
+    file = parsed.source.file
+    stages = [
+        RunStage(name=task.name, uses=task.stage.uses, identity=task.identity, inputs=dict(task.inputs))
+        for task in plan.assignments
+        if task.stage is not None
+    ]
+    return Run(
+        recipe=parsed.recipe.name, file=str(file.absolute()), text=file.read_text(), overrides=parsed.overrides, directory=str(Path.cwd()),
+        outputs=str(outputs.absolute()), base=RunBase(source=base.source, identity=base.identity, content=base.content), stages=tuple(stages),
+    )  # fmt: skip
 
 
 def _open_parent(tracking: Tracking, plan: Plan) -> str:
@@ -81,6 +113,24 @@ def _open_parent(tracking: Tracking, plan: Plan) -> str:
     tracking.log_file(run, plan.parsed.source.file, "recipe")
     tracking.log_data(run, "recipe data", plan.assignments[0].document["data"], recipe.data.model_dump_json(), "evaluation")
     return run
+
+
+def _open_cells(tracking: Tracking, plan: Plan, run: str) -> dict[str, str]:
+    """A run for each cell of the matrix, with its values as parameters: what MLflow compares and draws."""
+    tags = {"edgepress.kind": "cell", "edgepress.recipe": plan.parsed.recipe.name}
+    return {branch.name: tracking.open_run(branch.name, parent=run, tags=tags, params=branch.values) for branch in plan.parsed.branches}
+
+
+def _end_cells(pipeline: Pipeline, summary: dict[str, Any], finished: bool) -> None:
+    """A cell ends as its leaves did."""
+    rows = {row["stage"]: row for row in summary["rows"]}
+    for cell in summary["sweep"]["cells"] if summary["sweep"] else ():
+        broken = [rows[name] for name in cell["leaves"].values() if rows[name]["state"] not in {"Completed", "Cached"}]
+        if broken and not finished:
+            pipeline.tracking.end(cell["run"], "KILLED", "interrupted")
+        else:
+            reasons = "; ".join(f"{row['stage']}: {row['reason']}" for row in broken)
+            pipeline.tracking.end(cell["run"], "FAILED" if broken else "FINISHED", reasons or None)
 
 
 def _run_flow(pipeline: Pipeline, plan: Plan) -> None:
@@ -193,9 +243,21 @@ def summarize(pipeline: Pipeline, plan: Plan, started: float) -> dict[str, Any]:
         rows.append({**asdict(result), "stage": result.name, "size_bytes": result.metrics.get("size_mb", 0) * 1e6})
     return {
         "recipe": json.loads(plan.parsed.recipe.model_dump_json()), "name": pipeline.name, "started": started, "seconds": time.time() - started,
-        "rows": rows, "gates": [{"stage": row["stage"], **verdict} for row in rows for verdict in row["verdicts"]], "run": pipeline.run,
+        "rows": rows, "sweep": _sweep(pipeline, plan), "gates": [{"stage": row["stage"], **verdict} for row in rows for verdict in row["verdicts"]], "run": pipeline.run,
         "environment": {
             "edgepress": version("edgepress"), "machine": machine_fingerprint(), "device": plan.machine.device, "threads": plan.machine.threads,
             "base": {"source": plan.base.source, "revision": plan.base.revision, "license": plan.base.license, "content": plan.base.content},
         },
     }  # fmt: skip
+
+
+def _sweep(pipeline: Pipeline, plan: Plan) -> dict[str, Any] | None:
+    """The cells of the matrix: their values, their leaves (from the name in the recipe to the copy's) and their runs in MLflow."""
+    branches = plan.parsed.branches
+    if not branches:
+        return None
+    cells = [
+        {"name": b.name, "values": dict(b.values), "leaves": {leaf: b.stages[leaf] for leaf in b.leaves}, "run": pipeline.cells[b.name]}
+        for b in branches
+    ]
+    return {"keys": list(dict.fromkeys(key for b in branches for key in b.values)), "cells": cells}

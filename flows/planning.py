@@ -1,8 +1,9 @@
 """From a recipe to a plan: every stage checked against the configs that will reach it, its identity, its estimated size. Imports no torch."""
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from compression.checkpoint import Checkpoint
@@ -10,15 +11,15 @@ from compression.data import check_data, fingerprint
 from compression.errors import EdgepressError, Incompatible
 from compression.quantization.settings import linear_bits
 from export.proof import KL_TO_PARENT
-from flows.recipe import BASE, Node, ParsedRecipe
-from flows.yaml_lines import KeyPath
+from flows.graph import BASE, Node
+from flows.recipe import ParsedRecipe
 from tasks.base import Base, open_base
 from tasks.extras import require
 from tasks.gates import Bound
 from tasks.identity import Machine, digest, identity_document
 from tasks.kinds._training import TrainingStage
 from tasks.perform import Assignment
-from tasks.stage import Artifact, Planned, check_accepts
+from tasks.stage import Artifact, Planned, Reads, check_accepts
 from tasks.store import Store
 
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -32,6 +33,10 @@ class Plan:
     base: Base
     machine: Machine
     assignments: tuple[Assignment, ...]
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Assignment]:
+        return {task.name: task for task in self.assignments}
 
 
 @dataclass(frozen=True)
@@ -64,19 +69,28 @@ def make_plan(parsed: ParsedRecipe, store: Store) -> Plan:
         raise parsed.error(
             ("data", "length"), f"{recipe.data.length} tokens are more than the model's {base.checkpoint.max_length} positions"
         )
-    _check_gates(parsed)
+    for stage in parsed.recipe.gates:
+        if stage not in (known := [BASE, *recipe.stages]):
+            raise parsed.error(("gates", stage), f"there is no stage {stage!r}; stages: {', '.join(known)}")
     first = Assignment(
         BASE, 0, None, base.identity, {"base": base.source, "revision": base.revision, "content": base.content, "data": data_digest}, {}, (),
         base.checkpoint, gates=recipe.gates.get(BASE, {}),
     )  # fmt: skip
+    _check_relations(first.gates, [BASE, "parent"], lambda metric, text: parsed.error(("gates", BASE, metric), text))
+    fingerprints: dict[Reads, str | None] = {"nothing": None}
     done = {BASE: first}
+    cells, leaf_of = _cells(parsed)
     for index, node in enumerate(parsed.nodes, 1):
-        done[node.name] = _assign(parsed, node, index, done, machine, store)
+        part = node.stage.data_read()
+        if part != "nothing" and part not in fingerprints:
+            fingerprints[part] = fingerprint(recipe.data, part)  # of files: once, not for each stage of a sweep
+        task = _assign(parsed, node, index, done, fingerprints[part], machine, store)
+        done[node.name] = replace(task, cell=cells.get(node.name, ""), leaf_of=tuple(leaf_of.get(node.name, ())))
     return Plan(parsed, base, machine, tuple(done.values()))
 
 
 def _assign(
-    parsed: ParsedRecipe, node: Node, index: int, done: Mapping[str, Assignment], machine: Machine, store: Store
+    parsed: ParsedRecipe, node: Node, index: int, done: Mapping[str, Assignment], data: str | None, machine: Machine, store: Store
 ) -> Assignment:  # fmt: skip
     recipe, stage = parsed.recipe, node.stage
     outside = {role: _open_outside(parsed, node, role, source, store) for role, source in stage.outside_inputs().items()}
@@ -89,18 +103,20 @@ def _assign(
             require(stage.extra, f"the stage {node.name} ({stage.uses})")
     except EdgepressError as error:
         key = "uses" if error.key == "model" else error.key  # the kind does not take this model
-        path: KeyPath = ("stages", node.name, key) if key else ("stages", node.name)
-        raise parsed.error(path, str(error)) from None
+        raise parsed.stage_error(node, (key,) if key else (), str(error)) from None
     bounds: dict[str, Bound] = dict(node.execution.bounds)
     if isinstance(planned, Artifact):
         bounds = {"kl_to_parent": Bound(max=KL_TO_PARENT[planned.change]), **bounds}
     ancestors = dict.fromkeys(name for input_name in node.inputs.values() for name in (*done[input_name].ancestors, input_name))
+    before = [*ancestors, "parent"]
+    _check_relations(node.execution.bounds, before, lambda metric, text: parsed.stage_error(node, ("bounds", metric), text))
+    _check_relations(node.gates, before, lambda metric, text: parsed.error(("gates", node.origin, metric), text))
     identities = {role: done[name].identity for role, name in node.inputs.items()}
     identities |= {role: model.identity for role, model in outside.items()}
-    document = identity_document(stage, identities, recipe.data, recipe.seed, machine)
+    document = identity_document(stage, identities, data, node.seed, machine)
     return Assignment(
         node.name, index, stage, digest(document), document, node.inputs, tuple(ancestors), planned, outside=outside, bounds=bounds,
-        gates=recipe.gates.get(node.name, {}), retries=node.execution.retries, timeout=node.execution.timeout,
+        gates=node.gates, retries=node.execution.retries, timeout=node.execution.timeout,
     )  # fmt: skip
 
 
@@ -109,38 +125,27 @@ def _open_outside(parsed: ParsedRecipe, node: Node, role: str, source: str, stor
     try:
         return open_base(path, revision or None, None, store.root)
     except EdgepressError as error:
-        raise parsed.error(("stages", node.name, role), str(error)) from None
+        raise parsed.stage_error(node, (role,), str(error)) from None
 
 
-def _check_gates(parsed: ParsedRecipe) -> None:
-    order = [BASE, *(node.name for node in parsed.nodes)]
-    parents = {node.name: node.parent for node in parsed.nodes}
-    for stage in parsed.recipe.gates:
-        if stage not in order:
-            raise parsed.error(("gates", stage), f"there is no stage {stage!r}; stages: {', '.join(order)}")
-    bounds: list[tuple[KeyPath, str, Mapping[str, Bound]]] = [
-        (("stages", node.name, "bounds"), node.name, node.execution.bounds) for node in parsed.nodes
-    ]
-    bounds += [(("gates", stage), stage, gates) for stage, gates in parsed.recipe.gates.items()]
-    for path, stage, by_metric in bounds:
-        for metric, bound in by_metric.items():
-            reference = parents.get(stage, BASE) if bound.relative_to == "parent" else bound.relative_to
-            above = _above(parsed, stage) | {BASE}
-            if reference not in above:
-                raise parsed.error(
-                    (*path, metric), f"relative_to {bound.relative_to!r} is none of the stages before {stage}: {', '.join(sorted(above))}"
-                )
+def _check_relations(bounds: Mapping[str, Bound], before: Collection[str], mistake: Callable[[str, str], EdgepressError]) -> None:
+    """A bound is relative to a stage before its own; raises what `mistake` makes of the metric and the words."""
+    for metric, bound in bounds.items():
+        if bound.relative_to not in before:
+            raise mistake(metric, f"relative_to {bound.relative_to!r} is none of the stages before: {', '.join(before)}")
 
 
-def _above(parsed: ParsedRecipe, stage: str) -> set[str]:
-    inputs = {node.name: set(node.inputs.values()) for node in parsed.nodes}
-    found: set[str] = set()
-    waiting = [stage]
-    while waiting:
-        for name in inputs.get(waiting.pop(), set()) - found:
-            found.add(name)
-            waiting.append(name)
-    return found
+def _cells(parsed: ParsedRecipe) -> tuple[dict[str, str], dict[str, list[tuple[str, str]]]]:
+    """By stage: the cell that alone needs it; and the cells it is a leaf of, each with what its metrics' names begin with there."""
+    users: dict[str, list[str]] = {}
+    leaf_of: dict[str, list[tuple[str, str]]] = {}
+    for branch in parsed.branches:
+        for name in branch.stages.values():
+            users.setdefault(name, []).append(branch.name)
+        for leaf in branch.leaves:
+            leaf_of.setdefault(branch.stages[leaf], []).append((branch.name, f"{leaf}/" if len(branch.leaves) > 1 else ""))
+    swept = {node.name for node in parsed.nodes if node.moved}
+    return {name: cells[0] for name, cells in users.items() if len(cells) == 1 and name in swept}, leaf_of
 
 
 def _device(wanted: str) -> str:
@@ -153,7 +158,7 @@ def _device(wanted: str) -> str:
 def estimate(task: Assignment, plan: Plan) -> Estimate:
     """Rough sizes from shapes: training holds weights, gradients and two moments in float32, and keeps two of its checkpoints on disk."""
     size = content_bytes(task.planned)
-    parent = next((a.planned for a in plan.assignments if a.name == task.inputs.get("parent")), task.planned)
+    parent = plan.by_name[task.inputs["parent"]].planned if task.stage is not None else task.planned
     weights = 4 * (parent.num_parameters if isinstance(parent, Checkpoint) else 0)
     if isinstance(task.stage, TrainingStage):
         outside = sum(4 * model.checkpoint.num_parameters for model in task.outside.values())

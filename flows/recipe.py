@@ -1,12 +1,9 @@
 """The recipe: YAML -> pydantic, validated whole. Every mistake is told with file, line, key and what would be right.
 
-A stage's entry holds its kind (`uses`), the kind's parameters, and how it is executed (`needs`, `retries`, `timeout`, `bounds`). Only the
-parameters belong to its identity.
+The graph of its stages is flows/graph.py's matter, the lists of its matrix flows/matrix.py's.
 """
 
-import difflib
 import operator
-import re
 from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,30 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from compression.data import DataSpec
 from compression.errors import EdgepressError
+from flows.graph import NAME, Branch, Execution, Node, expand, told
+from flows.matrix import Matrix, cells_of
 from flows.yaml_lines import KeyPath, Located, read_yaml
 from tasks.gates import Bound
-from tasks.stage import Stage, stage_kinds
-
-NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
-BASE = "base"
-
-
-class Execution(BaseModel):
-    """How a stage is executed; outside its identity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    needs: str | None = Field(
-        default=None, description="The stage whose checkpoint this one takes, or `base`. Default: the stage before it in the file."
-    )
-    retries: int = Field(
-        default=1, ge=0, le=10, description="How often a stage whose process was lost (killed, out of memory) is started again."
-    )
-    timeout: float | None = Field(default=None, gt=0, description="Seconds after which the stage is stopped.")
-    bounds: dict[str, Bound] = Field(
-        default_factory=dict,
-        description="Bounds of an export's proof by metric, in place of the defaults of its format (kl_to_parent: {max: 0.2}).",
-    )
+from tasks.stage import stage_kinds
 
 
 class Runner(BaseModel):
@@ -74,43 +52,31 @@ class Recipe(BaseModel):
         default=2, ge=1, le=256, description="Threads of each stage: fixed, because sums differ in bytes with their number."
     )
     stages: dict[str, Any] = Field(min_length=1, description="The graph: name -> {uses: kind, ...}.")
+    matrix: Matrix | None = Field(default=None, description="A sweep: values of parameters to try, each combination a branch of the graph.")
     gates: dict[str, dict[str, Bound]] = Field(
         default_factory=dict, description="Bounds by stage and metric; a broken one stops what follows."
     )
     execution: Runner = Field(default_factory=Runner, description="How it is run.")
 
 
-class Node(BaseModel):
-    """A stage of a recipe: what it computes and how it is executed."""
-
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
-
-    name: str
-    stage: Stage
-    parent: str
-    execution: Execution
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Names by role."""
-        return {"parent": self.parent, **self.stage.other_inputs()}
-
-
 class ParsedRecipe(BaseModel):
-    """A recipe with its graph in topological order, and the file it came from."""
+    """A recipe with its graph in topological order, the branches of its matrix (none without one), the file it came from and what was put over it."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     recipe: Recipe
     nodes: tuple[Node, ...]
-    source: Any  # Located
+    branches: tuple[Branch, ...]
+    source: Located
+    overrides: tuple[str, ...] = ()
 
     def error(self, path: KeyPath, message: str) -> EdgepressError:
-        return EdgepressError(f"{self.source.where(path)}: {dotted(path)}: {message}")
+        return self.source.error(path, message)
 
-
-def dotted(path: KeyPath) -> str:
-    return ".".join(map(str, path))
+    def stage_error(self, node: Node, key: KeyPath, message: str) -> EdgepressError:
+        """A mistake in a stage's entry, told where the recipe gives the value: for a copy this may be in the matrix."""
+        copied = f" (stage {node.name})" if node.name != node.origin else ""
+        return self.source.moving(node.moved).error(("stages", node.origin, *key), message + copied)
 
 
 @lru_cache(maxsize=1)
@@ -150,11 +116,14 @@ def load_recipe(file: Path, overrides: tuple[str, ...] = ()) -> ParsedRecipe:
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        raise EdgepressError(_told(error, source, (), Recipe)) from None
+        raise told(error, source, (), Recipe) from None
     if not NAME.fullmatch(recipe.name):
-        raise EdgepressError(f"{source.where(('name',))}: name: {recipe.name!r} is not a file name in lower case (letters, digits, - _ .)")
-    nodes = _in_order([_node(name, entry, previous, source) for name, entry, previous in _with_previous(recipe.stages)], source)
-    return ParsedRecipe(recipe=recipe, nodes=tuple(nodes), source=source)
+        raise source.error(("name",), f"{recipe.name!r} is not a file name in lower case (letters, digits, - _ .)")
+    cells = cells_of(recipe.matrix, recipe.stages, source)
+    nodes, branches = expand(recipe.stages, recipe.gates, recipe.seed, cells, source)
+    return ParsedRecipe(
+        recipe=recipe, nodes=tuple(nodes), branches=tuple(branches) if recipe.matrix else (), source=source, overrides=overrides
+    )
 
 
 def _short_model(text: str) -> dict[str, str]:
@@ -166,7 +135,8 @@ def _put(document: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
         raise EdgepressError(f"--set {override}: write it as key.of.the.recipe=value")
-    *folders, last = key.split(".")
+    # a key of the matrix has dots of its own
+    *folders, last = ["matrix", key.removeprefix("matrix.")] if key.startswith("matrix.") else key.split(".")
     for folder in folders:
         document = document.setdefault(folder, {})
         if not isinstance(document, dict):
@@ -175,76 +145,3 @@ def _put(document: dict[str, Any], override: str) -> None:
         document[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise EdgepressError(f"--set {override}: the value is not YAML: {getattr(error, 'problem', error)}") from None
-
-
-def _with_previous(stages: dict[str, Any]) -> list[tuple[str, Any, str]]:
-    names = list(stages)
-    return [(name, stages[name], names[i - 1] if i else BASE) for i, name in enumerate(names)]
-
-
-def _node(name: str, entry: Any, previous: str, source: Located) -> Node:
-    where: KeyPath = ("stages", name)
-    if not NAME.fullmatch(name) or name == BASE:
-        raise EdgepressError(
-            f"{source.where(where)}: a stage cannot be called {name!r}: use lower case letters, digits, - _ . (and not {BASE!r})"
-        )
-    if not isinstance(entry, dict) or "uses" not in entry:
-        raise EdgepressError(f"{source.where(where)}: {dotted(where)}: a stage needs `uses`, one of {', '.join(stage_kinds())}")
-    kind = stage_kinds().get(str(entry["uses"]))
-    if kind is None:
-        raise EdgepressError(
-            f"{source.where((*where, 'uses'))}: {dotted(where)}.uses: there is no stage kind {entry['uses']!r}"
-            f"{_nearest(str(entry['uses']), list(stage_kinds()))}; kinds: {', '.join(stage_kinds())}"
-        )
-    parameters = {key: value for key, value in entry.items() if key not in Execution.model_fields}
-    settings = {key: value for key, value in entry.items() if key in Execution.model_fields}
-    try:
-        stage, execution = kind.model_validate(parameters), Execution.model_validate(settings)
-    except ValidationError as error:
-        raise EdgepressError(_told(error, source, where, kind)) from None
-    return Node(name=name, stage=stage, parent=execution.needs or previous, execution=execution)
-
-
-def _in_order(nodes: list[Node], source: Located) -> list[Node]:
-    """Topological order, stable in the file's order. Raises for an unknown dependency or a cycle."""
-    names = {node.name for node in nodes}
-    for node in nodes:
-        for role, needed in node.inputs.items():
-            if needed not in names | {BASE}:
-                key: KeyPath = ("stages", node.name, "needs" if role == "parent" else role)
-                raise EdgepressError(
-                    f"{source.where(key)}: {dotted(key)}: there is no stage {needed!r}{_nearest(needed, [*names, BASE])}; stages: {', '.join([BASE, *names])}"
-                )
-    done, order, waiting = {BASE}, [], list(nodes)
-    while waiting:
-        ready = next((n for n in waiting if done.issuperset(n.inputs.values())), None)
-        if ready is None:
-            cycle = ", ".join(n.name for n in waiting)
-            where: KeyPath = ("stages", waiting[0].name, "needs")
-            raise EdgepressError(f"{source.where(where)}: {dotted(where)}: the stages {cycle} wait for each other (a cycle)")
-        waiting.remove(ready)
-        order.append(ready)
-        done.add(ready.name)
-    return order
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _told(error: ValidationError, source: Located, prefix: KeyPath, model: type[BaseModel]) -> str:
-    """Pydantic's findings as lines of `file:line: key: what is wrong`."""
-    lines = []
-    for finding in error.errors(include_url=False):
-        path: KeyPath = (*prefix, *finding["loc"])
-        known = [*model.model_fields, *(Execution.model_fields if issubclass(model, Stage) else ())]
-        message = finding["msg"]
-        if finding["type"] == "extra_forbidden" and len(finding["loc"]) == 1:
-            message = f"there is no such key{_nearest(str(finding['loc'][-1]), known)}; keys: {', '.join(known)}"
-        elif finding["type"] == "extra_forbidden":
-            message = "there is no such key"
-        elif finding["type"] == "missing":
-            message = "this key is missing"
-        lines.append(f"{source.where(path)}: {dotted(path)}: {message}")
-    return "\n".join(lines)

@@ -13,7 +13,9 @@ from compression.errors import EdgepressError
 from compression.families import FAMILIES
 from export.proof import KL_TO_PARENT
 from export.runtimes import PACKAGES
-from flows.recipe import Execution, ModelSource, Recipe, Runner
+from flows.graph import Execution
+from flows.matrix import Matrix
+from flows.recipe import ModelSource, Recipe, Runner
 from tasks.gates import Bound
 from tasks.stage import Artifact, Planned, Stage, check_accepts, stage_kinds
 
@@ -46,6 +48,7 @@ def recipe_reference() -> str:
         ("`data.text`", _doc(TextSource), TextSource),
         ("`data.questions`", _doc(QuestionSource), QuestionSource),
         ("`gates.<stage>.<metric>` and `stages.<name>.bounds.<metric>`", _doc(Bound), Bound),
+        ("`matrix`", _doc(Matrix), Matrix),
         ("`execution`", _doc(Runner), Runner),
         ("`stages.<name>`, of every kind", "`uses` names the kind. These keys say how it is executed; they change no bytes.", Execution),
         *((f"`uses: {uses}`", _about(kind), kind) for uses, kind in stage_kinds().items()),

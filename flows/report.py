@@ -1,11 +1,12 @@
 """One self-contained HTML page about a run: the graph, the table, quality against size and speed, what to know. Imports no torch."""
 
 import time
-from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from flows.charts import scatter, shortened
 from flows.screen import COLUMNS
+from flows.sweep_report import sweep_section
 
 Row = dict[str, Any]
 
@@ -22,8 +23,8 @@ th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(
 .words { text-align: left } tr.base { background: var(--card) } .wrap { white-space: normal }
 svg { display: block; max-width: 100%; height: auto }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink) } svg .dim { fill: var(--dim) }
-.plots { display: flex; flex-wrap: wrap; gap: 1.5rem } .plots svg { flex: 1 1 26rem; background: var(--card); border-radius: 8px }
-li { margin: .3rem 0 }
+.plots { display: flex; flex-wrap: wrap; gap: 1.5rem } .plots svg { flex: 1 1 26rem; max-width: 38rem; background: var(--card); border-radius: 8px }
+li { margin: .3rem 0 } .best { color: var(--Completed); font-weight: 700 }
 """ + "".join(
     f".{s} {{ color: var(--{s}) }} svg .{s} {{ stroke: var(--{s}) }}\n" for s in ("Completed", "Cached", "Failed", "Skipped", "Running")
 )
@@ -38,6 +39,7 @@ def render_report(summary: dict[str, Any]) -> str:
     head = f'<h1>{escape(summary["name"])}</h1><p class="dim">{started} · {summary["seconds"]:.0f} s · {escape(origin)}</p>'
     plots = _plot(rows, "size_mb", "size on disk (MB)") + _plot(rows, "tokens_per_second", "decode tokens/s")
     sections = [
+        ("The sweep", sweep_section(summary)),
         ("The graph", f'<div class="scroll">{_graph(rows)}</div>'),
         ("Every stage", f'<div class="scroll">{_table(rows)}</div>'),
         ("What it bought", f'<div class="plots">{plots}</div>' if plots else ""),
@@ -70,11 +72,13 @@ def _graph(rows: list[Row]) -> str:
             path = f"M{fx},{fy} C{fx + 20},{fy} {x - 20},{y + 25} {x},{y + 25}"
             lines.append(f'<path d="{path}" fill="none" stroke="var(--line)" stroke-width="1.5"/>')
         state = escape(row["state"])
+        name, _, swept = row["stage"].partition("@")
+        below = shortened(swept, 25) if swept else f"{state.lower()} · {row['seconds']:.1f} s"
         boxes.append(
-            f"<g><title>{escape(row['uses'])}: {state}</title>"
+            f"<g><title>{escape(row['stage'])}, {escape(row['uses'])}: {state}</title>"
             f'<rect x="{x}" y="{y}" width="165" height="50" rx="8" fill="var(--card)" class="{state}" stroke-width="2"/>'
-            f'<text x="{x + 10}" y="{y + 21}" font-weight="600">{escape(_short(row["stage"], 22))}</text>'
-            f'<text x="{x + 10}" y="{y + 39}" class="dim" stroke="none">{state.lower()} · {row["seconds"]:.1f} s</text></g>'
+            f'<text x="{x + 10}" y="{y + 21}" font-weight="600">{escape(shortened(name, 22))}</text>'
+            f'<text x="{x + 10}" y="{y + 39}" class="dim" stroke="none">{escape(below)}</text></g>'
         )
     return f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="The stages">{"".join(lines + boxes)}</svg>'
 
@@ -102,48 +106,7 @@ def _plot(rows: list[Row], metric: str, label: str) -> str:
     points = [(r["metrics"][metric], r["metrics"][quality], r["stage"]) for r in rows if metric in r["metrics"] and quality in r["metrics"]]
     if len(points) < 2:
         return ""
-    width, height, left, right, top, bottom = 560, 340, 58, 20, 24, 44
-    xs, ys = _axis([p[0] for p in points], zero=True), _axis([p[1] for p in points], zero=False)
-
-    def px(x: float) -> float:
-        return left + (x - xs[0]) / (xs[-1] - xs[0]) * (width - left - right)
-
-    def py(y: float) -> float:
-        return height - bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (height - top - bottom)
-
-    parts = []
-    for x in xs:
-        parts.append(f'<text x="{px(x):.1f}" y="{height - bottom + 18}" text-anchor="middle" class="dim">{x:g}</text>')
-    for y in ys:
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}" stroke="var(--line)"/>')
-        parts.append(f'<text x="{left - 8}" y="{py(y) + 4:.1f}" text-anchor="end" class="dim">{y:g}</text>')
-    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">{label}</text>')
-    parts.append(f'<text x="{left}" y="15">{quality}</text>')
-    taken: list[tuple[float, float]] = []
-    for x, y, stage in sorted(points, key=lambda p: py(p[1])):
-        across, down = px(x), py(y)
-        fill = "none" if stage == rows[0]["stage"] else "var(--mark)"
-        parts.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="5" fill="{fill}" stroke="var(--mark)" stroke-width="2"><title>')
-        parts.append(f"{escape(stage)}: {quality} {y:.4g}, {label} {x:.4g}</title></circle>")
-        at = down + 4
-        while any(abs(across - a) < 110 and abs(at - d) < 13 for a, d in taken):
-            at += 13  # labels of neighbours one below the other
-        taken.append((across, at))
-        flip = across > width - 140
-        anchor = f'x="{across - 10:.1f}" text-anchor="end"' if flip else f'x="{across + 10:.1f}"'
-        parts.append(f'<text {anchor} y="{at:.1f}">{escape(_short(stage, 18))}</text>')
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{quality} against {label}">{"".join(parts)}</svg>'
-
-
-def _axis(values: Sequence[float], *, zero: bool) -> list[float]:
-    """Round numbers that enclose the values, about five of them."""
-    low, high = (0.0 if zero else min(values)), max(values)
-    span = (high - low) or abs(high) or 1.0
-    raw = span / 4
-    power = 10.0 ** (len(f"{int(raw)}") - 1) if raw >= 1 else 10.0 ** -(next(i for i in range(1, 20) if raw * 10**i >= 1))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw)
-    first, last = int(low // step), int(-(-high // step))
-    return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
+    return scatter(points, label, quality, ring=rows[0]["stage"])
 
 
 def _notes(rows: list[Row]) -> str:
@@ -173,7 +136,3 @@ def _environment(environment: dict[str, Any]) -> str:
         text = ", ".join(f"{k}: {v}" for k, v in value.items() if v is not None) if isinstance(value, dict) else str(value)
         lines.append(f'<tr><td class="words">{escape(key)}</td><td class="words wrap">{escape(text)}</td></tr>')
     return f"<table><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"

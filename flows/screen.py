@@ -4,9 +4,11 @@ import threading
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from flows.comparison import compare
 from flows.planning import Plan, estimate
 from tasks.store import Store
 
@@ -89,8 +91,31 @@ def results_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def sweep_table(summary: dict[str, Any]) -> Table:
+    """The cells of a matrix side by side, a row for each result; the best of each metric is marked."""
+    found = compare(summary)
+    shown = [column for column in COLUMNS if found.measured(column[0])]
+    table = Table(title=f"{summary['name']}: {len(summary['sweep']['cells'])} cells, the best marked *")
+    for key in (*found.keys, *(["result"] if len(found.leaves) > 1 else [])):
+        table.add_column(key, no_wrap=True)
+    for _, heading, _ in shown:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for line in found.lines:
+        metrics, state = line.row["metrics"], line.row["state"]
+        figures = [
+            (f"[bold green]*{form.format(metrics[metric])}[/]" if metric in line.best else form.format(metrics[metric]))
+            if metric in metrics
+            else ""
+            for metric, _, form in shown
+        ]
+        leaf = [line.leaf] if len(found.leaves) > 1 else []
+        table.add_row(*map(escape, line.values), *leaf, *figures, f"[{_STATE.get(state, 'white')}]{state.lower()}[/]")
+    return table
+
+
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
-    """The table, then what a person must know: warnings, broken gates, failures."""
+    """The table, then what a person must know: warnings, broken gates, failures; at the end the cells of a sweep side by side."""
     console.print(results_table(summary))
     for row in summary["rows"]:
         for warning in row["warnings"]:
@@ -100,6 +125,8 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
                 console.print(f"[bold red]{verdict['outcome']}[/] {row['stage']}: {verdict['message']}", highlight=False)
         if row["state"] == "Failed":
             console.print(f"[bold red]failed[/] {row['stage']}: {row['reason']}", highlight=False)
+    if summary["sweep"]:
+        console.print(sweep_table(summary))
 
 
 def plan_table(plan: Plan, store: Store) -> Table:

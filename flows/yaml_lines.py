@@ -1,6 +1,7 @@
 """YAML that remembers on which line each key stands, so that an error can point to it."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,42 @@ from compression.errors import EdgepressError
 KeyPath = tuple[str | int, ...]
 
 
+def dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
+
+
 @dataclass(frozen=True)
 class Located:
-    """A parsed document and the line (from 1) of every key path in it."""
+    """A parsed document and the line (from 1) of every key path in it.
+
+    moved  where a value was given elsewhere in the file: of a key path, the path that it was read from
+    """
 
     file: Path
     value: Any
     lines: dict[KeyPath, int] = field(repr=False)
+    moved: Mapping[KeyPath, KeyPath] = field(default_factory=dict, repr=False)
 
     def where(self, path: KeyPath) -> str:
         """`file:line` of a key path, or of its nearest ancestor that stands in the file."""
+        path = self._origin(path)
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.file}:{self.lines.get(path, 1)}"
+
+    def error(self, path: KeyPath, message: str) -> EdgepressError:
+        """`file:line: key: message`, of the key as it stands in the file."""
+        return EdgepressError(f"{self.where(path)}: {dotted(self._origin(path))}: {message}")
+
+    def moving(self, moved: Mapping[KeyPath, KeyPath]) -> "Located":
+        return replace(self, moved=moved)
+
+    def _origin(self, path: KeyPath) -> KeyPath:
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.moved:
+                return (*self.moved[path[:length]], *path[length:])
+        within = (place for moved, place in self.moved.items() if moved[: len(path)] == path and path not in self.lines)
+        return next(within, path)
 
 
 def read_yaml(file: Path) -> Located:

@@ -7,10 +7,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from compression.data import DataSpec, fingerprint
 from tasks.stage import Stage
 
 
@@ -29,20 +29,23 @@ class Machine:
 
 def library_versions(names: tuple[str, ...]) -> dict[str, str]:
     """Installed versions; "absent" for an optional distribution that is not here."""
-
-    def one(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "absent"
-
-    return {name: one(name) for name in names}
+    return {name: _library_version(name) for name in names}
 
 
-def identity_document(stage: Stage, inputs: Mapping[str, str], data: DataSpec, seed: int, machine: Machine) -> dict[str, Any]:
+@cache
+def _library_version(name: str) -> str:
+    """Looked up once: it takes 10 ms, and a sweep asks for each of its stages."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def identity_document(stage: Stage, inputs: Mapping[str, str], data: str | None, seed: int, machine: Machine) -> dict[str, Any]:
     """The document that is digested, kept in the store beside the content so that a person can compare two identities.
 
     inputs  identity by role: {"parent": ..., "teacher": ...}
+    data    fingerprint of the part of the recipe's data that the stage reads; None where it reads none
     """
     return {
         "uses": stage.uses,
@@ -50,7 +53,7 @@ def identity_document(stage: Stage, inputs: Mapping[str, str], data: DataSpec, s
         # roles hold names of stages and places of models: `inputs` has their identities
         "parameters": stage.model_dump(mode="json", exclude={*stage.other_inputs(), *stage.outside_inputs()}),
         "inputs": dict(inputs),
-        "data": None if (part := stage.data_read()) == "nothing" else fingerprint(data, part),
+        "data": data,
         "seed": seed,
         "device": machine.device.split(":")[0],
         "threads": machine.threads,

@@ -205,7 +205,7 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
         _require_inputs(pipeline, task)  # where one is lost, that is the reason
         raise
     if isinstance(task.planned, Artifact):
-        ancestors = {name: pipeline.documents[name] for name in task.ancestors}
+        ancestors = [pipeline.documents[name] for name in task.ancestors[1:]]  # after the base
         complete_artifact(home / "out", task.planned, task.document, task.identity, ancestors, pipeline.base)
     pipeline.tracking.log_curve(result.run, curves)
     return pipeline.store.commit(

@@ -149,7 +149,7 @@ def test_what_a_kind_requires_is_planned_with_its_example():
 
 
 def test_the_example_recipe_is_valid(checkpoint: Path, tmp_path: Path):
-    (text,) = blocks("docs/recipes.md", "yaml")
+    text, sweep = blocks("docs/recipes.md", "yaml")
     recipe = written_recipe(text, tmp_path)
     assert recipe.recipe.name == "small"
     assert {node.name: node.parent for node in recipe.nodes} == {
@@ -158,6 +158,14 @@ def test_the_example_recipe_is_valid(checkpoint: Path, tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text(text.replace("data: embedded", "data: {text: embedded, length: 64} #"))
     overrides = (f"model={checkpoint}",)
     assert len(make_plan(load_recipe(tmp_path / "recipe.yaml", overrides), Store(tmp_path / "store")).assignments) == 6
+    with (tmp_path / "recipe.yaml").open("a") as file:
+        file.write(sweep)
+    swept = make_plan(load_recipe(tmp_path / "recipe.yaml", overrides), Store(tmp_path / "store"))
+    assert sorted(branch.name for branch in swept.parsed.branches) == [
+        "temperature=1,bits=4", "temperature=2,bits=4,act_order=false", "temperature=2,bits=8,act_order=false", "temperature=4,bits=4",
+        "temperature=4,bits=8", "temperature=8,bits=4",
+    ]  # fmt: skip
+    assert {"pruned", "distilled@temperature=2", "gptq@temperature=4,bits=4"} <= swept.by_name.keys()
 
 
 def test_the_recipe_for_smollm2_fits_its_config(tmp_path: Path):

@@ -20,6 +20,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from compression.checkpoint import file_digests
+from tasks.journal import read_runs, state_now
+from tasks.store import Store
+from tasks.store_upkeep import collect_garbage, verify
 from tests.flows.recipes import recipe
 
 SAFE = [sys.executable, "-P", "-m", "flows.cli"]
@@ -190,7 +193,8 @@ def test_results_are_found_by_name(whole: Workshop, first: Finished) -> None:
     assert "<svg" in (outputs / "report.html").read_text()
     for export in ("gguf", "onnx"):
         facts = json.loads((outputs / export / "edgepress.json").read_text())
-        assert [step["stage"] for step in facts["ancestors"]] == ["base", "pruned", "distilled", "gptq"][: 4 if export == "gguf" else 3]
+        road = ["prune.width", "distill", "quantize.gptq"][: 3 if export == "gguf" else 2]
+        assert [step["document"]["uses"] for step in facts["ancestors"]] == road
         card = (outputs / export / "README.md").read_text()
         assert "license: unknown" in card and f"uses: {export}" not in card and f"`export.{export}`" in card
 
@@ -284,6 +288,37 @@ def test_nothing_is_left_of_runs_that_ended(whole: Workshop, broken: Finished) -
     assert not list((whole.folder / ".edgepress" / "damaged").iterdir())
 
 
+def test_every_run_is_in_the_journal_with_what_it_was_asked(whole: Workshop, broken: Finished) -> None:
+    store = Store(whole.folder / ".edgepress")
+    runs = read_runs(store)
+    assert [run.run for run in runs] == ["micro-1", "micro-2", "micro-3", "micro-4"]
+    assert [run.state for run in runs] == ["Completed", "Completed", "Completed", "Failed"]
+    assert [run.overrides for run in runs[:3]] == [(), ("gates.gptq.perplexity={max: 1e9}",), ("stages.gptq.act_order=false",)]
+    for run in runs:
+        assert (run.file, run.text) == (str(whole.folder / "micro.yaml"), (whole.folder / "micro.yaml").read_text())
+        assert (run.directory, run.outputs) == (str(whole.folder), str(whole.folder / "outputs"))
+    assert runs[3].tracking_run == broken.summary["run"] and runs[3].tracking_uri == "sqlite:///mlflow.db"
+    for stage in runs[3].stages:
+        row = broken.rows[stage.name]
+        assert (stage.state, stage.reason, stage.identity, stage.uses) == (row["state"], row["reason"], row["identity"], row["uses"])
+    assert runs[0].identities < set(store.entries()) and [stage.state for stage in runs[1].stages] == ["Cached"] * len(STAGES)
+
+
+def test_the_store_is_whole_and_its_garbage_is_what_one_knob_left(
+    whole: Workshop, first: Finished, changed: Finished, broken: Finished
+) -> None:
+    store = Store(whole.folder / ".edgepress")
+    assert verify(store).damaged == ()
+    garbage = collect_garbage(store, whole.folder / "outputs", keep_last=1, dry_run=True)
+    found = {kind: {item.name for item in garbage if item.kind == kind} for kind in ("entry", "run", "record", "work", "link")}
+    assert found["entry"] == {changed.rows[name]["identity"] for name in ("gptq", "gguf")}
+    assert found["run"] == {"micro-1", "micro-2", "micro-3"}
+    assert {json.loads((store.root / "records" / f"{key}.json").read_text())["key"]["content"] for key in found["record"]} == {
+        changed.rows[name]["content"] for name in ("gptq", "gguf")
+    }
+    assert found["work"] == set() and found["link"] == {"micro/gguf"}  # that of gptq was withdrawn by the gate
+
+
 # A second workshop, disturbed twice.
 
 
@@ -344,4 +379,8 @@ def test_no_run_stays_running(disturbed: Workshop, finished: Finished) -> None:
     flows = [state for _, state, _ in disturbed.prefect_states("flow_run")]
     assert flows[0] == "CRASHED" and flows[2] == "COMPLETED" and flows[1] in {"CRASHED", "CANCELLED", "FAILED"}
     assert {state for _, state, _ in disturbed.prefect_states("task_run")}.isdisjoint({"RUNNING", "PENDING"})
+    store = Store(disturbed.folder / ".edgepress")
+    assert [state_now(store, run) for run in read_runs(store)] == ["Crashed", "Interrupted", "Completed"]
+    assert {stage.state for run in read_runs(store)[1:] for stage in run.stages}.isdisjoint({"Running"})
+    assert verify(store).damaged == ()
     assert disturbed.processes() == []

@@ -2,9 +2,7 @@ import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
-import pytest
-
-from flows.report import _axis, render_report
+from flows.report import render_report
 
 VOID = {"meta"}
 
@@ -25,6 +23,7 @@ SUMMARY = {
         row("onnx", ["prune"], "Failed", reason="<boom>"),
         row("later", ["onnx"], "Skipped", reason="onnx failed"),
     ],
+    "sweep": None,
     "gates": [{"stage": "prune", "metric": "accuracy", "outcome": "FAIL", "message": "accuracy 0.5 < 0.6"}],
     "environment": {"edgepress": "0.1", "threads": 2, "base": {"source": "models/x", "revision": None}},
 }  # fmt: skip
@@ -72,13 +71,3 @@ def test_a_run_without_figures_has_a_page_too() -> None:
     assert page.count("<svg") == 1
     assert "What it bought" not in page
     assert "Gates" not in page
-
-
-@pytest.mark.parametrize("values", [[0.9, 0.9], [0.2, 0.95], [1e-5, 3e-5], [58.7, 59.3], [3.0, 4000.0], [0.0, 0.0], [7.0]])
-@pytest.mark.parametrize("zero", [True, False])
-def test_axes_enclose_their_values(values: list[float], zero: bool) -> None:
-    axis = _axis(values, zero=zero)
-    assert axis == sorted(set(axis))
-    assert axis[0] <= min(values)
-    assert axis[-1] >= max(values)
-    assert 2 <= len(axis) <= 8

@@ -1,0 +1,69 @@
+"""The cells of a sweep side by side: what each one's results measured, and which value of each metric is the best. Imports no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flows.matrix import short_names
+
+HIGHER = ("accuracy", "top1_agreement", "tokens_per_second", "prefill_tokens_per_second")
+LOWER = ("perplexity", "kl_to_base", "size_mb", "peak_memory_mb")
+
+
+@dataclass
+class Line:
+    """One result of one cell.
+
+    values  as text, one for each key; empty where the recipe's own value holds
+    leaf    the stage's name in the recipe
+    row     the stage's row of the summary
+    best    metrics in which no other cell's result of this leaf is better
+    """
+
+    values: tuple[str, ...]
+    leaf: str
+    row: dict[str, Any]
+    best: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every result of every cell, in the order of the cells. `keys` are short where that is clear."""
+
+    keys: tuple[str, ...]
+    leaves: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+    def measured(self, metric: str) -> bool:
+        known = metric in (*HIGHER, *LOWER, "accuracy_stderr")
+        return known and any(metric in line.row["metrics"] for line in self.lines)
+
+
+def compare(summary: dict[str, Any]) -> Comparison:
+    """The comparison of a summary (flows/pipeline.py) whose recipe has a matrix."""
+    sweep, rows = summary["sweep"], {row["stage"]: row for row in summary["rows"]}
+    lines = [
+        Line(tuple(_text(cell["values"], key) for key in sweep["keys"]), leaf, rows[name])
+        for cell in sweep["cells"]
+        for leaf, name in cell["leaves"].items()
+    ]
+    leaves = tuple(dict.fromkeys(line.leaf for line in lines))
+    for leaf in leaves:
+        _mark([line for line in lines if line.leaf == leaf])
+    short = short_names(sweep["keys"])
+    return Comparison(tuple(short[key] for key in sweep["keys"]), leaves, tuple(lines))
+
+
+def _text(values: dict[str, Any], key: str) -> str:
+    return str(values[key]) if key in values else ""
+
+
+def _mark(lines: Sequence[Line]) -> None:
+    """Mark the best values of each metric; none where all are equal."""
+    for metric in (*HIGHER, *LOWER):
+        found = {line.row["metrics"][metric] for line in lines if metric in line.row["metrics"]}
+        if len(found) > 1:
+            best = max(found) if metric in HIGHER else min(found)
+            for line in lines:
+                if line.row["metrics"].get(metric) == best:
+                    line.best.add(metric)

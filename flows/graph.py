@@ -1,0 +1,262 @@
+"""The graph of a recipe: entries of `stages:` become nodes in topological order, once for each cell of the matrix that reaches them.
+
+A stage's entry holds its kind (`uses`), the kind's parameters, and how it is executed (`needs`, `retries`, `timeout`, `bounds`). Only the
+parameters belong to its identity.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compression.errors import EdgepressError
+from flows.matrix import SEED, Cell, key_of
+from flows.yaml_lines import KeyPath, Located
+from tasks.gates import Bound
+from tasks.stage import Stage, stage_kinds
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+BASE = "base"
+
+
+class Execution(BaseModel):
+    """How a stage is executed; outside its identity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    needs: str | None = Field(
+        default=None, description="The stage whose checkpoint this one takes, or `base`. Default: the stage before it in the file."
+    )
+    retries: int = Field(
+        default=1, ge=0, le=10, description="How often a stage whose process was lost (killed, out of memory) is started again."
+    )
+    timeout: float | None = Field(default=None, gt=0, description="Seconds after which the stage is stopped.")
+    bounds: dict[str, Bound] = Field(
+        default_factory=dict,
+        description="Bounds of an export's proof by metric, in place of the defaults of its format (kl_to_parent: {max: 0.2}).",
+    )
+
+
+class Node(BaseModel):
+    """A stage of the graph: what it computes and how it is executed.
+
+    name    its own; that of a copy says the values that reach it: `gptq@temperature=2,bits=4`
+    origin  its name in the recipe
+    seed    the recipe's, or the cell's
+    gates   by metric; `relative_to` names stages of the graph
+    moved   its values that the matrix gives, and where
+    """
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    name: str
+    stage: Stage
+    parent: str
+    execution: Execution
+    origin: str
+    seed: int
+    gates: Mapping[str, Bound]
+    moved: Mapping[KeyPath, KeyPath]
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Names by role."""
+        return {"parent": self.parent, **self.stage.other_inputs()}
+
+
+class Branch(BaseModel):
+    """A cell of the matrix in the graph.
+
+    values  by key: {"distill.temperature": 2}
+    stages  the stages this cell is computed by, from their names in the recipe to their names in the graph
+    leaves  names in the recipe of the stages that nothing follows and that a value of the cell reaches
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    values: Mapping[str, Any]
+    stages: Mapping[str, str]
+    leaves: tuple[str, ...]
+
+
+class _Entry(BaseModel):
+    """A stage's entry as parsed, before its inputs are known to be copies. `text` is equal for equal entries."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    stage: Stage
+    execution: Execution
+    parent: str
+    text: str
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        return {"parent": self.parent, **self.stage.other_inputs()}
+
+
+def expand(
+    stages: Mapping[str, Any], gates: Mapping[str, Mapping[str, Bound]], seed: int, cells: Iterable[Cell], source: Located
+) -> tuple[list[Node], list[Branch]]:
+    """The graph in topological order, and each cell's branch of it.
+
+    A stage is there once for each choice of the values that reach it: its own, and those of every stage it reads. Cells share the rest.
+    Raises EdgepressError with file, line and key: an entry that is no stage, an unknown dependency, a cycle, two cells that are the same.
+    """
+    nodes: dict[str, Node] = {}
+    branches: list[Branch] = []
+    parsed: dict[tuple[str, ...], _Entry] = {}
+    known: dict[tuple[str, ...], Cell] = {}
+    for cell in cells:
+        entries = [_with_values(name, entry, previous, cell, parsed, source) for name, entry, previous in _with_previous(stages)]
+        ordered = _in_order(entries, source.moving(_moved(cell, cell.values)))
+        cell_seed = cell.values[SEED].value if SEED in cell.values else seed
+        other = known.setdefault((str(cell_seed), *(entry.text for entry in entries)), cell)
+        if other is not cell:
+            raise source.error(_difference(cell, other), f"the cells {cell.name} and {other.name} are the same")
+        branches.append(_branch(cell, ordered, cell_seed, gates, nodes))
+    return list(nodes.values()), branches
+
+
+def _difference(cell: Cell, other: Cell) -> KeyPath:
+    """Where the recipe gives a value of `cell` that is not from the same place as that of `other`."""
+    places = (v.place for path, v in cell.values.items() if path not in other.values or other.values[path].place != v.place)
+    return next(places, ("matrix",))
+
+
+def _branch(
+    cell: Cell, ordered: list[_Entry], seed: int, gates: Mapping[str, Mapping[str, Bound]], nodes: dict[str, Node]
+) -> Branch:  # fmt: skip
+    """Add the copies of this cell that no cell before it needed to `nodes`."""
+    names: dict[str, str] = {BASE: BASE}
+    reached: dict[str, set[KeyPath]] = {BASE: set()}
+    for entry in ordered:
+        own = {path for path in cell.values if path == SEED or path[1] == entry.name}
+        reached[entry.name] = own.union(*(reached[name] for name in entry.inputs.values()))
+        paths = [path for path in cell.values if path in reached[entry.name]]
+        name = names[entry.name] = f"{entry.name}@{cell.label(paths)}" if paths else entry.name
+        if name not in nodes:
+            nodes[name] = _copy(entry, names, seed, gates.get(entry.name, {}), _moved(cell, paths))
+    needed = {name for entry in ordered for name in entry.inputs.values()}
+    leaves = tuple(entry.name for entry in ordered if entry.name not in needed and reached[entry.name])
+    del names[BASE]
+    return Branch(name=cell.name, values={key_of(path): value.value for path, value in cell.values.items()}, stages=names, leaves=leaves)
+
+
+def _copy(entry: _Entry, names: Mapping[str, str], seed: int, gates: Mapping[str, Bound], moved: Mapping[KeyPath, KeyPath]) -> Node:
+    """The entry as a node that reads, and is bounded relative to, the copies of its cell."""
+
+    def renamed(bounds: Mapping[str, Bound]) -> dict[str, Bound]:
+        return {
+            metric: bound.model_copy(update={"relative_to": names.get(bound.relative_to, bound.relative_to)})
+            for metric, bound in bounds.items()
+        }
+
+    others = {role: names[name] for role, name in entry.stage.other_inputs().items()}
+    execution = entry.execution.model_copy(update={"bounds": renamed(entry.execution.bounds)})
+    return Node(
+        name=names[entry.name], stage=entry.stage.model_copy(update=others) if others else entry.stage, parent=names[entry.parent],
+        execution=execution, origin=entry.name, seed=seed, gates=renamed(gates), moved=moved,
+    )  # fmt: skip
+
+
+def _moved(cell: Cell, paths: Iterable[KeyPath]) -> dict[KeyPath, KeyPath]:
+    return {path: cell.values[path].place for path in paths}
+
+
+def _with_previous(stages: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+    names = list(stages)
+    return [(name, stages[name], names[i - 1] if i else BASE) for i, name in enumerate(names)]
+
+
+def _with_values(name: str, entry: Any, previous: str, cell: Cell, parsed: dict[tuple[str, ...], _Entry], source: Located) -> _Entry:
+    """The entry with the cell's values of its own parameters put in; parsed once for each choice of them."""
+    paths = [path for path in cell.values if path[:2] == ("stages", name)]
+    key = (name, *(f"{path} {cell.values[path].text}" for path in paths))
+    if key not in parsed:
+        there = source.moving(_moved(cell, paths))
+        changed = deepcopy(entry) if paths else entry
+        for path in paths:
+            _put(changed, path, cell.values[path].value, there)
+        parsed[key] = _parse(name, changed, previous, there)
+    return parsed[key]
+
+
+def _put(entry: Any, path: KeyPath, value: Any, source: Located) -> None:
+    for depth, key in enumerate(path[2:-1], 2):
+        entry = entry.setdefault(key, {}) if isinstance(entry, dict) else entry
+        if not isinstance(entry, dict):
+            raise source.error(path, f"{key_of(path[: depth + 1])} is no mapping in the recipe")
+    if isinstance(entry, dict):
+        entry[path[-1]] = value
+
+
+def _parse(name: str, entry: Any, previous: str, source: Located) -> _Entry:
+    where: KeyPath = ("stages", name)
+    if not NAME.fullmatch(name) or name == BASE:
+        raise EdgepressError(
+            f"{source.where(where)}: a stage cannot be called {name!r}: use lower case letters, digits, - _ . (and not {BASE!r})"
+        )
+    if not isinstance(entry, dict) or "uses" not in entry:
+        raise source.error(where, f"a stage needs `uses`, one of {', '.join(stage_kinds())}")
+    kind = stage_kinds().get(str(entry["uses"]))
+    if kind is None:
+        raise source.error(
+            (*where, "uses"),
+            f"there is no stage kind {entry['uses']!r}{nearest(str(entry['uses']), list(stage_kinds()))}; kinds: {', '.join(stage_kinds())}",
+        )
+    parameters = {key: value for key, value in entry.items() if key not in Execution.model_fields}
+    settings = {key: value for key, value in entry.items() if key in Execution.model_fields}
+    try:
+        stage, execution = kind.model_validate(parameters), Execution.model_validate(settings)
+    except ValidationError as error:
+        raise told(error, source, where, kind) from None
+    parent = execution.needs or previous
+    return _Entry(name=name, stage=stage, parent=parent, execution=execution, text=f"{name} {parent} {stage.model_dump_json()}")
+
+
+def _in_order(entries: list[_Entry], source: Located) -> list[_Entry]:
+    """Topological order, stable in the file's order. Raises for an unknown dependency or a cycle."""
+    names = {entry.name for entry in entries}
+    for entry in entries:
+        for role, needed in entry.inputs.items():
+            if needed not in names | {BASE}:
+                key: KeyPath = ("stages", entry.name, "needs" if role == "parent" else role)
+                raise source.error(
+                    key, f"there is no stage {needed!r}{nearest(needed, [*names, BASE])}; stages: {', '.join([BASE, *names])}"
+                )
+    done, order, waiting = {BASE}, [], list(entries)
+    while waiting:
+        ready = next((e for e in waiting if done.issuperset(e.inputs.values())), None)
+        if ready is None:
+            cycle = ", ".join(e.name for e in waiting)
+            raise source.error(("stages", waiting[0].name, "needs"), f"the stages {cycle} wait for each other (a cycle)")
+        waiting.remove(ready)
+        order.append(ready)
+        done.add(ready.name)
+    return order
+
+
+def nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def told(error: ValidationError, source: Located, prefix: KeyPath, model: type[BaseModel]) -> EdgepressError:
+    """Pydantic's findings as lines of `file:line: key: what is wrong`."""
+    lines = []
+    for finding in error.errors(include_url=False):
+        known = [*model.model_fields, *(Execution.model_fields if issubclass(model, Stage) else ())]
+        message = finding["msg"]
+        if finding["type"] == "extra_forbidden" and len(finding["loc"]) == 1:
+            message = f"there is no such key{nearest(str(finding['loc'][-1]), known)}; keys: {', '.join(known)}"
+        elif finding["type"] == "extra_forbidden":
+            message = "there is no such key"
+        elif finding["type"] == "missing":
+            message = "this key is missing"
+        lines.append(str(source.error((*prefix, *finding["loc"]), message)))
+    return EdgepressError("\n".join(lines))

@@ -133,21 +133,35 @@ class Children:
 def machine_lock(*, alone: bool, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Hold this machine, shared with other work or alone, among all edgepress processes of all users. Dies with its owner.
 
-    given_up  asked while others hold it; raises JobFailed when it says so
+    Who wants it alone waits at the door, so that nobody else comes in meanwhile: work that goes on sharing it would never let go.
+    given_up  asked while others hold it; raises Stopped when it says so
     """
-    path = Path(tempfile.gettempdir()) / "edgepress-machine.lock"
+    with _lock_file("edgepress-machine.lock") as machine:
+        with _lock_file("edgepress-machine-door.lock") as door:
+            _wait(door, fcntl.LOCK_EX, given_up)
+            _wait(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, given_up)
+        yield
+
+
+@contextmanager
+def _lock_file(name: str) -> Iterator[int]:
+    """An open lock file of the machine. Closing it lets its lock go."""
+    path = Path(tempfile.gettempdir()) / name
     try:
         handle = os.open(path, os.O_RDONLY)  # another user's file can be locked, but neither written nor opened with O_CREAT
     except FileNotFoundError:
         handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
     try:
-        while not _locked(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
-            if given_up():
-                raise Stopped()
-            time.sleep(0.05)
-        yield
+        yield handle
     finally:
         os.close(handle)
+
+
+def _wait(handle: int, how: int, given_up: Callable[[], bool]) -> None:
+    while not _locked(handle, how):
+        if given_up():
+            raise Stopped()
+        time.sleep(0.05)
 
 
 def _locked(handle: int, how: int) -> bool:

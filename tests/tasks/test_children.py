@@ -189,27 +189,32 @@ def hold_machine(folder: Path) -> subprocess.Popen[str]:
 
 def test_the_machine_lock_excludes_other_processes_and_dies_with_its_owner(tmp_path: Path) -> None:
     holder = hold_machine(tmp_path)
-    entered = threading.Event()
+    entered, followed = threading.Event(), threading.Event()
 
-    def time_something() -> None:
-        with machine_lock(alone=True):
-            entered.set()
+    def take(alone: bool, told: threading.Event) -> None:
+        with machine_lock(alone=alone):
+            told.set()
+            time.sleep(0.1)
 
-    thread = threading.Thread(target=time_something)
-    thread.start()
+    timing = threading.Thread(target=take, args=(True, entered))
+    working = threading.Thread(target=take, args=(False, followed))
     with machine_lock(alone=False):  # work goes beside work
+        timing.start()
         assert not entered.wait(0.5)
+    working.start()
+    assert not followed.wait(0.5)  # but does not come in before who waits to be alone, or that would wait forever
     holder.kill()
     holder.wait()
-    thread.join(20)
-    assert entered.is_set()
+    timing.join(20)
+    working.join(20)
+    assert entered.is_set() and followed.is_set()
 
 
 def test_the_machine_lock_of_another_user_can_be_taken(tmp_path: Path) -> None:
     """Files of others can neither be written nor, in a sticky directory, opened with O_CREAT."""
-    lock = tmp_path / "edgepress-machine.lock"
-    lock.touch()
-    lock.chmod(0o444)
+    for name in ("edgepress-machine.lock", "edgepress-machine-door.lock"):
+        (tmp_path / name).touch()
+        (tmp_path / name).chmod(0o444)
     opened: list[int] = []
     original = os.open
 
@@ -221,7 +226,7 @@ def test_the_machine_lock_of_another_user_can_be_taken(tmp_path: Path) -> None:
         patch.setattr(os, "open", recording)
         with machine_lock(alone=True):
             pass
-    assert opened == [os.O_RDONLY]
+    assert opened == [os.O_RDONLY] * 2
 
 
 def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:

@@ -27,18 +27,21 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def load_model(path: Path, *, dtype: torch.dtype | None = torch.float32, device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    path: Path, *, dtype: torch.dtype | None = torch.float32, device: str = "cpu", inputs_rounded: bool = True
+) -> PreTrainedModel:
     """Open any checkpoint as a plain transformers model in evaluation mode; quantized layouts are dequantized.
 
     The linear layers of a W8A8 or fp8 checkpoint also round their inputs, token by token (`round_inputs`), as these formats mean.
 
-    dtype  of the weights; None keeps the checkpoint's own
+    dtype           of the weights; None keeps the checkpoint's own
+    inputs_rounded  False leaves the inputs of W8A8 and fp8 layers as they are, for who rounds them in another way
     Raises UnusableModel for a directory that `open_checkpoint` refuses.
     """
     path = Path(path)
     checkpoint = open_checkpoint(path)
     if checkpoint.layout != "dense":
-        model = _load_dequantized(checkpoint, dtype or getattr(torch, checkpoint.dtype))
+        model = _load_dequantized(checkpoint, dtype or getattr(torch, checkpoint.dtype), inputs_rounded)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
@@ -47,7 +50,7 @@ def load_model(path: Path, *, dtype: torch.dtype | None = torch.float32, device:
     return model.eval()
 
 
-def _load_dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+def _load_dequantized(checkpoint: Checkpoint, dtype: torch.dtype, inputs_rounded: bool) -> PreTrainedModel:
     """The dense model that a quantized checkpoint stands for, opened by transformers as any other."""
     scheme = read_scheme(checkpoint) if checkpoint.layout in COMPRESSED_TENSORS.values() else None
     layers = read_scaled_linears(checkpoint, scheme) if scheme else read_quantized_linears(checkpoint.path)
@@ -68,7 +71,7 @@ def _load_dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedM
             f"unknown {sorted(found['unexpected_keys'])}",
             key="model",
         )
-    if scheme:
+    if scheme and inputs_rounded:
         for path in linears:
             round_inputs(model.get_submodule(path), scheme)
     return model

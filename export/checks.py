@@ -2,54 +2,165 @@
 
 from compression.checkpoint import Checkpoint
 from compression.errors import Incompatible
+from compression.quantization.settings import codes_of
 
-ONNX_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-GENAI_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ONNX_DTYPES = ("float32", "float16", "int8")
+ONNX_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "gemma3_text", "phi3")
+GENAI_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+GENAI_LACKS = {  # why its builder (0.18) cannot write them
+    "olmo2": "its builder has no such model",
+    "smollm3": "its builder fails on layers without a rotary embedding",
+    "gemma3_text": "its builder does not read the rope settings that transformers 5 saves",
+}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles are a function of the position alone
+ONNX_TARGETS = ("portable", "onnxruntime")
+ONNX_DTYPES = ("float32", "float16", "int8", "int8-static", "int4")
 GENAI_PRECISIONS = ("int4", "fp32", "fp16")
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # of ONNX Runtime's MatMulNBits
 ACCURACY_LEVELS = (1, 4)
 
 
-def check_onnx(checkpoint: Checkpoint, *, dtype: str) -> None:
+def check_onnx(
+    checkpoint: Checkpoint, *, target: str = "portable", dtype: str = "float32", block_size: int = 32, accuracy_level: int = 4,
+    embedding_type: str | None = None, head_type: str | None = None,
+) -> None:  # fmt: skip
     """Raises Incompatible where `export_onnx` would not take this checkpoint."""
-    _check_family(checkpoint, ONNX_FAMILIES, "the ONNX exporter")
-    if dtype not in ONNX_DTYPES:
-        raise Incompatible(f"the ONNX exporter does not write {dtype!r}; it writes {', '.join(ONNX_DTYPES)}", key="dtype")
+    if checkpoint.model_type not in ONNX_FAMILIES:
+        raise _unknown_family(checkpoint, ONNX_FAMILIES, "the ONNX exporter")
+    _check_rope(checkpoint, "the ONNX exporter")
+    for key, value, known in (("target", target, ONNX_TARGETS), ("dtype", dtype, ONNX_DTYPES)):
+        if value not in known:
+            raise Incompatible(f"the ONNX exporter has no {key} {value!r}; it has {', '.join(known)}", key=key)
+    _check_outer_types(checkpoint, dtype, embedding_type, head_type)
+    if checkpoint.layout == "w8a8" and not dtype.startswith("int8"):
+        raise Incompatible(
+            f"a W8A8 checkpoint means 8-bit inputs of its layers, which a graph of type {dtype} would not have; choose int8 or int8-static",
+            key="dtype",
+        )
+    if dtype != "int4":
+        return
+    if target != "onnxruntime":
+        raise Incompatible("int4 is MatMulNBits, an operator of ONNX Runtime's own: it needs target: onnxruntime", key="target")
+    _check_blocks(block_size, accuracy_level)
+    if checkpoint.layout == "dense":
+        wrong = {path: width for path, (_, width) in checkpoint.linear_widths().items() if width % block_size}
+        if wrong:
+            raise Incompatible(f"block_size {block_size} does not divide the width of {wrong}; prune to a multiple of it", key="block_size")
+    else:
+        _check_carried(checkpoint)
 
 
-def check_genai(
-    checkpoint: Checkpoint, *, precision: str, block_size: int = 32, quantize_embeddings: bool = False, accuracy_level: int = 4
-) -> None:
-    """Raises Incompatible where `export_genai` would not take this checkpoint.
+def onnx_outer_types(checkpoint: Checkpoint, *, dtype: str, embedding_type: str | None, head_type: str | None) -> tuple[str, str]:
+    """Types of embedding and head in a graph. None stands for the float type of the graph, and for a tied head for the embedding's."""
+    default = "float16" if dtype == "float16" else "float32"
+    embedding = embedding_type or default
+    return embedding, head_type or (embedding if checkpoint.tied else default)
 
-    A GPTQ or AWQ checkpoint is taken where its codes fit MatMulNBits as they are: 4 bits, groups of 16 to 256 in storage order.
-    """
-    _check_family(checkpoint, GENAI_FAMILIES, "ONNX Runtime GenAI's builder")
-    if precision not in GENAI_PRECISIONS:
-        raise Incompatible(f"GenAI packages are written in {', '.join(GENAI_PRECISIONS)}, not in {precision!r}", key="precision")
+
+def _check_outer_types(checkpoint: Checkpoint, dtype: str, embedding_type: str | None, head_type: str | None) -> None:
+    known = ("float16",) if dtype == "float16" else ("float32", "int8")
+    for key, chosen in (("embedding_type", embedding_type), ("head_type", head_type)):
+        if chosen is not None and chosen not in known:
+            raise Incompatible(f"{key} {chosen!r} does not go with dtype {dtype}; {' or '.join(known)} does", key=key)
+    embedding, head = onnx_outer_types(checkpoint, dtype=dtype, embedding_type=embedding_type, head_type=head_type)
+    if checkpoint.tied and embedding != head:
+        raise _one_tensor(embedding, head)
+
+
+def _check_rope(checkpoint: Checkpoint, who: str) -> None:
+    rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
+    parts = [part for part in rope.values() if isinstance(part, dict)] or [rope]  # of each type of layer, or of all
+    for part in parts:
+        kind = part.get("rope_type", part.get("type", "default"))
+        if kind not in ROPE_TYPES:
+            raise Incompatible(
+                f"this model's rotary embedding is of type {kind!r}, which changes with the length of the text, and a graph is traced at one; "
+                f"{who} takes {', '.join(ROPE_TYPES)}",
+                key="uses",
+            )
+
+
+def _check_carried(checkpoint: Checkpoint) -> None:
+    """Whether the codes of a GPTQ or AWQ checkpoint fit MatMulNBits."""
+    if checkpoint.config["quantization_config"].get("desc_act"):
+        raise Incompatible("MatMulNBits has groups in storage order only, and this checkpoint's are not (desc_act)", key="dtype")
+    widths = {width for _, width in checkpoint.linear_widths().values()}
+    for codes in codes_of(checkpoint):
+        if codes.bits != 4 or any(codes.width(width) not in BLOCK_SIZES for width in widths):
+            raise Incompatible(
+                f"MatMulNBits carries codes of 4 bits in groups of {', '.join(map(str, BLOCK_SIZES))}; this {checkpoint.layout.upper()} "
+                f"checkpoint has {codes.bits} bits in groups of {codes.group_size}",
+                key="dtype",
+            )
+
+
+def _check_blocks(block_size: int, accuracy_level: int) -> None:
     if block_size not in BLOCK_SIZES:
         raise Incompatible(f"MatMulNBits takes blocks of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}", key="block_size")
     if accuracy_level not in ACCURACY_LEVELS:
         raise Incompatible(
             f"accuracy_level is 4 (activations in int8, faster) or 1 (in float32), not {accuracy_level}", key="accuracy_level"
         )
-    if quantize_embeddings and precision != "int4":
-        raise Incompatible(f"embeddings are quantized only with precision int4, not with {precision}", key="quantize_embeddings")
+
+
+def _unknown_family(checkpoint: Checkpoint, families: tuple[str, ...], who: str, why: str | None = None) -> Incompatible:
+    reason = f" ({why})" if why else ""
+    return Incompatible(
+        f"{who} is not proven for the architecture {checkpoint.model_type!r}{reason}; it takes {', '.join(families)}", key="uses"
+    )
+
+
+def check_genai(
+    checkpoint: Checkpoint, *, precision: str, block_size: int = 32, embedding_type: str | None = None, head_type: str | None = None,
+    accuracy_level: int = 4,
+) -> None:  # fmt: skip
+    """Raises Incompatible where `export_genai` would not take this checkpoint.
+
+    A GPTQ or AWQ checkpoint is taken where its codes fit MatMulNBits as they are: 4 bits, groups of 16 to 256 in storage order.
+    """
+    _check_genai_family(checkpoint)
+    if precision not in GENAI_PRECISIONS:
+        raise Incompatible(f"GenAI packages are written in {', '.join(GENAI_PRECISIONS)}, not in {precision!r}", key="precision")
+    _check_blocks(block_size, accuracy_level)
+    _check_genai_outer_types(checkpoint, precision, embedding_type, head_type)
     if checkpoint.layout != "dense":
         _check_codes(checkpoint, precision)
 
 
-def _check_family(checkpoint: Checkpoint, families: tuple[str, ...], who: str) -> None:
-    if checkpoint.model_type not in families:
-        raise Incompatible(
-            f"{who} is not proven for the architecture {checkpoint.model_type!r}; it takes {', '.join(families)}", key="uses"
-        )
+def genai_outer_types(checkpoint: Checkpoint, *, precision: str, embedding_type: str | None, head_type: str | None) -> tuple[str, str]:
+    """Types of embedding and head in a package. None stands for its float type, and for a tied head for the embedding's."""
+    default = "float16" if precision == "fp16" else "float32"
+    embedding = embedding_type or default
+    return embedding, head_type or (embedding if checkpoint.tied else default)
+
+
+def _check_genai_outer_types(checkpoint: Checkpoint, precision: str, embedding_type: str | None, head_type: str | None) -> None:
+    known = {"fp16": ("float16",), "fp32": ("float32",), "int4": ("float32", "int4")}[precision]
+    for key, chosen in (("embedding_type", embedding_type), ("head_type", head_type)):
+        if chosen is not None and chosen not in known:
+            raise Incompatible(f"{key} {chosen!r} does not go with precision {precision}; {' or '.join(known)} does", key=key)
+    embedding, head = genai_outer_types(checkpoint, precision=precision, embedding_type=embedding_type, head_type=head_type)
+    if checkpoint.tied and embedding != head:
+        raise _one_tensor(embedding, head)
+
+
+def _one_tensor(embedding: str, head: str) -> Incompatible:
+    return Incompatible(
+        f"embedding and head are one tensor in this model, so head_type {head} cannot differ from embedding_type {embedding}",
+        key="head_type",
+    )
+
+
+def _check_genai_family(checkpoint: Checkpoint) -> None:
+    who = "ONNX Runtime GenAI"
+    if checkpoint.model_type not in GENAI_FAMILIES:
+        raise _unknown_family(checkpoint, GENAI_FAMILIES, who, GENAI_LACKS.get(checkpoint.model_type))
+    if checkpoint.model_type == "phi3":
+        _check_rope(checkpoint, who)
     window = checkpoint.config.get("sliding_window")
     if window is not None and checkpoint.config.get("use_sliding_window", True) and window < checkpoint.max_length:
         raise Incompatible(
-            f"{who} has no sliding window, and this model attends to {window} tokens of {checkpoint.max_length}; "
-            f"lower max_position_embeddings to {window} or export it with export.gguf",
+            f"{who} fails on the sliding windows that its builder writes, and this model attends to {window} tokens of "
+            f"{checkpoint.max_length}; lower max_position_embeddings to {window} or take export.onnx or export.gguf",
             key="uses",
         )
 

@@ -1,4 +1,4 @@
-"""ONNX graphs against transformers, the ONNX checker and a float64 formula."""
+"""ONNX graphs against transformers, the ONNX checker and the checkpoint's own numbers."""
 
 import json
 import shutil
@@ -11,13 +11,15 @@ import onnx_ir
 import pytest
 from onnx import numpy_helper
 
-import export.onnx
+import export.onnx.save
 from compression.checkpoint import open_checkpoint
 from compression.context import Context
-from compression.errors import Incompatible
+from compression.errors import Incompatible, UnusableModel
 from compression.loading import load_model, load_tokenizer
 from export.checks import check_onnx
-from export.onnx import OPSET, export_onnx, quantize_linears, save_graph
+from export.onnx import export_onnx
+from export.onnx.save import save_graph
+from export.onnx.trace import OPSET
 from export.runtimes.onnx_runtime import OnnxRuntime
 from tests.tiny import tiny_checkpoint, tiny_windows
 
@@ -32,11 +34,6 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir()}
-
-
-@pytest.fixture
-def int8_graph(artifact: Path) -> onnx_ir.Model:
-    return quantize_linears(onnx_ir.load(artifact / "model.onnx"))
 
 
 def test_same_bytes_from_another_place_and_nothing_said(
@@ -72,6 +69,15 @@ def test_interface(artifact: Path) -> None:
     }
 
 
+def test_attention_holds_the_cache_and_products_are_called_by_their_layers(checkpoint: Path, artifact: Path) -> None:
+    nodes = onnx.load(artifact / "model.onnx").graph.node
+    found = Counter(node.op_type for node in nodes)
+    assert found["Attention"] == 2 and not found["Where"]
+    assert all(len(node.input) == 6 and len(node.output) == 3 for node in nodes if node.op_type == "Attention")
+    products = {f"{node.name}.weight" for node in nodes if node.op_type == "MatMul"}
+    assert products == {*open_checkpoint(checkpoint).linear_tensors(), "lm_head.weight"}
+
+
 def test_weights_are_in_the_file_once(checkpoint: Path, artifact: Path) -> None:
     parameters = sum(p.numel() for p in load_model(checkpoint).parameters())  # tied embeddings count once
     model = onnx.load(artifact / "model.onnx")
@@ -84,59 +90,93 @@ def test_carries_tokenizer_and_config(checkpoint: Path, artifact: Path) -> None:
     assert load_tokenizer(artifact)(text).input_ids == load_tokenizer(checkpoint)(text).input_ids
 
 
-def test_int8_quantizes_the_linear_layers_of_the_blocks_only(checkpoint: Path, int8_graph: onnx_ir.Model, tmp_path: Path) -> None:
-    save_graph(int8_graph, tmp_path / "model.onnx")
-    model = onnx.load(tmp_path / "model.onnx")
-    onnx.checker.check_model(model, full_check=True)
-    assert str(tmp_path.parent).encode() not in (tmp_path / "model.onnx").read_bytes() and not model.metadata_props
-    assert Counter(node.op_type for node in model.graph.node)["MatMulInteger"] == 7 * 2
-    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    weights = [p.detach().double().numpy().T for name, p in load_model(checkpoint).named_parameters() if "proj" in name]
-    codes = [array for array in constants.values() if array.dtype == np.int8 and array.ndim == 2]
-    assert len(codes) == len(weights) == 14
-    for weight in weights:  # found by its rounded values: every code within half a step of the weight, by float64 formula
-        scale = np.abs(weight).max(axis=0) / 127.5
-        assert any(c.shape == weight.shape and (np.abs(c - weight / scale) <= 1.01).all() for c in codes)
-
-
-def test_large_weights_go_beside_the_graph(
-    artifact: Path, int8_graph: onnx_ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_graph(int8_graph, tmp_path / "int8.onnx")
-    monkeypatch.setattr(export.onnx, "EXTERNAL_DATA_BYTES", 1000)
-    graph = onnx_ir.load(artifact / "model.onnx")
+def test_large_weights_go_beside_the_graph(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export.onnx.save, "EXTERNAL_DATA_BYTES", 1000)
     shutil.copy(artifact / "config.json", tmp_path)
-    save_graph(graph, tmp_path / "model.onnx")
+    save_graph(onnx_ir.load(artifact / "model.onnx"), tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx.data").stat().st_size > 300_000 > (tmp_path / "model.onnx").stat().st_size
     ids = tiny_windows(1, 8).numpy()
     np.testing.assert_array_equal(OnnxRuntime(tmp_path, threads=1).logits(ids), OnnxRuntime(artifact, threads=1).logits(ids))
-    save_graph(quantize_linears(onnx_ir.load(artifact / "model.onnx")), tmp_path / "int8_external.onnx")
-    inside, beside = (onnx.load(tmp_path / name) for name in ("int8.onnx", "int8_external.onnx"))
-    assert {t.name: t.raw_data for t in inside.graph.initializer}.keys() == {t.name for t in beside.graph.initializer}
+
+
+WINDOW = 8  # shorter than the texts here
 
 
 @pytest.mark.parametrize(
-    ("family", "tied", "dtype", "tolerance"),
-    [("mistral", True, "float32", 1e-4), ("qwen2", False, "float16", 0.05), ("qwen3", True, "float32", 1e-4)],
+    ("family", "tied", "dtype", "settings"),
+    [
+        ("mistral", True, "float32", {"sliding_window": WINDOW}),
+        ("qwen2", False, "float16", {}),
+        ("qwen3", True, "float32", {}),
+        ("olmo2", False, "float32", {}),
+        ("smollm3", True, "float32", {"layers": 2}),  # one with, one without rotary embedding
+        ("gemma3_text", True, "float32", {"layers": 2}),  # one with a window, one without
+        ("phi3", True, "float32", {"sliding_window": WINDOW}),
+    ],
 )
-def test_every_family_equals_transformers(family: str, tied: bool, dtype: export.onnx.Dtype, tolerance: float, tmp_path: Path) -> None:
-    source = tiny_checkpoint(tmp_path / "model", family, layers=1, tied=tied)
+def test_every_family_equals_transformers(family: str, tied: bool, dtype: str, settings: dict, tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model", family, tied=tied, **{"layers": 1} | settings)
     export_onnx(source, tmp_path / "out", dtype=dtype, context=Context())
-    ids = tiny_windows(2, 12)
-    expected = load_model(source)(ids).logits.detach().numpy()
-    found = OnnxRuntime(tmp_path / "out", threads=1).logits(ids.numpy())
-    np.testing.assert_allclose(found, expected, atol=tolerance)
+    tolerance = 0.05 if dtype == "float16" else 1e-4
+    ids = tiny_windows(2, 3 * WINDOW)
+    expected = load_model(source)(ids, use_cache=False).logits.detach().numpy()
+    runtime = OnnxRuntime(tmp_path / "out", threads=1)
+    np.testing.assert_allclose(runtime.logits(ids.numpy()), expected, atol=tolerance)
+    runtime.start(ids[0, :WINDOW].tolist(), 2 * WINDOW)
+    decoded = [runtime.step(int(token)).copy() for token in ids[0, WINDOW:]]
+    np.testing.assert_allclose(np.stack(decoded), expected[0, WINDOW:], atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"dtype": "int3"}, "dtype"),
+        ({"target": "tensorrt"}, "target"),
+        ({"dtype": "int4"}, "target"),
+        ({"dtype": "int4", "target": "onnxruntime", "block_size": 48}, "block_size"),
+        ({"dtype": "int4", "target": "onnxruntime", "block_size": 256}, "block_size"),  # wider than the rows
+        ({"dtype": "int4", "target": "onnxruntime", "accuracy_level": 2}, "accuracy_level"),
+        ({"dtype": "float16", "embedding_type": "int8", "head_type": "int8"}, "embedding_type"),
+        ({"dtype": "int8", "head_type": "int8", "embedding_type": "float32"}, "head_type"),  # one tensor
+    ],
+)
+def test_refuses_bad_options(checkpoint: Path, options: dict, key: str) -> None:
+    with pytest.raises(Incompatible) as error:
+        check_onnx(open_checkpoint(checkpoint), **options)
+    assert error.value.key == key
 
 
 def test_refuses_before_work(tmp_path: Path) -> None:
-    window = open_checkpoint(tiny_checkpoint(tmp_path / "window", "mistral", layers=1, sliding_window=16))
-    with pytest.raises(Incompatible, match="16 tokens of 128") as error:
-        check_onnx(window, dtype="float32")
-    assert error.value.key == "uses"
-    other = open_checkpoint(tiny_checkpoint(tmp_path / "other", "olmo2", layers=1))
-    with pytest.raises(Incompatible, match="'olmo2'"):
-        export_onnx(other.path, tmp_path / "out", dtype="float32", context=Context())
+    source = tiny_checkpoint(tmp_path / "model", layers=1)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(
+        json.dumps(config | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}})
+    )
+    with pytest.raises(Incompatible, match="'dynamic'"):
+        export_onnx(source, tmp_path / "out", context=Context())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    with pytest.raises(Incompatible, match="'gpt2'"):
+        export_onnx(source, tmp_path / "out", context=Context())
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Incompatible, match="needs them"):
+        export_onnx(source, tmp_path / "out", dtype="int8-static", context=Context())
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(UnusableModel, match="no tokenizer.json"):
+        export_onnx(source, tmp_path / "out", context=Context())
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UnusableModel, match="truncated"):
+        export_onnx(source, tmp_path / "out", context=Context())
     assert not (tmp_path / "out").exists()
-    with pytest.raises(Incompatible, match="float32, float16, int8") as error:
-        check_onnx(open_checkpoint(tiny_checkpoint(tmp_path / "model", layers=1)), dtype="int4")
-    assert error.value.key == "dtype"
+
+
+def test_a_write_error_leaves_nothing(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(graph: onnx_ir.Model, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export.onnx.writer, "trace_generation", lambda model: onnx_ir.load(artifact / "model.onnx"))
+    monkeypatch.setattr(export.onnx.writer, "save_graph", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_onnx(tiny_checkpoint(tmp_path / "model"), tmp_path / "out", context=Context())
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}

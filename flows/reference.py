@@ -31,6 +31,7 @@ _SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
+    "query_pre_attn_scalar": 64,
     "vocab_size": 1024,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,

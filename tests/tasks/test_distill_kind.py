@@ -93,11 +93,12 @@ def test_stages_of_a_store_share_what_the_teacher_said(tmp_path: Path, checkpoin
         tracking = SimpleNamespace(log_curve=lambda *_: None)
         pipeline: Any = SimpleNamespace(
             store=store, children=Here(), machine=made.machine, data=made.parsed.recipe.data, tracking=tracking, results=results,
-            progress=lambda *_: None,
+            progress=lambda *_: None, base=made.base,
         )  # fmt: skip
+        results["base"].identity = made.base.identity
         for task in made.assignments[1:]:
             assert task.stage is not None
-            results[task.name] = Result(task.name, task.stage.uses, [], "Running")
+            results[task.name] = Result(task.name, task.stage.uses, [], "Running", identity=task.identity)
             _compute(pipeline, task, task.stage, results[task.name])
         built.append(results["taught"].metrics["teacher_cache_built"])
         assert str(tmp_path) not in str(made.assignments[-1].document)  # where the cache is decides nothing

@@ -3,15 +3,14 @@
 from compression.checkpoint import Checkpoint
 from compression.errors import Incompatible
 from compression.quantization.settings import codes_of
+from export.refusals import TRACED_FAMILIES, check_family, check_fixed_rope, check_tied_types
 
-ONNX_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "gemma3_text", "phi3")
 GENAI_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 GENAI_LACKS = {  # why its builder (0.18) cannot write them
     "olmo2": "its builder has no such model",
     "smollm3": "its builder fails on layers without a rotary embedding",
     "gemma3_text": "its builder does not read the rope settings that transformers 5 saves",
 }
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles are a function of the position alone
 ONNX_TARGETS = ("portable", "onnxruntime")
 ONNX_DTYPES = ("float32", "float16", "int8", "int8-static", "int4")
 GENAI_PRECISIONS = ("int4", "fp32", "fp16")
@@ -24,9 +23,8 @@ def check_onnx(
     embedding_type: str | None = None, head_type: str | None = None,
 ) -> None:  # fmt: skip
     """Raises Incompatible where `export_onnx` would not take this checkpoint."""
-    if checkpoint.model_type not in ONNX_FAMILIES:
-        raise _unknown_family(checkpoint, ONNX_FAMILIES, "the ONNX exporter")
-    _check_rope(checkpoint, "the ONNX exporter")
+    check_family(checkpoint, TRACED_FAMILIES, "the ONNX exporter")
+    check_fixed_rope(checkpoint, "the ONNX exporter")
     for key, value, known in (("target", target, ONNX_TARGETS), ("dtype", dtype, ONNX_DTYPES)):
         if value not in known:
             raise Incompatible(f"the ONNX exporter has no {key} {value!r}; it has {', '.join(known)}", key=key)
@@ -62,21 +60,7 @@ def _check_outer_types(checkpoint: Checkpoint, dtype: str, embedding_type: str |
         if chosen is not None and chosen not in known:
             raise Incompatible(f"{key} {chosen!r} does not go with dtype {dtype}; {' or '.join(known)} does", key=key)
     embedding, head = onnx_outer_types(checkpoint, dtype=dtype, embedding_type=embedding_type, head_type=head_type)
-    if checkpoint.tied and embedding != head:
-        raise _one_tensor(embedding, head)
-
-
-def _check_rope(checkpoint: Checkpoint, who: str) -> None:
-    rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
-    parts = [part for part in rope.values() if isinstance(part, dict)] or [rope]  # of each type of layer, or of all
-    for part in parts:
-        kind = part.get("rope_type", part.get("type", "default"))
-        if kind not in ROPE_TYPES:
-            raise Incompatible(
-                f"this model's rotary embedding is of type {kind!r}, which changes with the length of the text, and a graph is traced at one; "
-                f"{who} takes {', '.join(ROPE_TYPES)}",
-                key="uses",
-            )
+    check_tied_types(checkpoint, embedding, head)
 
 
 def _check_carried(checkpoint: Checkpoint) -> None:
@@ -100,13 +84,6 @@ def _check_blocks(block_size: int, accuracy_level: int) -> None:
         raise Incompatible(
             f"accuracy_level is 4 (activations in int8, faster) or 1 (in float32), not {accuracy_level}", key="accuracy_level"
         )
-
-
-def _unknown_family(checkpoint: Checkpoint, families: tuple[str, ...], who: str, why: str | None = None) -> Incompatible:
-    reason = f" ({why})" if why else ""
-    return Incompatible(
-        f"{who} is not proven for the architecture {checkpoint.model_type!r}{reason}; it takes {', '.join(families)}", key="uses"
-    )
 
 
 def check_genai(
@@ -139,23 +116,14 @@ def _check_genai_outer_types(checkpoint: Checkpoint, precision: str, embedding_t
         if chosen is not None and chosen not in known:
             raise Incompatible(f"{key} {chosen!r} does not go with precision {precision}; {' or '.join(known)} does", key=key)
     embedding, head = genai_outer_types(checkpoint, precision=precision, embedding_type=embedding_type, head_type=head_type)
-    if checkpoint.tied and embedding != head:
-        raise _one_tensor(embedding, head)
-
-
-def _one_tensor(embedding: str, head: str) -> Incompatible:
-    return Incompatible(
-        f"embedding and head are one tensor in this model, so head_type {head} cannot differ from embedding_type {embedding}",
-        key="head_type",
-    )
+    check_tied_types(checkpoint, embedding, head)
 
 
 def _check_genai_family(checkpoint: Checkpoint) -> None:
     who = "ONNX Runtime GenAI"
-    if checkpoint.model_type not in GENAI_FAMILIES:
-        raise _unknown_family(checkpoint, GENAI_FAMILIES, who, GENAI_LACKS.get(checkpoint.model_type))
+    check_family(checkpoint, GENAI_FAMILIES, who, GENAI_LACKS.get(checkpoint.model_type))
     if checkpoint.model_type == "phi3":
-        _check_rope(checkpoint, who)
+        check_fixed_rope(checkpoint, who)
     window = checkpoint.config.get("sliding_window")
     if window is not None and checkpoint.config.get("use_sliding_window", True) and window < checkpoint.max_length:
         raise Incompatible(

@@ -2,11 +2,13 @@
 
 import json
 import math
+import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from compression.checkpoint import open_checkpoint
 from compression.errors import MissingExtra, UnusableModel
@@ -79,11 +81,9 @@ def read_contents(path: Path) -> Contents:
     """Raises UnusableModel for a path that no runtime opens or a damaged file, MissingExtra where the format's package is not installed."""
     readers: dict[str, Callable[[Path], Contents]] = {
         "transformers": _checkpoint, "llama.cpp": _gguf, "onnxruntime": _onnx, "onnxruntime-genai": _onnx,
+        "openvino": _openvino, "executorch": _executorch,
     }  # fmt: skip
-    runtime = runtime_name(path)
-    if runtime in readers:
-        return readers[runtime](path)
-    return Contents(runtime, _described(path))  # a format whose tensors only its runtime reads
+    return readers[runtime_name(path)](path)
 
 
 def _checkpoint(path: Path) -> Contents:
@@ -153,6 +153,41 @@ def _onnx_parameters(nodes: Iterable[Any], tensors: dict[str, tuple[str, int, in
             elif node.op_type not in ("GroupQueryAttention", "RotaryEmbedding"):
                 seen.setdefault(name, tensors[name][1])
     return sum(seen.values())
+
+
+def _openvino(path: Path) -> Contents:
+    """Constants as model.xml lists them; parameters are those of matrices, whose scales are columns beside them."""
+    graph, weights = path / "model.xml", path / "model.bin"
+    try:
+        root = ElementTree.parse(graph).getroot()
+        found = [layer.attrib for layer in root.iterfind(".//layer[@type='Const']/data")]
+        types = [data["element_type"] for data in found]
+        places = [(int(data["offset"]), int(data["size"])) for data in found]
+        shapes = [[int(n) for n in data["shape"].split(",") if n] for data in found]
+        present = weights.stat().st_size
+    except (ElementTree.ParseError, KeyError, ValueError, OSError) as error:
+        raise UnusableModel(f"{graph} or {weights.name} is truncated or damaged: {error}", key="model") from None
+    if present < (needed := max(map(sum, places), default=0)):
+        raise UnusableModel(f"{weights} is truncated or damaged: {present} bytes of {needed}", key="model")
+    # Constants of equal bytes share a place in the file, which counts once.
+    tensors = _grouped((type, size) for (_, size), type in dict(zip(places, types, strict=True)).items())
+    matrices = {place: math.prod(shape) for place, shape in zip(places, shapes, strict=True) if len(shape) == 2 and min(shape) > 1}
+    options = {option.tag: option.attrib["value"] for option in root.iterfind("rt_info/runtime_options/*")}
+    return Contents("openvino", _described(path), sum(matrices.values()), tensors, options)
+
+
+def _executorch(path: Path) -> Contents:
+    """Only bytes: a program's tensors lie in parts that each backend packs its own way. The header is ExecuTorch's extended one."""
+    file = path / "model.pte"
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(40)
+    if len(head) < 40 or head[4:6] != b"ET" or head[8:12] != b"eh00":
+        raise UnusableModel(f"{file} is truncated or damaged: it does not begin as an ExecuTorch program", key="model")
+    program, base, segments = struct.unpack("<QQQ", head[16:40])
+    if size < (needed := max(program, base + segments)):
+        raise UnusableModel(f"{file} is truncated or damaged: {size} bytes of {needed}", key="model")
+    return Contents("executorch", _described(path), settings={"program bytes": program, "weight bytes": segments})
 
 
 def _described(path: Path) -> dict[str, Any]:

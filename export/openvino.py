@@ -23,6 +23,7 @@ from compression.loading import copy_tokenizer, load_model
 from export.edge_checks import Role, StoredType, check_openvino, stored_types
 from export.quiet import quiet_and_offline
 from export.telemetry import import_openvino
+from export.whole import whole
 
 
 def export_openvino(
@@ -58,12 +59,12 @@ def export_openvino(
         name_nodes(graph)
         graph.set_rt_info("f32", ["runtime_options", "INFERENCE_PRECISION_HINT"])
         graph.set_rt_info("f16" if dtype == "float16" else "f32", ["runtime_options", "KV_CACHE_PRECISION"])
-        out.mkdir(parents=True, exist_ok=True)
-        openvino.save_model(graph, out / "model.xml", compress_to_fp16=False)
-    context.progress(2, 2, "written")
-    config = {key: value for key, value in description.config.items() if key != "quantization_config"}
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    copy_tokenizer(checkpoint, out)
+    with whole(out) as place:
+        openvino.save_model(graph, place / "model.xml", compress_to_fp16=False)
+        context.progress(2, 2, "written")
+        config = {key: value for key, value in description.config.items() if key != "quantization_config"}
+        (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        copy_tokenizer(checkpoint, place)
     return {"bytes": sum(f.stat().st_size for f in out.iterdir()), "seconds": time.perf_counter() - started}
 
 

@@ -3,8 +3,11 @@
 import contextlib
 import io
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import huggingface_hub.constants
@@ -30,3 +33,20 @@ def quiet_and_offline() -> Iterator[None]:
             yield
         finally:
             logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def quiet_library() -> Iterator[None]:
+    """Drop what compiled code writes to the process's standard error (file descriptor 2) while the block runs.
+
+    For a library that offers no other way. What goes wrong still arrives, as an exception.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -26,6 +26,12 @@ RUN: Mapping[str, str] = {  # beside `edgepress generate`, which runs them all
     "llama.cpp": """With llama.cpp itself: `llama-cli -m model.gguf -p "Once upon a time" -n 100`""",
     "onnxruntime": """With ONNX Runtime itself: `onnxruntime.InferenceSession("model.onnx")`. The graph takes `input_ids`, `position_ids` and
 `past_key_values.*` (empty at first), and returns `logits` and `present.*`, which are the next step's past.""",
+    "openvino": """With OpenVINO itself: `openvino.Core().compile_model("model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})`. Without that hint
+a processor with AMX computes in bfloat16. The model takes `input_ids`, `position_ids` and `beam_idx` (0, 1, ... of the batch's rows), and
+returns `logits`; it keeps the cache in its state, which `reset_state` empties.""",
+    "executorch": """With ExecuTorch itself: `executorch.runtime.Runtime.get().load_program("model.pte").load_method("forward")`. It takes one row
+of `input_ids` and their `cache_position` (0, 1, ... for a prompt), at most `get_max_seq_len` at a time and `get_max_context_len` in all, and
+returns `logits`; it keeps the cache, and a call that starts at 0 begins anew. The program needs XNNPACK in the runtime it is opened with.""",
     "onnxruntime-genai": """With ONNX Runtime GenAI itself:
 
 ```python

@@ -11,6 +11,7 @@ EXTRAS: dict[str, dict[str, str]] = {  # extra -> distribution -> module
     "qlora": {"bitsandbytes": "bitsandbytes"},
     "s3": {"s3fs": "s3fs"},
     "openvino": {"openvino": "openvino"},
+    "executorch": {"executorch": "executorch"},
     "llamacpp": {"gguf": "gguf", "llama-cpp-python": "llama_cpp"},
 }
 

@@ -28,7 +28,7 @@ Reads = Literal["nothing", "calibration", "validation", "training"]
 class Artifact:
     """A planned or finished export: what no model stage can take any further."""
 
-    runtime: str  # the runtime that opens it: "onnxruntime", "onnxruntime-genai", "openvino", "llama.cpp"
+    runtime: str  # the runtime that opens it: "onnxruntime", "onnxruntime-genai", "openvino", "executorch", "llama.cpp"
     change: Change  # what the exporter does to the weights: the key of the default bounds of its proof
     size_bytes: int  # estimated while planned
 

@@ -11,7 +11,7 @@ class Runtime(Protocol):
     Generation (compression/evaluation/generation.py) is `start` and then `step` after `step`, on a KV cache that the runtime keeps.
     """
 
-    name: str  # "transformers", "onnxruntime", "onnxruntime-genai", "llama.cpp"
+    name: str  # "transformers", "onnxruntime", "onnxruntime-genai", "openvino", "executorch", "llama.cpp"
     version: str  # of the library, part of every record's key
     max_length: int  # tokens that fit, prompt and generation together
     timed: bool  # False where the layout has no fast kernel here, so that a tokens/s would mislead

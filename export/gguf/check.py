@@ -8,6 +8,7 @@ from compression.quantization.settings import codes_of, layer_codes
 from export.gguf.architectures import check_architecture
 from export.gguf.pretokenizer import recognize
 from export.gguf.types import BLOCK, CARRY, FLOATS, NEEDS_IMPORTANCE, QUANTIZED, TENSOR_TYPES, TYPES, tensor_types
+from export.refusals import check_tied_types
 
 CARRIED_BITS = (4, 8)
 _OPENLY = "or say requantize: true with a type such as q4_0, which rounds a second time"
@@ -38,11 +39,7 @@ def _check_outer_types(checkpoint: Checkpoint, type: str, embedding_type: str | 
         if chosen is not None and chosen not in TENSOR_TYPES:
             raise Incompatible(f"{key} {chosen!r} is not one of {', '.join(TENSOR_TYPES)}", key=key)
     embedding, head = tensor_types(checkpoint, type=type, embedding_type=embedding_type, head_type=head_type)
-    if checkpoint.tied and head != embedding:
-        raise Incompatible(
-            f"embedding and head are one tensor in this model, so head_type {head} cannot differ from embedding_type {embedding}",
-            key="head_type",
-        )
+    check_tied_types(checkpoint, embedding, head)
     for key, chosen in (("embedding_type", embedding), ("head_type", head)):
         if checkpoint.hidden_size % TENSOR_TYPES[chosen]:
             raise Incompatible(

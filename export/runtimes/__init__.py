@@ -26,6 +26,7 @@ PACKAGES = {
     "onnxruntime": Package("onnxruntime", "onnx", "export.runtimes.onnx_runtime", "OnnxRuntime"),
     "onnxruntime-genai": Package("onnxruntime-genai", "genai", "export.runtimes.genai_runtime", "GenaiRuntime"),
     "openvino": Package("openvino", "openvino", "export.runtimes.openvino_runtime", "OpenvinoRuntime"),
+    "executorch": Package("executorch", "executorch", "export.runtimes.executorch_runtime", "ExecutorchRuntime"),
     "llama.cpp": Package("llama-cpp-python", "llamacpp", "export.runtimes.llamacpp", "LlamaCppRuntime"),
 }
 
@@ -50,10 +51,13 @@ def runtime_name(path: Path) -> str:
         return "onnxruntime"
     if (path / "model.xml").is_file():
         return "openvino"
+    if (path / "model.pte").is_file():
+        return "executorch"
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         return "transformers"
     raise UnusableModel(
-        f"{path} is neither a checkpoint (config.json and safetensors) nor an artifact (*.gguf, genai_config.json, model.onnx or model.xml)",
+        f"{path} is neither a checkpoint (config.json and safetensors) nor an artifact "
+        "(*.gguf, genai_config.json, model.onnx, model.xml or model.pte)",
         key="model",
     )
 

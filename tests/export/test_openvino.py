@@ -16,10 +16,12 @@ import torch
 from compression.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.data import DataSpec
-from compression.errors import EdgepressError, Incompatible
+from compression.errors import EdgepressError, Incompatible, UnusableModel
 from compression.evaluation.generation import generate
 from compression.loading import load_model, load_tokenizer
-from export.edge_checks import OPENVINO_FAMILIES, check_openvino
+from export.contents import read_contents
+from export.edge_checks import check_openvino
+from export.refusals import TRACED_FAMILIES
 from export.runtimes import open_runtime
 from tasks.stage import stage_kinds
 from tests.tiny import tiny_checkpoint, tiny_windows
@@ -27,6 +29,7 @@ from tests.tiny import tiny_checkpoint, tiny_windows
 if find_spec("openvino") is None:  # not importorskip, which would import it with its telemetry on
     pytest.skip("OpenVINO is not installed: pip install 'edgepress[openvino]'", allow_module_level=True)
 
+import export.openvino
 from export.openvino import export_openvino
 
 MATRICES = 7 * 2  # linear layers of a tiny Llama
@@ -63,7 +66,7 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-@pytest.mark.parametrize("family", OPENVINO_FAMILIES)
+@pytest.mark.parametrize("family", TRACED_FAMILIES)
 def test_every_family_equals_transformers_in_prefill_and_decode(family: str, tmp_path: Path) -> None:
     """Also far beyond a sliding window of 8 (gemma3_text, mistral), in a batch, and with a head of its own (qwen2)."""
     window = {"sliding_window": 8} if family == "mistral" else {}
@@ -197,6 +200,37 @@ def test_a_truncated_checkpoint_leaves_nothing_behind(checkpoint: Path, tmp_path
     with pytest.raises(EdgepressError):
         export_openvino(tmp_path / "model", tmp_path / "out", dtype="float32", context=Context())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_write_error_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export.openvino, "copy_tokenizer", full)  # when graph and weights are written
+    with pytest.raises(OSError, match="No space left"):
+        export_openvino(checkpoint, tmp_path / "out", dtype="float32", context=Context())
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_tells_its_tensors_by_type(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model", tied=False)
+    export_openvino(source, tmp_path / "out", dtype="int8", embedding_type="float16", context=Context())
+    found, model = read_contents(tmp_path / "out"), load_model(source)
+    matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 2}
+    assert found.runtime == "openvino" and found.architecture == read_contents(source).architecture
+    assert found.parameters == sum(matrices.values())
+    sizes = {t.type: t.bytes for t in found.tensors}
+    assert sizes["i8"] == sum(count for name, count in matrices.items() if "proj" in name)
+    assert sizes["f16"] == 2 * matrices["model.embed_tokens.weight"]
+    assert sizes["f32"] > 4 * matrices["lm_head.weight"]  # and norms, scales and tables
+    assert sum(sizes.values()) <= (tmp_path / "out" / "model.bin").stat().st_size  # which fills places up
+    assert found.settings["INFERENCE_PRECISION_HINT"] == "f32"
+    for file, keep in (("model.bin", -1), ("model.xml", 1000)):
+        shutil.copytree(tmp_path / "out", tmp_path / file)
+        (tmp_path / file / file).write_bytes((tmp_path / file / file).read_bytes()[:keep])
+        with pytest.raises(UnusableModel, match="truncated or damaged") as error:
+            read_contents(tmp_path / file)
+        assert error.value.key == "model"
 
 
 def test_the_stage_plans_what_it_writes(checkpoint: Path) -> None:

@@ -104,6 +104,8 @@ def test_closes(runtime: Runtime) -> None:
         (["model.gguf"], "llama.cpp"),
         (["genai_config.json", "model.onnx"], "onnxruntime-genai"),
         (["model.onnx", "config.json"], "onnxruntime"),
+        (["model.xml", "model.bin", "config.json"], "openvino"),
+        (["model.pte", "config.json"], "executorch"),
         (["config.json", "model-00001-of-00002.safetensors"], "transformers"),
     ],
 )

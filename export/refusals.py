@@ -30,7 +30,9 @@ def check_fixed_rope(checkpoint: Checkpoint, who: str) -> None:
     rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
     layers = [value for value in rope.values() if isinstance(value, dict)] or [rope]  # of each type of layer, or of all
     for kind in (layer.get("rope_type") or layer.get("type") or "default" for layer in layers):
-        if kind not in FIXED_ROPES or (checkpoint.model_type == "phi3" and kind == "yarn"):  # an early name of longrope there
+        if checkpoint.model_type == "phi3" and kind in ("su", "yarn"):  # early names there
+            kind = "longrope"
+        if kind not in FIXED_ROPES:
             raise Incompatible(
                 f"this model's rotary embedding is of type {kind!r}, which changes with the length of the text, and a graph is traced at one; "
                 f"{who} takes {', '.join(FIXED_ROPES)}",

@@ -29,9 +29,9 @@ def check_fixed_rope(checkpoint: Checkpoint, who: str) -> None:
     """Raises Incompatible for a rotary embedding that changes with the length of the text: a graph is traced at one length."""
     rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
     layers = [value for value in rope.values() if isinstance(value, dict)] or [rope]  # of each type of layer, or of all
-    for kind in (layer.get("rope_type") or layer.get("type") or "default" for layer in layers):
-        if checkpoint.model_type == "phi3" and kind in ("su", "yarn"):  # early names there
-            kind = "longrope"
+    early = {"su": "longrope", "yarn": "longrope"} if checkpoint.model_type == "phi3" else {}  # names that it had there
+    for told in (layer.get("rope_type") or layer.get("type") or "default" for layer in layers):
+        kind = early.get(told, told)
         if kind not in FIXED_ROPES:
             raise Incompatible(
                 f"this model's rotary embedding is of type {kind!r}, which changes with the length of the text, and a graph is traced at one; "

@@ -18,6 +18,7 @@ from rich.table import Table
 from compression.errors import EdgepressError
 from flows.model_commands import model_app
 from flows.options import DEFAULT_OUTPUTS, DEFAULT_STORE, OutputsFolder, StoreFolder, terminal
+from flows.run_commands import carry_out, run_app
 from flows.store_commands import store_app
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -28,6 +29,7 @@ app = typer.Typer(
     help="Compress language models for the edge: prune, distil, fine-tune, quantize, export; one resumable graph, measured at every step.",
 )
 
+app.add_typer(run_app)
 app.add_typer(model_app)
 app.add_typer(store_app, name="store")
 
@@ -50,8 +52,10 @@ def main() -> None:
         error_console.print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
     except SystemExit as ended:
-        if ended.code == 130 and sys.argv[1:2] == ["run"]:  # what typer makes of a KeyboardInterrupt
-            error_console.print("interrupted: the same command goes on from here", markup=False)
+        if ended.code == 130 and sys.argv[1:2] in (["run"], ["resume"]):  # what typer makes of a KeyboardInterrupt
+            error_console.print(
+                "interrupted: the same command goes on from here, and `edgepress resume` in the same MLflow run", markup=False
+            )
         raise
 
 
@@ -61,29 +65,24 @@ def _interrupt(*_: Any) -> NoReturn:
 
 @app.command()
 def run(
-    recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder = DEFAULT_STORE, outputs: OutputsFolder = DEFAULT_OUTPUTS
-) -> None:
+    recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder = DEFAULT_STORE, outputs: OutputsFolder = DEFAULT_OUTPUTS,
+    first: Annotated[list[str] | None, typer.Option("--from", metavar="STAGE", help="Compute this stage, and what descends from it, even if the store has it.")] = None,
+    force: Annotated[list[str] | None, typer.Option("--force", metavar="STAGE", help="Compute only this stage even if the store has it.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="STAGE,...", help="Run only these stages and those they need.")] = None,
+) -> None:  # fmt: skip
     """Run a recipe. What is in the store already is not computed again.
+
+    --from, --force and --only take names of stages, with commas between them. Of a sweep, a stage's name means all its copies.
 
     Example: `edgepress run demo --set stages.distilled.steps=100`
     """
-    from flows.pipeline import run_pipeline
-    from flows.planning import make_plan
+    from flows.planning import make_plan, select
     from flows.recipe import load_recipe
-    from flows.report import render_report
-    from flows.screen import Screen, print_summary
     from tasks.store import Store
 
     opened = Store(store)
     plan = make_plan(load_recipe(_find(recipe), tuple(overrides or ())), opened)
-    console = terminal()
-    with Screen(console) as screen:
-        outcome = run_pipeline(plan, opened, outputs, screen.update, render_report)
-    print_summary(console, outcome.summary)
-    folder = outputs / plan.parsed.recipe.name
-    console.print(f"results: {folder}/   report: {folder / 'report.html'}   MLflow: edgepress ui", markup=False)
-    if not outcome.succeeded:
-        raise typer.Exit(1)
+    carry_out(select(plan, only=only or (), first=first or (), force=force or ()), opened, outputs)
 
 
 @app.command()

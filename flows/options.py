@@ -1,10 +1,13 @@
 """What several commands share: options, their defaults, the console. Imports no torch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from tasks.store import Store
 
 StoreFolder = Annotated[Path, typer.Option("--store", envvar="EDGEPRESS_STORE", help="Where results are kept by identity.")]
 OutputsFolder = Annotated[Path, typer.Option("--outputs", help="Where results are linked by name.")]
@@ -15,3 +18,13 @@ def terminal() -> Console:
     """The terminal; wide enough for the tables where the output goes into a file."""
     console = Console()
     return console if console.is_terminal else Console(width=200)
+
+
+def open_store(store: Path) -> "Store":
+    """A store that is there: looking into one makes none."""
+    from compression.errors import EdgepressError
+    from tasks.store import Store
+
+    if not (store / "schema.json").is_file():
+        raise EdgepressError(f"there is no store in {store}; --store or EDGEPRESS_STORE names another")
+    return Store(store)

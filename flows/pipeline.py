@@ -14,12 +14,12 @@ from flows.planning import Plan, check_disk
 from flows.server import prefect_server
 from tasks.children import Children
 from tasks.files import write_json
-from tasks.journal import Run, RunBase, RunStage, journal
+from tasks.journal import Run, RunBase, RunStage, Told, journal
 from tasks.measure import machine_fingerprint
 from tasks.owner import is_dead, owner_tag
 from tasks.perform import Pipeline, Result
 from tasks.store import Store
-from tasks.tracking import Tracking
+from tasks.tracking import Begun, Tracking
 
 Progress = Callable[[str, dict[str, Any]], None]
 
@@ -32,8 +32,10 @@ class Outcome:
     succeeded: bool
 
 
-def run_pipeline(plan: Plan, store: Store, outputs: Path, progress: Progress, render: Callable[[dict[str, Any]], str]) -> Outcome:
-    """Run every stage of the plan; `render` turns the summary into the report page.
+def run_pipeline(
+    plan: Plan, store: Store, outputs: Path, progress: Progress, render: Callable[[dict[str, Any]], str], resumes: Run | None = None
+) -> Outcome:
+    """Run every stage of the plan; `render` turns the summary into the report page. With `resumes` it goes on with that run, in MLflow too.
 
     Stages that do not depend on a failed one go on. On Ctrl-C the children are ended, the runs are closed, KeyboardInterrupt goes on.
     """
@@ -41,13 +43,15 @@ def run_pipeline(plan: Plan, store: Store, outputs: Path, progress: Progress, re
     started = time.time()
     recipe = plan.parsed.recipe
     children = Children(recipe.execution.cores or os.cpu_count() or 1)
-    with journal(store, _described(plan, outputs)) as journaled, prefect_server(store.root / "prefect"):
+    with journal(store, _described(plan, outputs, resumes)) as journaled, prefect_server(store.root / "prefect"):
         children.preload()
-        tracking = Tracking()
+        tracking = Tracking(resumes.tracking_uri if resumes and not os.environ.get("MLFLOW_TRACKING_URI") else None)
         tracking.end_orphans()
-        run = _open_parent(tracking, plan)
+        begun = _begun(tracking, resumes, progress) if resumes else None
+        run = _open_parent(tracking, plan, begun)
         journaled.note(tracking_uri=tracking.uri, tracking_run=run)
 
+        planned = {(task.name, task.identity) for task in plan.assignments}
         heard: set[str] = set()
 
         def told(stage: str, event: dict[str, Any]) -> None:
@@ -55,16 +59,17 @@ def run_pipeline(plan: Plan, store: Store, outputs: Path, progress: Progress, re
             if "ended" in event or stage not in heard:
                 heard.add(stage)
                 with pipeline.lock:  # until it is written, or an older state could come after a newer one
-                    journaled.stages({name: (result.state, result.reason) for name, result in pipeline.results.items()})
+                    journaled.stages({name: Told(r.state, r.reason, r.seconds) for name, r in pipeline.results.items()})
 
         pipeline = Pipeline(
             name=recipe.name, store=store, children=children, tracking=tracking, run=run, data=recipe.data, machine=plan.machine,
             base=plan.base, outputs=outputs, documents={a.name: (a.identity, a.document) for a in plan.assignments}, progress=told,
-            cells=_open_cells(tracking, plan, run),
+            cells=_open_cells(tracking, plan, run, begun),
+            known_runs={name: known for (name, identity), known in begun.stages.items() if (name, identity) in planned} if begun else {},
         )  # fmt: skip
         finished = False
         try:
-            _run_flow(pipeline, plan)
+            _run_flow(pipeline, plan, [f"resumes:{resumes.run}"] if resumes else [])
             finished = True
         finally:
             children.close()
@@ -75,13 +80,13 @@ def run_pipeline(plan: Plan, store: Store, outputs: Path, progress: Progress, re
             else:
                 _finish(pipeline, plan, summary, render)
         succeeded = all(row["state"] in {"Completed", "Cached"} for row in summary["rows"])
-        journaled.stages({row["stage"]: (row["state"], row["reason"]) for row in summary["rows"]})
+        journaled.stages({row["stage"]: Told(row["state"], row["reason"], row["seconds"]) for row in summary["rows"]})
         journaled.end("Completed" if succeeded else "Failed")
     return Outcome(summary, succeeded)
 
 
-def _described(plan: Plan, outputs: Path) -> Run:
-    """What the run's journal begins with."""
+def _described(plan: Plan, outputs: Path, resumes: Run | None) -> Run:
+    """What the run's journal begins with. That of a resumed one names its run in MLflow from the start: this one may end before it is open."""
     parsed, base = plan.parsed, plan.base
     file = parsed.source.file
     stages = [
@@ -90,12 +95,24 @@ def _described(plan: Plan, outputs: Path) -> Run:
         if task.stage is not None
     ]
     return Run(
-        recipe=parsed.recipe.name, file=str(file.absolute()), text=file.read_text(), overrides=parsed.overrides, directory=str(Path.cwd()),
+        recipe=parsed.recipe.name, file=str(file.absolute()), text=parsed.source.text, overrides=parsed.overrides, directory=str(Path.cwd()),
         outputs=str(outputs.absolute()), base=RunBase(source=base.source, identity=base.identity, content=base.content), stages=tuple(stages),
+        only=plan.only, again=tuple(task.name for task in plan.assignments if task.again), resumes=resumes.run if resumes else None,
+        tracking_uri=resumes.tracking_uri if resumes else "", tracking_run=resumes.tracking_run if resumes else "",
     )  # fmt: skip
 
 
-def _open_parent(tracking: Tracking, plan: Plan) -> str:
+def _begun(tracking: Tracking, resumes: Run, progress: Progress) -> Begun | None:
+    """The runs in MLflow to go on with. Warns where they are gone."""
+    begun = tracking.begun(resumes.tracking_run) if resumes.tracking_run else None
+    if begun is None and resumes.tracking_run:
+        progress(
+            resumes.run, {"warning": f"its run {resumes.tracking_run} is not in MLflow at {tracking.uri}; this one gets a new run there"}
+        )
+    return begun
+
+
+def _open_parent(tracking: Tracking, plan: Plan, begun: Begun | None) -> str:
     recipe = plan.parsed.recipe
     tags = {
         "edgepress.kind": "pipeline",
@@ -109,16 +126,20 @@ def _open_parent(tracking: Tracking, plan: Plan) -> str:
         "seed": recipe.seed,
         "stages": ", ".join(n.name for n in plan.parsed.nodes),
     }
-    run = tracking.open_run(recipe.name, tags=tags, params=params)
-    tracking.log_file(run, plan.parsed.source.file, "recipe")
+    run = tracking.open_run(recipe.name, tags=tags, params=params, known=begun.run if begun else None)
+    tracking.log_text(run, plan.parsed.source.text, f"recipe/{plan.parsed.source.file.name}")
     tracking.log_data(run, "recipe data", plan.assignments[0].document["data"], recipe.data.model_dump_json(), "evaluation")
     return run
 
 
-def _open_cells(tracking: Tracking, plan: Plan, run: str) -> dict[str, str]:
+def _open_cells(tracking: Tracking, plan: Plan, run: str, begun: Begun | None) -> dict[str, str]:
     """A run for each cell of the matrix, with its values as parameters: what MLflow compares and draws."""
     tags = {"edgepress.kind": "cell", "edgepress.recipe": plan.parsed.recipe.name}
-    return {branch.name: tracking.open_run(branch.name, parent=run, tags=tags, params=branch.values) for branch in plan.parsed.branches}
+    known = begun.cells if begun else {}
+    return {
+        branch.name: tracking.open_run(branch.name, parent=run, tags=tags, params=branch.values, known=known.get(branch.name))
+        for branch in plan.parsed.branches
+    }
 
 
 def _end_cells(pipeline: Pipeline, summary: dict[str, Any], finished: bool) -> None:
@@ -133,7 +154,7 @@ def _end_cells(pipeline: Pipeline, summary: dict[str, Any], finished: bool) -> N
             pipeline.tracking.end(cell["run"], "FAILED" if broken else "FINISHED", reasons or None)
 
 
-def _run_flow(pipeline: Pipeline, plan: Plan) -> None:
+def _run_flow(pipeline: Pipeline, plan: Plan, more_tags: list[str]) -> None:
     """Submit every stage to Prefect, which starts each one as the graph allows, and wait for all."""
     from prefect import flow, tags
     from prefect.futures import PrefectFuture
@@ -165,7 +186,7 @@ def _run_flow(pipeline: Pipeline, plan: Plan) -> None:
         return Failed(message=f"failed: {', '.join(broken)}") if broken else Completed(message="all stages done")
 
     try:
-        with tags("edgepress", f"owner:{owner_tag()}"):  # of the flow run and all its task runs, from the moment they exist
+        with tags("edgepress", f"owner:{owner_tag()}", *more_tags):  # of the flow run and all its task runs, from the moment they exist
             compress(return_state=True)
     finally:
         APILogHandler().flush()  # before the server goes

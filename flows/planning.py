@@ -1,7 +1,7 @@
 """From a recipe to a plan: every stage checked against the configs that will reach it, its identity, its estimated size. Imports no torch."""
 
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from compression.data import check_data, fingerprint
 from compression.errors import EdgepressError, Incompatible
 from compression.quantization.settings import linear_bits
 from export.proof import KL_TO_PARENT
-from flows.graph import BASE, Node
+from flows.graph import BASE, Node, nearest
 from flows.recipe import ParsedRecipe
 from tasks.base import Base, open_base
 from tasks.extras import require
@@ -33,6 +33,7 @@ class Plan:
     base: Base
     machine: Machine
     assignments: tuple[Assignment, ...]
+    only: tuple[str, ...] = ()  # what it was cut down to, as it was asked
 
     @cached_property
     def by_name(self) -> Mapping[str, Assignment]:
@@ -180,9 +181,61 @@ def content_bytes(planned: Planned) -> int:
     return int(rest + linear_bits(planned, float_bits=8 * dense) / 8)
 
 
+def select(plan: Plan, *, only: Sequence[str] = (), first: Sequence[str] = (), force: Sequence[str] = ()) -> Plan:
+    """The part of a plan that is to run, with what of it is to be computed whatever the store has.
+
+    only   these stages and their ancestors; empty: all
+    first  these, and what descends from them, are computed again (`--from`)
+    force  these are computed again
+    Each word is the name of a stage in the recipe, which means all its copies, or that of a copy; or several with commas between them.
+    Raises EdgepressError for a name that is none, and for a stage to compute again that `only` leaves out.
+    """
+    wanted = _named(plan, "--only", only)
+    kept = plan.by_name.keys() if not only else {name for stage in wanted for name in (stage, *plan.by_name[stage].ancestors)}
+    roots = _named(plan, "--from", first)
+    forced = _named(plan, "--force", force)
+    for option, names in (("--from", roots), ("--force", forced)):
+        if outside := [name for name in names if name not in kept]:
+            raise EdgepressError(
+                f"{option}: {', '.join(outside)} is not among what --only leaves: {', '.join(n for n in kept if n != BASE)}"
+            )
+    again = {
+        task.name for task in plan.assignments if task.name in forced or task.name in roots or not set(roots).isdisjoint(task.ancestors)
+    }
+    branches = [
+        branch.model_copy(update={"leaves": leaves})
+        for branch in plan.parsed.branches
+        if (leaves := tuple(leaf for leaf in branch.leaves if branch.stages[leaf] in kept))
+    ]
+    nodes = tuple(node for node in plan.parsed.nodes if node.name in kept)
+    parsed = plan.parsed.model_copy(update={"nodes": nodes, "branches": tuple(branches)})
+    assignments = tuple(replace(task, again=task.name in again) for task in plan.assignments if task.name in kept)
+    return replace(plan, parsed=parsed, assignments=assignments, only=tuple(only))
+
+
+def _named(plan: Plan, option: str, words: Sequence[str]) -> list[str]:
+    """The names in the graph that words of the command line mean. A copy's name may have commas of its own: the longest name that fits is meant."""
+    known: dict[str, list[str]] = {}
+    for node in plan.parsed.nodes:
+        known.setdefault(node.origin, []).append(node.name)
+    known |= {node.name: [node.name] for node in plan.parsed.nodes}
+    found: list[str] = []
+    for word in words:
+        parts = [part.strip() for part in word.split(",")]
+        while parts:
+            length = next((n for n in range(len(parts), 0, -1) if ",".join(parts[:n]) in known), 0)
+            if not length:
+                unknown = ",".join(parts) if "@" in parts[0] else parts[0]
+                stages = ", ".join(dict.fromkeys(node.origin for node in plan.parsed.nodes))
+                raise EdgepressError(f"{option}: there is no stage {unknown!r}{nearest(unknown, list(known))}; stages: {stages}")
+            found += known[",".join(parts[:length])]
+            parts = parts[length:]
+    return found
+
+
 def check_disk(plan: Plan, store: Store) -> None:
     """Raises EdgepressError when the disk of the store cannot hold what is still to be made."""
-    todo = [estimate(task, plan) for task in plan.assignments if task.stage is not None and not store.has(task.identity)]
+    todo = [estimate(task, plan) for task in plan.assignments if task.stage is not None and (task.again or not store.has(task.identity))]
     needed = sum(e.size for e in todo) + max((e.disk for e in todo), default=0)
     free = shutil.disk_usage(store.root).free
     if needed > free:

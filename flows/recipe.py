@@ -99,12 +99,12 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "edgepress recipe"}
 
 
-def load_recipe(file: Path, overrides: tuple[str, ...] = ()) -> ParsedRecipe:
-    """Read and validate a recipe file. `overrides` are `dotted.key=value` settings put over it.
+def load_recipe(file: Path, overrides: tuple[str, ...] = (), text: str | None = None) -> ParsedRecipe:
+    """Read and validate a recipe file, or `text` that stood in it. `overrides` are `dotted.key=value` settings put over it.
 
     Raises EdgepressError with file, line and key for the first mistakes (all of one kind at once).
     """
-    source = read_yaml(file)
+    source = read_yaml(file, text)
     if not isinstance(source.value, dict):
         raise EdgepressError(f"{file}:1: a recipe is a mapping with the keys model, data and stages")
     for override in overrides:

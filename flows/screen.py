@@ -50,7 +50,10 @@ class Screen:
         self._bars.stop()
 
     def update(self, stage: str, event: dict[str, Any]) -> None:
-        """Called from the stages' threads: {"progress": [done, total, what]} or {"ended": state}."""
+        """Called from the stages' threads: {"progress": [done, total, what]} or {"ended": state}; of a run itself {"warning": text}."""
+        if "warning" in event:
+            self.console.print(f"[yellow]warning[/] {stage}: {escape(event['warning'])}", highlight=False)
+            return
         with self._lock:
             line = self._lines.get(stage)
             if line is None:

@@ -4,13 +4,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from flows.options import DEFAULT_OUTPUTS, DEFAULT_STORE, OutputsFolder, StoreFolder, terminal
+from flows.options import DEFAULT_OUTPUTS, DEFAULT_STORE, OutputsFolder, StoreFolder, open_store, terminal
 
 if TYPE_CHECKING:
     from tasks.store import Store
@@ -34,7 +33,7 @@ def list_store(
     """
     from tasks.store_upkeep import list_entries, pins
 
-    opened = _open(store)
+    opened = open_store(store)
     rows = list_entries(opened, outputs)
     if as_json:
         print(json.dumps({"entries": [row.as_json() for row in rows], "pinned": sorted(pins(opened))}, indent=2))
@@ -58,7 +57,7 @@ def verify(store: StoreFolder = DEFAULT_STORE) -> None:
     """
     from tasks.store_upkeep import verify as verify_store
 
-    opened = _open(store)
+    opened = open_store(store)
     found = verify_store(opened)
     for what, why in found.damaged:
         print(f"damaged: {what}: {why}")
@@ -85,7 +84,7 @@ def gc(
     """
     from tasks.store_upkeep import collect_garbage
 
-    garbage = collect_garbage(_open(store), outputs, keep_last=keep_last, dry_run=dry_run)
+    garbage = collect_garbage(open_store(store), outputs, keep_last=keep_last, dry_run=dry_run)
     for item in garbage:
         print(f"{item.kind:<8} {item.name[:SHORT] if item.kind in {'entry', 'record'} else item.name}  {_size(item.bytes)}")
     counts = Counter(item.kind for item in garbage)
@@ -101,7 +100,7 @@ def pin(what: What, store: StoreFolder = DEFAULT_STORE) -> None:
     """
     from tasks.store_upkeep import pin as pin_in
 
-    print(f"pinned: {pin_in(_open(store), what)}")
+    print(f"pinned: {pin_in(open_store(store), what)}")
 
 
 @store_app.command()
@@ -112,7 +111,7 @@ def unpin(what: What, store: StoreFolder = DEFAULT_STORE) -> None:
     """
     from tasks.store_upkeep import unpin as unpin_in
 
-    print(f"no longer pinned: {unpin_in(_open(store), what)}")
+    print(f"no longer pinned: {unpin_in(open_store(store), what)}")
 
 
 @store_app.command("export")
@@ -131,7 +130,7 @@ def export_store(
     from tasks.store_transfer import export_entries
     from tasks.store_upkeep import with_ancestors
 
-    opened = _open(store)
+    opened = open_store(store)
     chosen = _chosen(opened, what) if what else set(opened.entries())
     if ancestors:
         chosen = with_ancestors(opened, chosen)
@@ -154,16 +153,6 @@ def import_store(place: Place, store: StoreFolder = DEFAULT_STORE) -> None:
     print(f"imported {len(done.entries)} entries and {done.records} records, {_size(done.bytes)}, from {place}{there}")
     if done.entries:
         print("no run names them yet: `edgepress store pin` keeps them from garbage collection until one does")
-
-
-def _open(store: Path) -> "Store":
-    """A store that is there: looking after one makes none."""
-    from compression.errors import EdgepressError
-    from tasks.store import Store
-
-    if not (store / "schema.json").is_file():
-        raise EdgepressError(f"there is no store in {store}; --store or EDGEPRESS_STORE names another")
-    return Store(store)
 
 
 def _chosen(store: "Store", what: Iterable[str]) -> set[str]:

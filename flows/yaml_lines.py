@@ -20,12 +20,14 @@ def dotted(path: KeyPath) -> str:
 class Located:
     """A parsed document and the line (from 1) of every key path in it.
 
+    text   the document as it was read
     moved  where a value was given elsewhere in the file: of a key path, the path that it was read from
     """
 
     file: Path
     value: Any
     lines: dict[KeyPath, int] = field(repr=False)
+    text: str = field(default="", repr=False)
     moved: Mapping[KeyPath, KeyPath] = field(default_factory=dict, repr=False)
 
     def where(self, path: KeyPath) -> str:
@@ -50,10 +52,10 @@ class Located:
         return next(within, path)
 
 
-def read_yaml(file: Path) -> Located:
-    """Parse one YAML document. Raises EdgepressError for a missing file, wrong syntax or a key given twice."""
+def read_yaml(file: Path, text: str | None = None) -> Located:
+    """Parse one YAML document: the file's, or `text` that stood in it. Raises EdgepressError for a missing file, wrong syntax or a key given twice."""
     try:
-        text = file.read_text()
+        text = file.read_text() if text is None else text
         root, value = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except FileNotFoundError:
         raise EdgepressError(f"there is no recipe {file}") from None
@@ -67,7 +69,7 @@ def read_yaml(file: Path) -> Located:
         raise EdgepressError(f"{file}: the recipe is empty")
     lines: dict[KeyPath, int] = {}
     _locate(root, (), lines, file)
-    return Located(file, value, lines)
+    return Located(file, value, lines, text)
 
 
 def _locate(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], file: Path) -> None:

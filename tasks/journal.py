@@ -10,9 +10,9 @@ whose lock is free is that of a killed run (`state_now`).
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,6 +24,14 @@ from tasks.store import Store
 RUNS = "runs"  # the folder, and the lock under which runs begin and garbage is collected
 _FILE = re.compile(r"[^.].*-\d+\.json")
 State = Literal["Running", "Completed", "Failed", "Interrupted", "Crashed"]
+
+
+class Told(NamedTuple):
+    """What there is to say of a stage."""
+
+    state: str
+    reason: str = ""
+    seconds: float = 0.0
 
 
 class RunStage(BaseModel):
@@ -39,6 +47,7 @@ class RunStage(BaseModel):
         default="Pending", description="Pending, or as in the summary: Running, Completed, Cached, Failed, Stopped, Skipped."
     )
     reason: str = ""
+    seconds: float = Field(default=0.0, description="How long its content took to compute, when that was.")
 
 
 class RunBase(BaseModel):
@@ -65,7 +74,9 @@ class Run(BaseModel):
     directory: str = Field(description="Where the command was given: relative paths of the recipe start here.")
     outputs: str = Field(description="The folder with the links, absolute.")
     base: RunBase
-    stages: tuple[RunStage, ...] = Field(description="In topological order, without the base.")
+    stages: tuple[RunStage, ...] = Field(description="In topological order, without the base, and without what `only` leaves out.")
+    only: tuple[str, ...] = Field(default=(), description="Every --only: the run is of these stages and their ancestors. Empty: of all.")
+    again: tuple[str, ...] = Field(default=(), description="Stages to compute whatever the store has, from --from and --force.")
     resumes: str | None = Field(default=None, description="The run that this one goes on with.")
     owner: str = Field(default_factory=owner_tag, description="host/pid/start time of the process, for people.")
     started: float = Field(default_factory=time.time, description="Unix time, for people.")
@@ -94,21 +105,18 @@ class Journal:
             self.run = self.run.model_copy(update=fields)
             _write(self._store, self.run)
 
-    def stages(self, states: Mapping[str, tuple[str, str]]) -> None:
-        """Take down (state, reason) of stages, by name; names that are none of the plan's (the base) are left out."""
+    def stages(self, told: Mapping[str, Told]) -> None:
+        """Take down how far stages came, by name; names that are none of the plan's (the base) are left out."""
         with self._lock:
             stages = [
-                stage.model_copy(update={"state": states[stage.name][0], "reason": states[stage.name][1]})
-                if stage.name in states
-                else stage
-                for stage in self.run.stages
-            ]
+                stage.model_copy(update=told[stage.name]._asdict()) if stage.name in told else stage for stage in self.run.stages
+            ]  # fmt: skip
             self.run = self.run.model_copy(update={"stages": tuple(stages)})
             _write(self._store, self.run)
 
     def end(self, state: State, reason: str = "") -> None:
         """Take down how the run ended. A stage that still ran then was stopped."""
-        self.stages({stage.name: ("Stopped", stage.reason) for stage in self.run.stages if stage.state == "Running"})
+        self.stages({stage.name: Told("Stopped", stage.reason) for stage in self.run.stages if stage.state == "Running"})
         self.note(state=state, reason=reason, ended=time.time())
 
 
@@ -117,10 +125,12 @@ def journal(store: Store, run: Run) -> Iterator[Journal]:
     """Begin a run: give it its name, write it down, and hold its lock until the block ends.
 
     The block calls `end`. One that raises ends the run as Interrupted (Ctrl-C) or Failed, with the reason.
-    From its beginning until its end nothing the run needs is garbage.
+    From its beginning until its end nothing the run needs is garbage. Raises EdgepressError where the run it resumes lives, or was resumed already.
     """
     with ExitStack() as stack:
         with store.lock(RUNS):
+            if run.resumes is not None:
+                _check_resumable(store, run.resumes)
             sequence = 1 + max((_sequence(name) for name in run_names(store)), default=0)
             run = run.model_copy(update={"sequence": sequence, "run": f"{run.recipe}-{sequence}"})
             stack.enter_context(store.lock(f"run-{run.run}"))
@@ -171,6 +181,18 @@ def state_now(store: Store, run: Run) -> State:
             return "Running"
     latest = read_run(store, run.run)  # it may have ended since it was read
     return "Crashed" if latest.state == "Running" else latest.state
+
+
+def successors(runs: Iterable[Run]) -> dict[str, Run]:
+    """By a run's name the one that goes on with it: each run is resumed once at most."""
+    return {run.resumes: run for run in runs if run.resumes is not None}
+
+
+def _check_resumable(store: Store, name: str) -> None:
+    if state_now(store, read_run(store, name)) == "Running":
+        raise EdgepressError(f"{name} is still running")
+    if later := successors(read_runs(store)).get(name):
+        raise EdgepressError(f"{later.run} goes on with {name} already")
 
 
 def _sequence(name: str) -> int:

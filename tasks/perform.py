@@ -44,6 +44,7 @@ class Assignment:
     retries: int = 0
     timeout: float | None = None
     cell: str = ""  # the cell of a sweep that alone needs it, if one does
+    again: bool = False  # compute it even if the store has it
     leaf_of: tuple[tuple[str, str], ...] = ()  # cells whose result it is, each with what its metrics' names begin with there
 
 
@@ -86,6 +87,7 @@ class Pipeline:
     documents: dict[str, tuple[str, dict[str, Any]]]  # identity and its document, by stage
     progress: Callable[[str, dict[str, Any]], None]
     cells: Mapping[str, str] = field(default_factory=dict)  # runs in MLflow of a sweep's cells, by name
+    known_runs: Mapping[str, str] = field(default_factory=dict)  # runs in MLflow of stages that the resumed run began, by name
     results: dict[str, Result] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -99,7 +101,7 @@ def perform(pipeline: Pipeline, task: Assignment) -> Result:
             entry = Reference(pipeline.base.path, pipeline.base.content)
             result.state, result.path, result.content = "Cached", str(entry.path), entry.content
         else:
-            _compute(pipeline, task, task.stage, result)
+            _compute(pipeline, task, task.stage, result, again=task.again and not (before and before.path))
         _measure(pipeline, task, result)
         _judge(pipeline, task, result)
         if task.stage is not None:
@@ -130,7 +132,7 @@ def _register(pipeline: Pipeline, task: Assignment) -> tuple[Result, Result | No
 
 
 def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Result | None) -> None:
-    """Open the stage's MLflow run; a stage that is tried again continues its run."""
+    """Open the stage's MLflow run; a stage that is tried again, or was begun by the run that is resumed, continues its run."""
     if before is not None and before.run:
         result.run = before.run
         pipeline.tracking.reopen(result.run)
@@ -147,7 +149,13 @@ def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Resu
             **(task.stage.model_dump(mode="json", exclude={"uses"}) if task.stage else {}),
             "seed": task.document.get("seed"),
         }
-        result.run = pipeline.tracking.open_run(task.name, parent=pipeline.cells.get(task.cell, pipeline.run), tags=tags, params=params)
+        result.run = pipeline.tracking.open_run(
+            task.name,
+            parent=pipeline.cells.get(task.cell, pipeline.run),
+            tags=tags,
+            params=params,
+            known=pipeline.known_runs.get(task.name),
+        )
         if task.document.get("data"):
             pipeline.tracking.log_data(
                 result.run,
@@ -158,11 +166,12 @@ def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Resu
             )
 
 
-def _compute(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result) -> None:
-    """The stage's content: from the store, or computed in a child and committed."""
+def _compute(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result, again: bool) -> None:
+    """The stage's content: from the store, or computed in a child and committed. `again`: computed whatever the store has."""
     store = pipeline.store
     with store.lock(task.identity):
-        entry = store.get(task.identity)
+        found = store.get(task.identity)
+        entry = None if again else found
         result.state = "Cached" if entry else "Completed"
         if entry is None:
             result.computed = True
@@ -170,8 +179,24 @@ def _compute(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result)
     result.path, result.content = str(entry.path), entry.content
     result.metrics |= entry.manifest["metrics"] | {"seconds": entry.manifest["seconds"]}
     result.warnings = list(entry.manifest["warnings"])
+    if found is not None and found.content != entry.content:
+        result.warnings.append(_other_bytes(task, found, entry))
     result.curves = [(step, values) for step, values in entry.manifest["curves"]]
     result.seconds = entry.manifest["seconds"]
+
+
+def _other_bytes(task: Assignment, old: Entry, new: Entry) -> str:
+    """What to say of a stage that gave other bytes under the same identity, which promises equal ones."""
+    files = {
+        name
+        for name in old.manifest["files"].keys() | new.manifest["files"].keys()
+        if old.manifest["files"].get(name) != new.manifest["files"].get(name)
+    }
+    return (
+        f"ITS BYTES ARE NOT THOSE OF BEFORE, and the same identity promises the same: {', '.join(sorted(files)[:5])} "
+        f"(content {old.content[:12]}, now {new.content[:12]}). The new result took the place of the old one, which is in damaged/ of the store; "
+        f"`--from {task.name}` makes what follows of it anew"
+    )
 
 
 def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result) -> Entry:

@@ -10,7 +10,8 @@
     damaged/                          entries, records and journals that no longer match, set aside
     locks/                            empty files, one for each thing that only one process may do at a time
 
-A commit is a rename, so an entry is there whole or not at all. Locks are flock's and die with their owner.
+A commit is a rename, so an entry is there whole or not at all; one that was broken off just before its rename is finished by whoever looks next.
+Locks are flock's and die with their owner.
 """
 
 import json
@@ -86,9 +87,9 @@ class Store:
             lock.release()
 
     def get(self, identity: str) -> Entry | None:
-        """The entry if it is whole: every file is hashed. A damaged one is set aside and counts as absent."""
+        """The entry if it is whole: every file is hashed. A damaged one is set aside and counts as absent. Hold its lock."""
         home = self.root / "objects" / identity
-        if not home.exists():
+        if not home.exists() and not self._finish_commit(identity):
             return None
         try:
             return open_entry(home, identity)
@@ -127,7 +128,11 @@ class Store:
     def commit(
         self, identity: str, document: dict[str, Any], *, metrics: dict[str, float], seconds: float, warnings: list[str], curves: list[Any]
     ) -> Entry:
-        """Take the workplace's `out` over as the entry of `identity`, with what the stage said while it was made."""
+        """Take the workplace's `out` over as the entry of `identity`, with what the stage said while it was made. Hold its lock.
+
+        Where there is one already, which was computed again: equal content stays where it is, since others may be reading it, and takes the
+        new manifest; of other content the older is set aside once the new one is whole on disk.
+        """
         home = self.root / "work" / identity
         fresh = home / f"commit-{uuid.uuid4().hex[:8]}"
         fresh.mkdir()
@@ -139,9 +144,23 @@ class Store:
         }  # fmt: skip
         fsync_tree(fresh / "content")
         write_json(fresh / "manifest.json", manifest)
-        target = self._take_over(fresh, identity)
+        target = self.root / "objects" / identity
+        if target.exists() and self.manifest(identity)["content"] == manifest["content"]:
+            write_json(target / "manifest.json", manifest)
+        else:
+            if target.exists():
+                self.set_aside(target)
+            self._take_over(fresh, identity)
         shutil.rmtree(home, ignore_errors=True)
         return Entry(identity, target / "content", manifest)
+
+    def _finish_commit(self, identity: str) -> bool:
+        """Take over what a commit left that was killed when all was on disk but the last rename; whether there was such a one."""
+        for fresh in (self.root / "work" / identity).glob("commit-*"):
+            if (fresh / "manifest.json").exists():  # it is written last
+                self._take_over(fresh, identity)
+                return True
+        return False
 
     def adopt(self, identity: str, home: Path) -> Entry:
         """Take over an entry (content and manifest) that another store made, from a folder on the same disk. Hold its lock.

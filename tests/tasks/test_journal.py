@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from compression.errors import EdgepressError
-from tasks.journal import journal, read_run, read_runs, run_names, state_now
+from tasks.journal import Told, journal, read_run, read_runs, run_names, state_now
 from tasks.store import Store
 from tests.tasks.entries import a_run
 
@@ -23,11 +23,11 @@ def test_a_run_is_written_down_from_its_beginning_to_its_end(store: Store) -> No
         assert begun == opened.run and state_now(store, begun) == "Running"
         assert [stage.state for stage in begun.stages] == ["Pending", "Pending"] and begun.overrides == ("seed=1",)
         opened.note(tracking_run="abc")
-        opened.stages({"base": ("Cached", ""), "s0": ("Completed", ""), "s1": ("Failed", "too narrow")})
+        opened.stages({"base": Told("Cached"), "s0": Told("Completed", seconds=2.5), "s1": Told("Failed", "too narrow")})
         opened.end("Failed")
     ended = read_run(store, "demo-1")
     assert (ended.state, ended.tracking_run) == ("Failed", "abc") and ended.ended is not None
-    assert [(stage.state, stage.reason) for stage in ended.stages] == [("Completed", ""), ("Failed", "too narrow")]
+    assert [(s.state, s.reason, s.seconds) for s in ended.stages] == [("Completed", "", 2.5), ("Failed", "too narrow", 0.0)]
 
 
 def test_runs_are_numbered_and_ordered_whatever_the_clock_says(store: Store) -> None:
@@ -41,7 +41,7 @@ def test_runs_are_numbered_and_ordered_whatever_the_clock_says(store: Store) -> 
 @pytest.mark.parametrize(("error", "state", "reason"), [(KeyboardInterrupt(), "Interrupted", ""), (OSError("disk"), "Failed", "disk")])
 def test_a_run_that_is_broken_off_says_so_and_what_ran_was_stopped(store: Store, error: BaseException, state: str, reason: str) -> None:
     with pytest.raises(type(error)), journal(store, a_run("demo", ["1"])) as opened:
-        opened.stages({"s0": ("Running", "")})
+        opened.stages({"s0": Told("Running")})
         raise error
     run = read_run(store, "demo-1")
     assert (run.state, run.reason, run.stages[0].state) == (state, reason, "Stopped")

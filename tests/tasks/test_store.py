@@ -73,6 +73,38 @@ def test_a_workplace_is_empty_but_for_what_a_killed_run_left_to_go_on_from(store
     assert (home / "work" / "checkpoint-2").is_dir()
 
 
+def test_equal_content_that_was_made_again_stays_and_has_the_new_manifest(store: Store) -> None:
+    first = commit(store)
+    inode = (first.path / "model.safetensors").stat().st_ino
+    second = commit(store)
+    assert store.get(A) == second and second.content == first.content and second.manifest["committed"] > first.manifest["committed"]
+    assert (second.path / "model.safetensors").stat().st_ino == inode
+    assert not list((store.root / "damaged").iterdir()) and not list((store.root / "work").iterdir())
+
+
+def test_other_content_takes_the_place_of_the_old_one(store: Store) -> None:
+    commit(store)
+    second = commit(store, text="weightz")
+    assert store.get(A) == second and (second.path / "model.safetensors").read_text() == "weightz"
+    (old,) = (store.root / "damaged").iterdir()
+    assert (old / "content" / "model.safetensors").read_text() == "weights"
+
+
+def test_a_commit_killed_before_its_last_rename_is_finished(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    commit(store)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Store, "_take_over", kill)
+        commit(store, text="weightz")
+    assert not store.has(A)
+    found = store.get(A)
+    assert found is not None and (found.path / "model.safetensors").read_text() == "weightz"
+    (old,) = (store.root / "damaged").iterdir()
+    assert (old / "content" / "model.safetensors").read_text() == "weights"
+
+
 def flip(entry: Entry) -> None:
     (entry.path / "model.safetensors").write_text("weightz")
 

@@ -1,0 +1,73 @@
+"""Runs in MLflow that are gone on with: nothing is logged twice."""
+
+from pathlib import Path
+
+import pytest
+from mlflow.entities import Run
+
+from tasks.tracking import Tracking
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'mlflow.db'}"
+
+
+def stage_tags(name: str, identity: str) -> dict[str, str]:
+    return {"edgepress.kind": "stage", "edgepress.stage": name, "edgepress.identity": identity}
+
+
+def points(tracking: Tracking, run: str, key: str) -> list[tuple[int, float]]:
+    return sorted((point.step, point.value) for point in tracking.client.get_metric_history(run, key))
+
+
+def now(tracking: Tracking, run: str) -> Run:
+    return tracking.client.get_run(run)
+
+
+def test_what_a_pipeline_began_is_found_again(uri: str) -> None:
+    tracking = Tracking(uri)
+    top = tracking.open_run("demo", tags={"edgepress.kind": "pipeline"})
+    cell = tracking.open_run("bits=2", parent=top, tags={"edgepress.kind": "cell"})
+    shared = tracking.open_run("pruned", parent=top, tags=stage_tags("pruned", "1"))
+    own = tracking.open_run("rtn", parent=cell, tags=stage_tags("rtn", "2"))
+    begun = Tracking(uri).begun(top)
+    assert begun is not None and begun.run == top and begun.cells == {"bits=2": cell}
+    assert begun.stages == {("pruned", "1"): shared, ("rtn", "2"): own}
+
+
+def test_a_run_that_is_gone_is_none(uri: str) -> None:
+    tracking = Tracking(uri)
+    assert tracking.begun("0" * 32) is None
+    deleted = tracking.open_run("demo")
+    tracking.client.delete_run(deleted)
+    assert tracking.begun(deleted) is None
+
+
+def test_a_reopened_run_gets_only_what_is_new(uri: str, tmp_path: Path) -> None:
+    before = Tracking(uri)
+    run = before.open_run("pruned")
+    before.log(run, {"perplexity": 0.1 + 0.2, "size_mb": 1.0}, step=3)
+    before.log_curve(run, [(1, {"loss": 2.0}), (2, {"loss": 1.5})])
+    before.end(run, "KILLED", "interrupted")
+
+    after = Tracking(uri)
+    assert after.open_run("pruned", known=run) == run
+    assert now(after, run).info.status == "RUNNING" and "edgepress.reason" not in now(after, run).data.tags
+    for _ in range(2):
+        after.log(run, {"perplexity": 0.1 + 0.2, "size_mb": 2.0}, step=3)
+        after.log_curve(run, [(1, {"loss": 2.0}), (2, {"loss": 1.5}), (3, {"loss": 1.0})])
+    assert points(after, run, "perplexity") == [(3, 0.1 + 0.2)]
+    assert points(after, run, "size_mb") == [(3, 1.0), (3, 2.0)]  # what changed is logged
+    assert points(after, run, "loss") == [(1, 2.0), (2, 1.5), (3, 1.0)]
+
+
+def test_a_run_that_had_finished_keeps_its_end(uri: str) -> None:
+    tracking = Tracking(uri)
+    run = tracking.open_run("pruned")
+    tracking.client.set_terminated(run, "FINISHED", end_time=12345)
+    tracking.reopen(run)
+    tracking.end(run, "FINISHED")
+    assert (now(tracking, run).info.status, now(tracking, run).info.end_time) == ("FINISHED", 12345)
+    tracking.end(run, "FAILED", "too narrow")
+    assert now(tracking, run).info.end_time > 12345

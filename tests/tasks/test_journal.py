@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,8 +58,8 @@ def test_a_killed_run_is_a_crashed_one(store: Store) -> None:
         "import sys\nfrom pathlib import Path\nfrom tasks.journal import journal\nfrom tasks.store import Store\nfrom tests.tasks.entries import a_run\n"
         "with journal(Store(Path(sys.argv[1])), a_run('demo', ['1'])):\n    print('begun', flush=True); sys.stdin.read()"
     )
-    here = Path(__file__).parents[2]
-    process = subprocess.Popen([sys.executable, "-c", code, store.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here)
+    ours = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, "-c", code, store.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ours)
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
     assert state_now(store, read_run(store, "demo-1")) == "Running"
     process.kill()

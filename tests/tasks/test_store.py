@@ -236,8 +236,8 @@ def test_of_two_processes_one_computes_and_the_other_waits_and_finds_it(store: S
         "        commit(store)\n"
         "print('found' if found else 'computed')"
     )
-    here = Path(__file__).parents[2]
-    both = [subprocess.Popen([sys.executable, "-c", code, store.root], stdout=subprocess.PIPE, text=True, cwd=here) for _ in range(2)]
+    ours = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    both = [subprocess.Popen([sys.executable, "-c", code, store.root], stdout=subprocess.PIPE, text=True, env=ours) for _ in range(2)]
     assert sorted(process.communicate(timeout=60)[0].strip() for process in both) == ["computed", "found"]
     assert store.get(A) is not None and list((store.root / "damaged").iterdir()) == []
 

@@ -8,7 +8,6 @@ Limits   `get_max_context_len`, the tokens that fit in all, and `get_max_seq_len
 The names are those that ExecuTorch's own runner for language models (extension/llm/runner, C++) reads.
 """
 
-import json
 import time
 from pathlib import Path
 
@@ -19,9 +18,10 @@ from transformers.integrations.executorch import TorchExportableModuleWithStatic
 
 from compression.checkpoint import open_checkpoint
 from compression.context import Context
-from compression.loading import copy_tokenizer, load_model
+from compression.loading import load_model
 from export.edge_checks import cache_length, check_executorch
 from export.quiet import quiet_and_offline
+from export.traced import describe
 from export.whole import whole
 
 with quiet_and_offline():  # it imports torchao, which lists the libraries that it does not find
@@ -55,9 +55,7 @@ def export_executorch(
             context.progress(1, 2, "traced")
             write_program(lower(program, length, min(chunk, length - 1)), place / "model.pte")
         context.progress(2, 2, "written")
-        config = {key: value for key, value in source.config.items() if key != "quantization_config"} | {"max_position_embeddings": length}
-        (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        copy_tokenizer(checkpoint, place)
+        describe(source, place, max_position_embeddings=length)
     return {"bytes": sum(f.stat().st_size for f in out.iterdir()), "seconds": time.perf_counter() - started}
 
 

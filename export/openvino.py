@@ -7,7 +7,6 @@ State    keys and values of every layer, empty after `reset_state`
 It computes in float32 whatever type the weights are stored in; each weight is in the file once.
 """
 
-import json
 import re
 import time
 from pathlib import Path
@@ -15,14 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from compression.checkpoint import open_checkpoint
 from compression.context import Context
-from compression.loading import copy_tokenizer, load_model
+from compression.loading import load_model
+from compression.quantization.compressed_tensors import round_weight
+from compression.quantization.schemes import Scheme
 from export.edge_checks import Role, StoredType, check_openvino, stored_types
 from export.quiet import quiet_and_offline
 from export.telemetry import import_openvino
+from export.traced import describe, sample_inputs
 from export.whole import whole
 
 
@@ -62,28 +64,16 @@ def export_openvino(
     with whole(out) as place:
         openvino.save_model(graph, place / "model.xml", compress_to_fp16=False)
         context.progress(2, 2, "written")
-        config = {key: value for key, value in description.config.items() if key != "quantization_config"}
-        (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        copy_tokenizer(checkpoint, place)
+        describe(description, place)
     return {"bytes": sum(f.stat().st_size for f in out.iterdir()), "seconds": time.perf_counter() - started}
 
 
 def trace_generation(model: PreTrainedModel) -> Any:
-    """Trace a causal model whose cache has any length, zero included, into one `openvino.Model` with the interface above.
-
-    The sample has two rows of several tokens after several cached ones, as axes of length 1 would be fixed. Its cache keeps every
-    layer whole, so layers with a sliding window mask what is outside instead of dropping it: one graph for all lengths.
-    """
+    """Trace a causal model whose cache has any length, zero included, into one `openvino.Model` with the interface above."""
     import_openvino()
     from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
 
-    model.config.use_cache = True
-    with torch.no_grad():
-        cache = model(torch.arange(8).reshape(2, 4), past_key_values=DynamicCache(), use_cache=True).past_key_values
-    inputs = {"input_ids": torch.arange(6).reshape(2, 3), "position_ids": torch.arange(4, 7).repeat(2, 1), "past_key_values": cache}
-    auto = torch.export.Dim.AUTO
-    tokens, cached = {0: auto, 1: auto}, {0: auto, 2: auto}
-    axes = {"input_ids": tokens, "position_ids": tokens, "past_key_values": [cached] * (2 * len(cache.layers))}
+    inputs, axes = sample_inputs(model)
     return OpenVINOExporter().export(model, inputs, OpenVINOConfig(dynamic=True, dynamic_shapes=axes)).program
 
 
@@ -107,19 +97,14 @@ def store_weights(graph: Any, types: dict[Role, str]) -> None:
         if stored == "float16":
             wide = opset13.convert(opset13.constant(constant.get_data().astype(np.float16)), "f32")
         elif stored == "int8":
-            codes, scale = round_rows(constant.get_data())
-            wide = opset13.multiply(opset13.convert(opset13.constant(codes), "f32"), opset13.constant(scale))
+            weight = torch.from_numpy(constant.get_data().copy())
+            rounded = round_weight(weight, Scheme("int"), dtype=torch.float32, name=constant.get_friendly_name())
+            codes, scale = opset13.constant(rounded.codes.numpy()), opset13.constant(rounded.scale.numpy())
+            wide = opset13.multiply(opset13.convert(codes, "f32"), scale)
         else:
             continue
         constant.output(0).replace(wide.output(0))
     graph.validate_nodes_and_infer_types()
-
-
-def round_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A float32 matrix [out, in] as int8 codes [out, in] and float32 scales [out, 1]: the largest of a row becomes 127 in absolute value."""
-    largest = np.abs(weight).max(axis=1, keepdims=True)
-    scale = np.where(largest > 0, largest, 1) / np.float32(127)
-    return np.rint(weight / scale).astype(np.int8), scale
 
 
 def _is_matrix(node: Any) -> bool:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from compression.checkpoint import open_checkpoint
 from export.contents import read_contents
+from tasks.artifact import chosen_parameters
 from tasks.files import size_of
 from tasks.provenance import check_files, read_provenance
 
@@ -84,9 +85,8 @@ def _step(step: dict[str, Any]) -> str:
     document = step["document"]
     if "uses" not in document:
         return f"base model, or a stage that the store no longer has: {step['identity'][:12]}"
-    chosen = {key: value for key, value in document["parameters"].items() if key != "uses" and value not in (None, False, [], {})}
     libraries = ", ".join(f"{name} {version}" for name, version in document["libraries"].items())
-    return f"{document['uses']} {json.dumps(chosen)} [{libraries}] {step['identity'][:12]}"
+    return f"{document['uses']} {json.dumps(chosen_parameters(document))} [{libraries}] {step['identity'][:12]}"
 
 
 def _files(found: dict[str, Any]) -> str:

@@ -109,8 +109,12 @@ def _source(base: Base) -> str:
     return "reference model of edgepress" if base.source == "embedded" else f"local model {base.content[:12]}"
 
 
+def chosen_parameters(document: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a stage's identity document that have a value."""
+    return {key: value for key, value in document["parameters"].items() if key != "uses" and value not in (None, False, [], {})}
+
+
 def _step(document: dict[str, Any]) -> str:
-    """A stage and the parameters that somebody chose or that have a value."""
-    chosen = {key: value for key, value in document["parameters"].items() if key != "uses" and value not in (None, False, [], {})}
+    chosen = chosen_parameters(document)
     said = ", ".join(f"{key} {json.dumps(value) if isinstance(value, list | dict | bool) else value}" for key, value in chosen.items())
     return f"`{document['uses']}`" + (f": {said}" if said else "")

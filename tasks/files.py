@@ -2,8 +2,11 @@
 
 import json
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from compression.files import fsync
 
@@ -11,11 +14,17 @@ from compression.files import fsync
 def write_json(path: Path, document: Any) -> None:
     """Write beside, fsync, rename. What cannot be written (a full disk) leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with written_beside(path) as stream:
+        stream.write(json.dumps(document, indent=1, sort_keys=True).encode() + b"\n")
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[IO[bytes]]:
+    """A stream into a file that is there, whole and on disk, when the block has ended well; else what was there before stays."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with beside.open("w") as stream:
-            json.dump(document, stream, indent=1, sort_keys=True)
-            stream.write("\n")
+        with beside.open("wb") as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         beside.replace(path)

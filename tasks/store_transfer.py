@@ -7,7 +7,6 @@ be exported to again and again; what is there already is not written a second ti
 
 import io
 import json
-import os
 import re
 import shutil
 import sys
@@ -23,6 +22,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from compression.errors import EdgepressError, MissingExtra
+from tasks.files import written_beside
 from tasks.identity import digest
 from tasks.store import SCHEMA, Entry, Store, open_record
 
@@ -188,16 +188,8 @@ def _writing(fs: Any, path: str) -> Iterator[IO[bytes]]:
         with fs.transaction, fs.open(path, "wb", block_size=_PUSHED) as stream:
             yield stream
         return
-    beside = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex[:8]}")  # fsspec's own would be in another file system
-    try:
-        with beside.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with written_beside(Path(path)) as stream:  # fsspec's own would wait in another file system
+        yield stream
 
 
 def _make_parents(fs: Any, path: str) -> None:

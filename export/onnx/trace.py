@@ -2,15 +2,14 @@
 
 import ast
 import re
-from typing import Any
 
 import onnx_ir
-import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from export.onnx.attention import fuse_cache
+from export.traced import sample_inputs
 
 OPSET = 23  # whose Attention, RotaryEmbedding and RMSNormalization decode twice as fast in ONNX Runtime as opset 20's small operators
 
@@ -19,33 +18,17 @@ def trace_generation(model: PreTrainedModel) -> onnx_ir.Model:
     """Trace a causal model with a key-value cache of any length, zero included, into one graph with the interface of this package.
 
     Of the two graphs that `transformers.exporters` makes for generation only the one that decodes several tokens is needed:
-    it prefills as well. The sample has two rows of several tokens after several cached ones, as axes of length 1 would be fixed.
-    Layers with a sliding window keep their whole cache, and their mask hides what is behind the window: one length serves all layers.
+    it prefills as well.
     Every product with a constant matrix is called by the path of its linear layer in the model (`model.layers.0.mlp.up_proj`).
     """
-    model.config.use_cache = True
-    cache = DynamicCache()  # without the config, in which windows would crop it
-    with torch.no_grad():
-        model(torch.arange(8).reshape(2, 4), past_key_values=cache)
-    inputs: dict[str, Any] = {
-        "input_ids": torch.arange(6).reshape(2, 3),
-        "position_ids": torch.arange(4, 7).expand(2, 3),
-        "past_key_values": cache,
-    }
-    config = OnnxConfig(dynamic=True, dynamic_shapes=_varying_axes(len(cache.layers)), opset_version=OPSET)
+    inputs, axes = sample_inputs(model)
+    config = OnnxConfig(dynamic=True, dynamic_shapes=axes, opset_version=OPSET)
     graph = OnnxExporter().export(model, inputs, config).program
     _name_interface(graph)
     _name_products(graph)
     CommonSubexpressionEliminationPass()(graph)
     fuse_cache(graph, model.config.num_attention_heads)
     return graph
-
-
-def _varying_axes(layers: int) -> dict[str, Any]:
-    """Batch and length of the tokens, and of each cached key and value. Naming them is faster than leaving every axis open."""
-    auto = torch.export.Dim.AUTO
-    tokens, cached = {0: auto, 1: auto}, {0: auto, 2: auto}
-    return {"input_ids": tokens, "position_ids": tokens, "past_key_values": [cached] * (2 * layers)}
 
 
 def _name_interface(graph: onnx_ir.Model) -> None:

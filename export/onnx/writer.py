@@ -1,6 +1,5 @@
 """From a checkpoint to the directory of an ONNX artifact."""
 
-import json
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from compression.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.loading import copy_tokenizer, load_model
+from compression.loading import load_model
 from compression.quantization.compressed_tensors import ScaledLinear, read_scaled_linears, round_weight
 from compression.quantization.grid import fit_grid
 from compression.quantization.layouts import QuantizedLinear, quantized_linear, read_quantized_linears
@@ -33,6 +32,7 @@ from export.onnx.quantize import (
 from export.onnx.save import save_graph
 from export.onnx.trace import OPSET, trace_generation
 from export.quiet import quiet_and_offline
+from export.traced import describe
 from export.whole import whole
 
 
@@ -96,9 +96,7 @@ def export_onnx(
             save_graph(graph, place / "model.onnx")
             onnx.checker.check_model(str(place / "model.onnx"), full_check=True)
         context.progress(2, 2, "written")
-        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-        (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        copy_tokenizer(checkpoint, place)
+        describe(source, place)
     return {"opset": OPSET, "bytes": sum(f.stat().st_size for f in out.iterdir()), "seconds": time.perf_counter() - started}
 
 

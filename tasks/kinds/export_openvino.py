@@ -29,7 +29,10 @@ class ExportOpenvino(Stage):
         Literal["float32", "float16", "int8"], Field(description="Type of linear layers' weights; int8 has one scale per output channel.")
     ] = "float32"
     embedding_type: Annotated[
-        str | None, Field(description="float32, float16 or int8; default: `dtype` where that is a float type, else float32.")
+        str | None,
+        Field(
+            description="float32, float16 or int8; default: `dtype` where that is a float type, else the float type as wide as the checkpoint's."
+        ),
     ] = None
     head_type: Annotated[str | None, Field(description="As embedding_type, for the output head.")] = None
 

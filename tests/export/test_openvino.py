@@ -206,7 +206,7 @@ def test_a_write_error_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export.openvino, "copy_tokenizer", full)  # when graph and weights are written
+    monkeypatch.setattr(export.openvino, "describe", full)  # when graph and weights are written
     with pytest.raises(OSError, match="No space left"):
         export_openvino(checkpoint, tmp_path / "out", dtype="float32", context=Context())
     assert not list(tmp_path.iterdir())

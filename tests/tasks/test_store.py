@@ -183,7 +183,7 @@ def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("moment", ["tasks.store.fsync_tree", "tasks.files.os.fsync", "tasks.files.json.dump"])
+@pytest.mark.parametrize("moment", ["tasks.store.fsync_tree", "tasks.files.os.fsync", "tasks.files.Path.replace"])
 def test_a_full_disk_leaves_the_store_whole(store: Store, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     commit(store, "before")
     store.put_record("k", {"metrics": {"perplexity": 3.5}})

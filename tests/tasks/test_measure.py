@@ -1,0 +1,178 @@
+"""Records: what makes their keys, what they keep, and what is computed from two of them."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from compression.checkpoint import open_checkpoint
+from compression.context import Context
+from compression.data import DataSpec
+from compression.evaluation.findings import Items, Transform
+from tasks import measure as module
+from tasks.children import Done, Job
+from tasks.identity import Machine
+from tasks.jobs import measure_quality
+from tasks.measure import Measured, compare, known_metrics, measure
+from tasks.measurement import Asked, Measurement, Reference, Subject, measurements
+from tasks.perform import Result, _compare_speed
+from tasks.stage import Artifact, Planned
+from tasks.store import Store
+
+SPEC = DataSpec.model_validate(
+    {"text": "embedded", "questions": "embedded", "length": 32, "evaluation_windows": 4, "evaluation_questions": 4}
+)
+RIGHT = Items((1.0, 1.0, 0.0, 1.0), (1.0,) * 4)
+
+
+class Graded(Measurement):
+    """Gives a grade with items, and says when it applies."""
+
+    name: ClassVar[str] = "graded"
+    version: ClassVar[int] = 1
+
+    def applies(self, asked: Asked) -> bool:
+        return asked.settings == "graded"
+
+    def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
+        return {"grade": "mean", "grade.*": None}
+
+    def document(self, subject: Subject) -> dict[str, Any]:
+        return {"data": "digest"}
+
+    def job(self, subject: Subject) -> tuple[str, dict[str, Any]]:
+        return "tests:grade", {"target": str(subject.target.path)}
+
+
+class Timed(Graded):
+    name: ClassVar[str] = "timed"
+    alone: ClassVar[bool] = True
+
+
+class FakeChildren:
+    """Answers every job alike and remembers them."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def run(self, job: Job, folder: Path, sink: Any) -> Done:
+        self.jobs.append(job)
+        return Done({"grade": 0.75}, 2.0, {"grade": RIGHT}, {"texts": ["hello"]})
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[Measurement]:
+    kinds: list[Measurement] = [Graded()]
+    monkeypatch.setattr(module, "measurements", lambda: tuple(kinds))
+    return kinds
+
+
+@pytest.fixture
+def subject(checkpoint: Path) -> Subject:
+    asked = Asked(open_checkpoint(checkpoint), (), SPEC, "graded")
+    return Subject(asked, Reference(checkpoint, "c" * 64), {}, checkpoint, Machine())
+
+
+def take(subject: Subject, children: FakeChildren, tmp_path: Path) -> Measured:
+    return measure(subject, Store(tmp_path / "store"), children, tmp_path, lambda event: None)  # type: ignore[arg-type]
+
+
+def test_a_record_is_made_once_and_keeps_metrics_intervals_items_and_details(
+    found: list[Measurement], subject: Subject, tmp_path: Path
+) -> None:
+    children = FakeChildren()
+    first, again = take(subject, children, tmp_path), take(subject, children, tmp_path)
+    assert len(children.jobs) == 1 and (first.seconds, again.seconds) == (2.0, 0.0)
+    assert dataclasses.replace(first, seconds=0.0) == again
+    assert again.items == {"grade": RIGHT} and again.details == {"texts": ["hello"]}
+    assert again.metrics["grade_low"] < again.metrics["grade"] == 0.75 < again.metrics["grade_high"] == 1.0
+    (key,) = Store(tmp_path / "store").records()
+    assert again.keys == {"graded": key}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: {"target": Reference(s.target.path, "d" * 64)},
+        lambda s: {"machine": Machine("cpu", 7)},
+        lambda s: {"machine": Machine("cuda", 2)},
+    ],
+)
+def test_other_bytes_device_or_threads_are_measured_anew(found: list[Measurement], subject: Subject, tmp_path: Path, change: Any) -> None:
+    children = FakeChildren()
+    take(subject, children, tmp_path)
+    take(dataclasses.replace(subject, **change(subject)), children, tmp_path)
+    assert len(children.jobs) == 2
+
+
+def test_only_what_is_taken_alone_depends_on_the_machine(
+    found: list[Measurement], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found.append(Timed())
+    children = FakeChildren()
+    take(subject, children, tmp_path)
+    monkeypatch.setattr(module, "machine_fingerprint", lambda: {"host": "another"})
+    take(subject, children, tmp_path)
+    assert [job.alone for job in children.jobs] == [False, True, True]
+
+
+def test_what_does_not_apply_is_not_measured(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
+    other = dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings=None))
+    children = FakeChildren()
+    assert take(other, children, tmp_path) == Measured() and children.jobs == []
+    assert list(known_metrics(other.asked)) == []
+
+
+def test_a_comparison_with_the_base_is_a_record_of_two_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store")
+    base = Measured(items={"grade": RIGHT, "loss": Items((1.0, 3.0), (1.0, 1.0), "exp")}, keys={"graded": "a"})
+    mine = Measured(items={"grade": Items((0.0, 1.0, 0.0, 1.0), (1.0,) * 4), "own": RIGHT}, keys={"graded": "b"})
+    figures = compare(mine, base, "c" * 64, store)
+    assert figures["grade_delta"] == -0.25 and figures["grade_delta_low"] < -0.25 < figures["grade_delta_high"] == 0
+    assert figures.keys() == {"grade_delta", "grade_delta_low", "grade_delta_high"}
+    monkeypatch.setattr("compression.evaluation.bootstrap.comparison_figures", None)
+    assert compare(mine, base, "c" * 64, store) == figures
+    (key,) = store.records()
+    assert (store.record(key) or {})["key"]["content"] == "c" * 64  # kept as long as the content
+    assert compare(Measured(), base, "c" * 64, store) == {}
+
+
+def test_every_metric_of_a_real_measurement_is_known_while_planning(checkpoint: Path) -> None:
+    planned = open_checkpoint(checkpoint)
+    asked = Asked(planned, ("base",), SPEC, None)
+    found = measure_quality(
+        target=str(checkpoint), references={"base": str(checkpoint)}, tokenizer=str(checkpoint), data=SPEC.model_dump(mode="json"), threads=1,
+        context=Context(),
+    )  # fmt: skip
+    (quality,) = (kind for kind in measurements() if kind.name == "quality")
+    assert found.metrics.keys() == quality.metrics(asked).keys()
+    assert {metric: items.transform for metric, items in found.items.items()} == {m: t for m, t in quality.metrics(asked).items() if t}
+    known = known_metrics(asked)
+    assert {"accuracy_delta_low", "perplexity_ratio_high", "kl_to_base_high", "tokens_per_second_low"} <= known.keys()
+    assert not {"kl_to_base_delta", "accuracy_ratio"} & known.keys()
+
+
+@pytest.mark.parametrize(("layout", "timed"), [("dense", True), ("gptq", False), ("awq", False), ("w8a8", False)])
+def test_a_checkpoint_without_a_fast_kernel_has_no_speed(checkpoint: Path, layout: Any, timed: bool) -> None:
+    planned: Planned = dataclasses.replace(open_checkpoint(checkpoint), layout=layout)
+    assert ("tokens_per_second" in known_metrics(Asked(planned, ("base",), SPEC, None))) == timed
+    assert "tokens_per_second" in known_metrics(Asked(Artifact("llama.cpp", "carried", 1), ("base", "parent"), SPEC, None))
+
+
+def test_measurements_have_names_of_their_own() -> None:
+    names = [measurement.name for measurement in measurements()]
+    assert names == sorted(set(names)) and {"quality", "speed"} <= set(names)
+    assert {m.name for m in measurements() if m.alone} >= {"speed"}
+
+
+def test_slower_than_the_parent_is_said_only_beyond_the_noise_of_both() -> None:
+    def row(name: str, speed: float, spread: float) -> Result:
+        metrics = {"tokens_per_second": speed, "tokens_per_second_low": speed - spread, "tokens_per_second_high": speed + spread}
+        return Result(name, "export.gguf", [], "Cached", runtime="llama.cpp", metrics=metrics)
+
+    for spread, warned in ((1.0, True), (15.0, False)):
+        mine = row("gguf", 85, spread)
+        _compare_speed(mine, row("gptq", 100, spread))
+        assert bool(mine.warnings) == warned

@@ -1,0 +1,139 @@
+"""What `evaluation:` turns on: when each measurement applies, what decides its key, and that its job gives the metrics it announces."""
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from compression.checkpoint import open_checkpoint
+from compression.context import Context
+from compression.data import DataSpec
+from compression.evaluation.findings import Findings
+from compression.evaluation.spec import EvaluationSpec
+from tasks.identity import Machine
+from tasks.measurement import Asked, Measurement, Reference, Subject, measurements
+
+OPTIONAL = {"samples", "question_answering", "summarization", "red_team", "harness", "latency", "energy"}
+DATA = DataSpec.model_validate(
+    {"text": "embedded", "questions": "embedded", "length": 32, "evaluation_windows": 4, "evaluation_questions": 2}
+)
+
+
+def asked(checkpoint: Path, **settings: Any) -> Asked:
+    return Asked(open_checkpoint(checkpoint), ("base",), DATA, EvaluationSpec.model_validate(settings))
+
+
+def subject(checkpoint: Path, **settings: Any) -> Subject:
+    return Subject(asked(checkpoint, **settings), Reference(checkpoint, "0" * 64), {}, checkpoint, Machine("cpu", 1))
+
+
+def applying(of: Asked) -> set[str]:
+    return {m.name for m in measurements() if m.applies(of)} & OPTIONAL
+
+
+def by_name(name: str) -> Measurement:
+    return next(m for m in measurements() if m.name == name)
+
+
+def perform(measurement: Measurement, of: Subject) -> Findings:
+    call, arguments = measurement.job(of)
+    module, _, function = call.partition(":")
+    found = getattr(importlib.import_module(module), function)(**json.loads(json.dumps(arguments)), threads=1, context=Context())
+    return found if isinstance(found, Findings) else Findings(found)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    """A file for every setting that takes one."""
+    rows = {
+        "question_answering": {"question": "Where is the lamp?", "answers": ["in the mill"]},
+        "summarization": {"document": "The lamp is in the mill.", "summary": "A lamp."},
+        "red_team": {"category": "fraud", "prompt": "Where is the bell?"},
+        "task": {"q": "The lamp is in the", "choices": [" mill", " barn"], "answer": 0},
+    }
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    task = {
+        "task": "lamp", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "task.jsonl")}}, "test_split": "test",
+        "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "choices", "doc_to_target": "answer", "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "lamp.yaml").write_text(yaml.safe_dump(task))
+    return {name: str(tmp_path / f"{name}.jsonl") for name in rows if name != "task"} | {"harness": str(tmp_path / "lamp.yaml")}
+
+
+def test_each_setting_turns_on_its_measurement(checkpoint: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.measurements.energy.may_count", lambda: False)
+    assert applying(asked(checkpoint)) == {"samples"}
+    assert applying(asked(checkpoint, samples=0)) == set()
+    for key in ("question_answering", "summarization", "red_team"):
+        assert applying(asked(checkpoint, samples=0, **{key: files[key]})) == {key}
+    assert applying(asked(checkpoint, samples=0, harness=[files["harness"]])) == {"harness"}
+    assert applying(asked(checkpoint, samples=0, suite="release")) == {"samples", "red_team", "latency", "energy"}
+    assert applying(asked(checkpoint, samples=0, suite="release", energy="off")) == {"samples", "red_team", "latency"}
+    assert applying(Asked(open_checkpoint(checkpoint), (), DATA, None)) == set()
+
+
+def test_energy_is_measured_where_the_machine_tells(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.measurements.energy.may_count", lambda: True)
+    assert applying(asked(checkpoint)) == {"samples", "energy"}
+    assert applying(asked(checkpoint, energy="off")) == {"samples"}
+
+
+def test_quantized_checkpoints_have_no_latency_and_no_energy(checkpoint: Path) -> None:
+    quantized = replace(open_checkpoint(checkpoint), layout="gptq")
+    of = Asked(quantized, ("base",), DATA, EvaluationSpec(suite="release"))
+    assert applying(of) == {"samples", "red_team"}
+
+
+CASES: list[tuple[str, Callable[[dict[str, str]], dict[str, Any]]]] = [
+    ("samples", lambda _: {"samples": 2, "new_tokens": 4}),
+    ("question_answering", lambda f: {"question_answering": f["question_answering"], "new_tokens": 4}),
+    ("question_answering", lambda _: {"question_answering": "embedded", "limit": 2, "new_tokens": 4}),
+    ("summarization", lambda f: {"summarization": f["summarization"], "new_tokens": 4}),
+    ("red_team", lambda f: {"red_team": f["red_team"], "new_tokens": 4}),
+    ("harness", lambda f: {"harness": [f["harness"]]}),
+    ("latency", lambda _: {"suite": "release", "new_tokens": 4}),
+    ("energy", lambda _: {"suite": "release", "new_tokens": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_a_job_gives_the_metrics_that_its_measurement_announces(
+    name: str, settings: Callable[[dict[str, str]], dict[str, Any]], checkpoint: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:  # fmt: skip
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    of, measurement = subject(checkpoint, **settings(files)), by_name(name)
+    assert measurement.applies(of.asked)
+    json.dumps(measurement.document(of))
+    announced = measurement.metrics(of.asked)
+    found = perform(measurement, of)
+    assert found.metrics
+    for metric in found.metrics:
+        assert any(fnmatchcase(metric, pattern) for pattern in announced)
+    with_items = {metric for metric, transform in announced.items() if transform is not None}
+    assert with_items == found.items.keys() or name == "harness"
+    json.dumps(found.document())
+
+
+def test_keys_follow_what_the_files_say_and_not_where_they_lie(checkpoint: Path, files: dict[str, str], tmp_path: Path) -> None:
+    for key in ("question_answering", "summarization", "red_team"):
+        measurement = by_name(key)
+        before = measurement.document(subject(checkpoint, **{key: files[key]}))
+        moved = tmp_path / f"moved-{key}.jsonl"
+        moved.write_text(Path(files[key]).read_text())
+        assert measurement.document(subject(checkpoint, **{key: str(moved)})) == before
+        moved.write_text(Path(files[key]).read_text() * 2)
+        assert measurement.document(subject(checkpoint, **{key: str(moved)})) != before
+        assert measurement.document(subject(checkpoint, new_tokens=5, **{key: files[key]})) != before
+    harness = by_name("harness")
+    before = harness.document(subject(checkpoint, harness=[files["harness"]]))
+    assert before["lm_eval"]
+    assert harness.document(subject(checkpoint, harness=[files["harness"]], limit=1)) != before
+    assert harness.document(subject(checkpoint, harness=[files["harness"]], num_fewshot=1)) != before

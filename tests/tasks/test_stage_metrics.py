@@ -1,0 +1,59 @@
+"""Kinds name the metrics that their `run` returns: on these names gates may stand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compression.context import Context
+from compression.data import DataSpec
+from tasks.jobs import run_stage
+from tasks.stage import stage_kinds
+
+DATA = {"text": "embedded", "length": 32, "train_documents": 40, "calibration_windows": 2}
+TRAINING = {"steps": 2, "batch_size": 2, "evaluate_every": 1, "validation_rows": 2}
+
+
+def run(checkpoint: Path, tmp_path: Path, uses: str, parameters: dict[str, Any]) -> tuple[set[str], list[str]]:
+    said: list[str] = []
+    metrics = run_stage(
+        stage={"uses": uses, **parameters}, parent=str(checkpoint), others={"teacher": str(checkpoint)}, out=str(tmp_path / "out"),
+        work=str(tmp_path / "work"), data=DataSpec.model_validate(DATA).model_dump(mode="json"), threads=1, context=Context(seed=1, warn=said.append),
+    )  # fmt: skip
+    return set(metrics), said
+
+
+@pytest.mark.parametrize(
+    ("uses", "parameters"),
+    [
+        ("prune.width", {"keep": 0.5}),
+        ("prune.depth", {"keep": 0.5}),
+        ("prune.unstructured", {"sparsity": 0.5, "method": "wanda"}),
+        ("quantize.rtn", {"group_size": 32}),
+        ("quantize.gptq", {"group_size": 32}),
+        ("quantize.awq", {"group_size": 32}),
+        ("quantize.smoothquant", {}),
+        ("quantize.fp8", {}),
+        ("export.gguf", {"type": "q8_0"}),
+        ("distill", {**TRAINING, "gamma": 0.5, "beta": 0.5}),
+        ("distill", {**TRAINING, "teacher_cache": "full"}),
+        ("finetune", {**TRAINING, "method": "lora"}),
+        ("prune.rigl", {**TRAINING, "sparsity": 0.5}),
+        ("synthesize", {"documents": 2, "length": 16}),
+    ],
+)
+def test_a_kind_names_its_metrics(checkpoint: Path, tmp_path: Path, uses: str, parameters: dict[str, Any]) -> None:
+    (tmp_path / "work").mkdir()
+    metrics, said = run(checkpoint, tmp_path, uses, parameters)
+    assert metrics
+    assert [warning for warning in said if "does not name" in warning] == []
+
+
+def test_what_a_kind_does_not_name_is_told(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_kinds()["prune.width"], "metrics", ("kept_*",))
+    _, said = run(checkpoint, tmp_path, "prune.width", {"keep": 0.5})
+    assert any("PruneWidth.metrics does not name parameters_ratio, intermediate_size, num_attention_heads" in warning for warning in said)
+
+
+def test_every_kind_of_ours_names_some() -> None:
+    assert [uses for uses, kind in stage_kinds().items() if kind.__module__.startswith("tasks.kinds") and "*" in kind.metrics] == []

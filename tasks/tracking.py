@@ -1,24 +1,30 @@
 """MLflow: one run a pipeline, one child run a stage, the same metric names on all of them. Imports no torch.
 
-Run ids are passed explicitly: MLflow's stack of active runs belongs to a thread, and stages run in several.
+Run ids are passed explicitly: MLflow's stack of active runs belongs to a thread, and stages run in several. What MLflow misses while it does
+not answer waits in an outbox on disk (tasks/outbox.py), and everything after it too, so that it arrives in order.
 """
 
+import getpass
 import math
 import os
-import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from compression.errors import EdgepressError
+from tasks.mlflow_calls import KEY, OWNER, Away, Call, Point, Refused, Sender, prepare_mlflow, translate
+from tasks.mlflow_database import make_database
+from tasks.outbox import Outbox
 from tasks.owner import is_dead, owner_tag
 
 EXPERIMENT = "edgepress"
-_OWNER = "edgepress.owner"
-_REASONS = ("edgepress.reason", "mlflow.note.content")  # tags that say how a run ended
+_PENDING = "edgepress-"  # begins our name of a run that MLflow has no id for yet
+_PAUSE = 2.0  # seconds between tries to reach MLflow
+_LIVE = 5.0  # seconds between points of a curve that is still being made
 
 
 def tracking_uri() -> str:
@@ -36,34 +42,30 @@ class Begun:
 
 
 class Tracking:
-    """A connection to the tracking server, and the runs of one pipeline.
+    """A connection to MLflow, and the runs of one pipeline. Threads may use it at once; `close` it."""
 
-    MLflow appends what is logged twice. So of a run that is gone on with everything it has is known, and not sent again.
-    """
-
-    def __init__(self, uri: str | None = None):
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-        import logging
-
-        logging.getLogger("alembic").setLevel(logging.ERROR)
-        from mlflow import MlflowClient
-
-        self._points: dict[str, dict[tuple[str, int], float]] = {}  # of reopened runs: values by metric and step
-        self._ends: dict[str, int] = {}  # of reopened runs that had finished: when
+    def __init__(self, uri: str | None = None, outbox: Path | None = None, say: Callable[[str], None] = lambda _: None):
+        """
+        outbox  folder for what MLflow misses; without one a call that cannot be sent raises Away
+        say     gets a word for people when MLflow goes away and comes back
+        Raises EdgepressError where MLflow does not answer now.
+        """
+        prepare_mlflow()
         self.uri = uri or tracking_uri()
-        self.client = MlflowClient(self.uri)
-        found = self.client.get_experiment_by_name(EXPERIMENT)
-        self.experiment = (
-            found.experiment_id
-            if found
-            else self.client.create_experiment(EXPERIMENT, tags={"mlflow.experimentKind": "custom_model_development"})
-        )
+        self._folder, self._say = outbox, say
+        self._outbox: Outbox | None = None
+        self._guard = threading.RLock()
+        self._wake, self._closed = threading.Event(), False
+        self._curves: dict[str, tuple[float, list[Point]]] = {}  # of each run: when points were last sent, and those since
+        self.client, self.experiment = _connect(self.uri)
+        self._sender = Sender(self.client, self.experiment)
+
+    # --- what there is ---
 
     def end_orphans(self) -> int:
         """Mark runs whose process is dead as KILLED; returns how many there were."""
         running = self.client.search_runs([self.experiment], filter_string="attributes.status = 'RUNNING'", max_results=1000)
-        dead = [run for run in running if _OWNER in run.data.tags and is_dead(run.data.tags[_OWNER])]
+        dead = [run for run in running if OWNER in run.data.tags and is_dead(run.data.tags[OWNER])]
         for run in dead:
             self.client.set_tag(run.info.run_id, "edgepress.reason", "its process was killed")
             self.client.set_terminated(run.info.run_id, "KILLED")
@@ -73,6 +75,8 @@ class Tracking:
         """What there is of a pipeline's run and of those below it; None where the tracking server does not have it (any more)."""
         from mlflow.exceptions import MlflowException
 
+        if run.startswith(_PENDING):
+            run = self._sender.found(KEY, run) or run
         try:
             if self.client.get_run(run).info.lifecycle_stage != "active":
                 return None
@@ -83,7 +87,7 @@ class Tracking:
         below = self._children(run)
         cells = {child.info.run_name: child.info.run_id for child in below if child.data.tags.get("edgepress.kind") == "cell"}
         stages = [child for child in [*below, *(inner for cell in cells.values() for inner in self._children(cell))]
-                  if child.data.tags.get("edgepress.kind") == "stage"]  # fmt: skip
+                  if child.data.tags.get("edgepress.kind") == "stage" and "edgepress.superseded" not in child.data.tags]  # fmt: skip
         return Begun(run, cells, {(s.data.tags["edgepress.stage"], s.data.tags["edgepress.identity"]): s.info.run_id for s in stages})
 
     def _children(self, run: str) -> list[Any]:
@@ -96,77 +100,237 @@ class Tracking:
             if not token:
                 return found
 
+    # --- runs ---
+
     def open_run(
         self, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None, params: Mapping[str, Any] | None = None,
         known: str | None = None,
     ) -> str:  # fmt: skip
-        """Start a run (below `parent`), or go on with the `known` one that has this name, tags and parameters; returns its id."""
+        """Start a run (below `parent`), or go on with the `known` one that has this name, tags and parameters.
+
+        Returns its id: MLflow's, or a name of ours while MLflow does not answer (`id_of`).
+        """
         if known is not None:
             self.reopen(known)
             return known
-        tags = {_OWNER: owner_tag(), **(tags or {}), **({"mlflow.parentRunId": parent} if parent else {})}
-        run = self.client.create_run(self.experiment, run_name=name, tags=tags)
-        if params:
-            from mlflow.entities import Param
+        key = f"{_PENDING}{uuid.uuid4().hex}"
+        texts = {name: str(value)[:6000] for name, value in (params or {}).items()}
+        self._send(
+            "create",
+            key=key,
+            name=name,
+            parent=parent,
+            tags={OWNER: owner_tag(), "mlflow.user": _user(), **(tags or {})},
+            params=texts,
+            time=_now(),
+        )
+        return self.id_of(key)
 
-            self.client.log_batch(run.info.run_id, params=[Param(key, str(value)[:6000]) for key, value in params.items()])
-        return run.info.run_id
+    def id_of(self, run: str) -> str:
+        """MLflow's id of a run, as soon as MLflow gave it one."""
+        return self._sender.ids.get(run, run)
 
     def reopen(self, run: str) -> None:
         """Continue a run that was ended, by this process or another. What it has is not logged twice."""
-        known = self.client.get_run(run)
-        self.client.set_tag(run, _OWNER, owner_tag())
-        for tag in known.data.tags.keys() & set(_REASONS):
-            self.client.delete_tag(run, tag)
-        if known.info.status == "FINISHED":
-            self._ends[run] = known.info.end_time
-        self.client.update_run(run, status="RUNNING")
-        history = [point for key in known.data.metrics for point in self.client.get_metric_history(run, key)]
-        self._points[run] = {(point.key, point.step): point.value for point in sorted(history, key=lambda point: point.timestamp)}
+        self._send("reopen", run=run, owner=owner_tag())
 
-    def log(self, run: str, metrics: Mapping[str, float], step: int = 0, tags: Mapping[str, str] | None = None) -> None:
-        """Log metrics (and tags) in one request. Values that are no number are left out: MLflow's stores refuse them."""
-        from mlflow.entities import RunTag
+    def supersede(self, run: str, by: str) -> None:
+        """Mark a stage's run whose place another one takes, because model, data or a library became another."""
+        self._send("log", run=run, points=[], tags={"edgepress.superseded": by})
 
-        points = self._new_points(run, [(step, metrics)])
-        self.client.log_batch(run, metrics=points, tags=[RunTag(key, value) for key, value in (tags or {}).items()])
+    def log(
+        self, run: str, metrics: Mapping[str, float], step: int = 0, tags: Mapping[str, str] | None = None, again: bool = False
+    ) -> None:  # fmt: skip
+        """Log metrics (and tags). Values that are no number are left out: MLflow's stores refuse them.
 
-    def log_curve(self, run: str, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """Log points of training curves: (step, values)."""
-        metrics = self._new_points(run, points)
-        for start in range(0, len(metrics), 900):  # a batch holds at most 1,000
-            self.client.log_batch(run, metrics=metrics[start : start + 900])
+        again  a step that has another value already gets this one too; without it the first value stays
+        """
+        self._send("log", run=run, points=_points([(step, metrics)]), tags=dict(tags or {}), again=again)
 
-    def _new_points(self, run: str, points: Sequence[tuple[int, Mapping[str, float]]]) -> list[Any]:
-        """The points as MLflow's, without those that a reopened run has already."""
-        from mlflow.entities import Metric
+    def log_curve(self, run: str, points: Sequence[tuple[int, Mapping[str, float]]], again: bool = False) -> None:
+        """Log points of curves: (step, values). Those that `log_live` sent are not sent again; `again` as in `log`."""
+        self._curves.pop(run, None)
+        if whole := _points(points):
+            self._send("log", run=run, points=whole, tags={}, again=again)
 
-        now = int(time.time() * 1000)
-        known = self._points.get(run, {})
-        values = [(key, step, float(value)) for step, metrics in points for key, value in metrics.items() if math.isfinite(value)]
-        new = [(key, step, value) for key, step, value in values if known.get((key, step)) != value]
-        if run in self._points:
-            known.update({(key, step): value for key, step, value in new})
-        return [Metric(key, value, now, step) for key, step, value in new]
+    def log_live(self, run: str, step: int, values: Mapping[str, float]) -> None:
+        """A point of a curve that is still being made: sent with others every few seconds, so that people can watch it."""
+        sent, kept = self._curves.setdefault(run, (time.monotonic(), []))
+        kept += _points([(step, values)])
+        if time.monotonic() - sent > _LIVE:
+            self._curves[run] = (time.monotonic(), [])
+            self._send("log", run=run, points=kept, tags={})
+
+    def log_system(self, run: str, values: Mapping[str, float], moment: float) -> None:
+        """Figures of the machine at a moment (Unix time)."""
+        self._send("log_system", run=run, values=dict(values), time=int(moment * 1000))
+
+    def describe(self, run: str, text: str, *, cached_identity: str | None = None) -> None:
+        """The run's description (Markdown). Of a stage that came from the store it links the run that computed it."""
+        self._send("describe", run=run, text=text, identity=cached_identity)
 
     def log_data(self, run: str, name: str, digest: str, source: str, context: str) -> None:
         """Name a data set as an input of the run."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+        self._send("log_data", run=run, name=name, digest=digest, source=source, context=context)
 
-        data = Dataset(name=name, digest=digest[:36], source_type="edgepress", source=source)
-        with FileLock(Path(tempfile.gettempdir()) / "edgepress-tracking.lock"):  # MLflow's stores fail when two writers bring one data set
-            self.client.log_inputs(run, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
-
-    def log_file(self, run: str, file: Path) -> None:
-        self.client.log_artifact(run, str(file))
+    def log_file(self, run: str, file: Path, folder: str | None = None) -> None:
+        self._send("log_file", run=run, file=str(file.absolute()), folder=folder)
 
     def log_text(self, run: str, text: str, path: str) -> None:
         """Keep a text as an artifact of the run."""
-        self.client.log_text(run, text, path)
+        self._send("log_text", run=run, text=text, path=path)
+
+    def register(self, run: str, **what: Any) -> None:
+        """Put an artifact into the model registry: the arguments are those of tasks.registry.register."""
+        self._send("register", run=run, **what)
 
     def end(self, run: str, status: str, reason: str | None = None) -> None:
-        """End a run: FINISHED, FAILED or KILLED. One that had finished before, and was only looked through again, did so when it first did."""
-        if reason:
-            self.client.set_tag(run, "edgepress.reason", reason[:5000])
-            self.client.set_tag(run, "mlflow.note.content", f"**{status.lower()}**: {reason[:4000]}")
-        self.client.set_terminated(run, status, end_time=self._ends.get(run) if status == "FINISHED" else None)
+        """End a run: FINISHED, FAILED or KILLED."""
+        self._send("end", run=run, status=status, time=_now(), reason=reason)
+
+    # --- while MLflow is away ---
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait in the outbox of this process."""
+        return len(self._outbox) if self._outbox is not None else 0
+
+    def send_left(self) -> int:
+        """Send what dead processes left in the outbox for this MLflow; returns how many calls. Raises EdgepressError when it goes away meanwhile."""
+        if self._folder is None or not self._folder.is_dir():
+            return 0
+        count = 0
+        for box in Outbox.left(self._folder):
+            try:
+                if box.uri == absolute_uri(self.uri):
+                    count += self._deliver(box, Sender(self.client, self.experiment, box.ids()))
+            except Away as away:
+                raise _no_answer(self.uri, str(away)) from None
+            finally:
+                box.close()
+        return count
+
+    def settle(self, seconds: float) -> int:
+        """Wait until everything is sent, or so long; returns how many calls wait still."""
+        deadline = time.monotonic() + seconds
+        while self.waiting and time.monotonic() < deadline:
+            self._wake.set()
+            time.sleep(0.3)
+        return self.waiting
+
+    def close(self) -> None:
+        """End the sending. What waits stays on disk."""
+        self._closed = True
+        self._wake.set()
+        with self._guard:
+            if self._outbox is not None:
+                self._outbox.close()
+                self._outbox = None
+
+    def _send(self, what: str, **arguments: Any) -> None:
+        """Send a call now, or behind those that wait. Raises RuntimeError where MLflow refuses it: a mistake of ours, or the run was deleted."""
+        call = Call(what, arguments)
+        with self._guard:
+            if self._outbox is not None:
+                self._outbox.add(call)
+                return
+        try:
+            self._sender.send(call)
+        except Refused as refusal:
+            raise RuntimeError(f"MLflow at {self.uri} refuses {what}: {refusal}") from refusal
+        except Away as away:
+            if self._folder is None:
+                raise
+            self._keep(call, str(away))
+
+    def _keep(self, call: Call, reason: str) -> None:
+        with self._guard:
+            if self._outbox is None:
+                assert self._folder is not None
+                self._say(
+                    f"MLflow at {self.uri} does not answer ({reason}); what it misses is kept in {self._folder}, and sent when it answers"
+                )
+                self._outbox = Outbox(self._folder, absolute_uri(self.uri))
+                threading.Thread(target=self._send_when_back, args=[self._outbox], daemon=True, name="outbox").start()
+            self._outbox.add(call)
+
+    def _send_when_back(self, box: Outbox) -> None:
+        """Try until all is sent; the stages go on meanwhile."""
+        while not self._closed:
+            self._wake.wait(_PAUSE)
+            self._wake.clear()
+            try:
+                self._deliver(box, self._sender)
+            except Away:
+                continue
+            with self._guard:
+                if len(box) == 0 and self._outbox is box:
+                    self._outbox = None
+                    box.close()
+                    self._say(f"MLflow at {self.uri} answers again and has everything")
+                    return
+
+    def _deliver(self, box: Outbox, sender: Sender) -> int:
+        before = box.refused
+        count = box.send(sender)
+        if box.refused > before:
+            self._say(f"MLflow at {self.uri} refused {box.refused - before} calls that waited; they are in {self._folder}/refused.jsonl")
+        return count
+
+
+def absolute_uri(uri: str) -> str:
+    """The address, of a sqlite file relative to this directory that from the root: an outbox may be sent from elsewhere."""
+    path = uri.removeprefix("sqlite:///")
+    return uri if path == uri or path.startswith("/") else f"sqlite:///{Path(path).absolute()}"
+
+
+def _connect(uri: str) -> tuple[Any, str]:
+    """A client and the id of our experiment. Raises EdgepressError where MLflow does not answer."""
+    from mlflow import MlflowClient
+
+    try:
+        make_database(uri)
+        client = MlflowClient(uri)
+        return client, _experiment(client)
+    except Exception as error:  # noqa: BLE001  (sorted; what is neither is raised)
+        try:
+            translate(error)
+        except (Away, Refused) as known:
+            raise _no_answer(uri, str(known)) from None
+
+
+def _experiment(client: Any) -> str:
+    """The id of our experiment, which is made once, whoever comes first."""
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(EXPERIMENT):
+        return found.experiment_id
+    try:
+        return client.create_experiment(EXPERIMENT, tags={"mlflow.experimentKind": "custom_model_development"})
+    except MlflowException as error:
+        found = client.get_experiment_by_name(EXPERIMENT) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
+        if found is None:
+            raise
+        return found.experiment_id
+
+
+def _no_answer(uri: str, reason: str) -> EdgepressError:
+    return EdgepressError(
+        f"MLflow at {uri} does not answer: {reason}. Start it, or set MLFLOW_TRACKING_URI to another (unset: a file mlflow.db here); nothing was run"
+    )
+
+
+def _points(values: Sequence[tuple[int, Mapping[str, float]]]) -> list[Point]:
+    now = _now()
+    return [(key, step, float(value), now) for step, metrics in values for key, value in metrics.items() if math.isfinite(value)]
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())

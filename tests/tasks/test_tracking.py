@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
+from tasks import tracking as tracking_module
 from tasks.tracking import Tracking
 
 
@@ -58,7 +59,7 @@ def test_a_reopened_run_gets_only_what_is_new(uri: str, tmp_path: Path) -> None:
         after.log(run, {"perplexity": 0.1 + 0.2, "size_mb": 2.0}, step=3)
         after.log_curve(run, [(1, {"loss": 2.0}), (2, {"loss": 1.5}), (3, {"loss": 1.0})])
     assert points(after, run, "perplexity") == [(3, 0.1 + 0.2)]
-    assert points(after, run, "size_mb") == [(3, 1.0), (3, 2.0)]  # what changed is logged
+    assert points(after, run, "size_mb") == [(3, 1.0)]  # a step has one value: the first
     assert points(after, run, "loss") == [(1, 2.0), (2, 1.5), (3, 1.0)]
 
 
@@ -71,3 +72,56 @@ def test_a_run_that_had_finished_keeps_its_end(uri: str) -> None:
     assert (now(tracking, run).info.status, now(tracking, run).info.end_time) == ("FINISHED", 12345)
     tracking.end(run, "FAILED", "too narrow")
     assert now(tracking, run).info.end_time > 12345
+
+
+def test_a_step_gets_another_value_only_where_that_is_asked(uri: str) -> None:
+    tracking = Tracking(uri)
+    run = tracking.open_run("micro")
+    for again in (False, True, True):
+        tracking.log(run, {"perplexity": 3.0 + again}, step=2, again=again)
+    assert points(tracking, run, "perplexity") == [(2, 3.0), (2, 4.0)]
+
+
+def test_a_superseded_stage_is_not_gone_on_with(uri: str) -> None:
+    tracking = Tracking(uri)
+    top = tracking.open_run("demo", tags={"edgepress.kind": "pipeline"})
+    old = tracking.open_run("pruned", parent=top, tags=stage_tags("pruned", "1"))
+    new = tracking.open_run("pruned", parent=top, tags=stage_tags("pruned", "2"))
+    tracking.supersede(old, by=new)
+    begun = tracking.begun(top)
+    assert begun is not None and begun.stages == {("pruned", "2"): new}
+    assert now(tracking, old).data.tags["edgepress.superseded"] == new
+
+
+def test_what_came_from_the_store_links_the_run_that_computed_it(uri: str) -> None:
+    tracking = Tracking(uri)
+    runs = [tracking.open_run("pruned", tags=stage_tags("pruned", "abc")) for _ in range(3)]
+    tracking.log(runs[0], {}, tags={"edgepress.computed": "true", "edgepress.state": "Cached"})  # it was gone on with
+    tracking.log(runs[1], {}, tags={"edgepress.state": "Cached"})
+    tracking.describe(runs[2], "from the store", cached_identity="abc")
+    tags = now(tracking, runs[2]).data.tags
+    assert tags["edgepress.computed_by"] == runs[0] and tags["mlflow.note.content"].endswith(f"/runs/{runs[0]}).")
+    tracking.describe(runs[0], "computed", cached_identity="abc")  # itself
+    assert "edgepress.computed_by" not in now(tracking, runs[0]).data.tags
+
+
+def test_a_curve_is_seen_while_it_is_made_and_is_there_once(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking_module, "_LIVE", 0.0)
+    tracking = Tracking(uri)
+    run = tracking.open_run("distilled")
+    for step in (1, 2, 3):
+        tracking.log_live(run, step, {"loss": 1.0 / step})
+    assert points(tracking, run, "loss") == [(step, 1.0 / step) for step in (1, 2, 3)]
+    tracking.log_curve(run, [(step, {"loss": 1.0 / step, "bad": float("nan")}) for step in (1, 2, 3, 4)])
+    assert points(tracking, run, "loss") == [(step, 1.0 / step) for step in (1, 2, 3, 4)] and points(tracking, run, "bad") == []
+
+
+def test_figures_of_the_machine_go_on_in_a_reopened_run(uri: str) -> None:
+    first = Tracking(uri)
+    run = first.open_run("distilled")
+    started = now(first, run).info.start_time / 1000
+    first.log_system(run, {"cpu_percent": 50.0}, started + 5.5)
+    second = Tracking(uri)
+    second.reopen(run)
+    second.log_system(run, {"cpu_percent": 60.0}, started + 65)
+    assert points(second, run, "system/cpu_percent") == [(5, 50.0), (65, 60.0)]

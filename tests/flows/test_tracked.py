@@ -1,0 +1,137 @@
+"""What a pipeline's run in MLflow is made of: series of its chart, plan, environment, registered results."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from compression.errors import EdgepressError
+from flows.pipeline import _begun
+from flows.planning import Plan, make_plan, select
+from flows.recipe import load_recipe
+from flows.registering import register_results
+from flows.tracked import git_commit, known_stages, leaves, lock, planned_stages, series
+from tasks.gates import Verdict
+from tasks.perform import Result
+from tasks.store import Store
+from tasks.tracking import Begun
+from tests.flows.recipes import STAGES, recipe
+
+LINEAR = "  pruned: {uses: prune.width, keep: 0.5}\n  gguf: {uses: export.gguf}\n"
+GATE = "gates: {gguf: {perplexity: {max: 9}}}\n"
+
+
+@pytest.fixture
+def plan(tmp_path: Path, checkpoint: Path) -> Callable[..., Plan]:
+    def made(stages: str = STAGES, rest: str = "") -> Plan:
+        file = tmp_path / "micro.yaml"
+        file.write_text(recipe(checkpoint, stages, rest))
+        return make_plan(load_recipe(file), Store(tmp_path / "store"))
+
+    return made
+
+
+def test_a_line_of_the_chart_is_a_road_to_a_leaf(plan: Callable[..., Plan]) -> None:
+    assert series(plan(LINEAR)) == {"base": [""], "pruned": [""], "gguf": [""]}
+    both = ["/gguf", "/onnx"]
+    assert series(plan()) == {"base": both, "pruned": both, "distilled": both, "gptq": ["/gguf"], "gguf": ["/gguf"], "onnx": ["/onnx"]}
+    cut = select(plan(), only=["gptq"])
+    assert series(cut) == {name: [""] for name in ("base", "pruned", "distilled", "gptq")} and leaves(cut) == ["gptq"]
+    swept = plan(rest="matrix: {gptq.bits: [4, 8]}\n")
+    assert series(swept).keys() == {"base", "pruned", "distilled"}  # a cell's run has its road
+
+
+def test_stages_go_on_with_their_runs_unless_they_are_others_now(plan: Callable[..., Plan]) -> None:
+    made = plan(LINEAR)
+    same = made.by_name["pruned"].identity
+    begun = Begun("top", {}, {("pruned", same): "1", ("gguf", "another"): "2", ("gone", "3"): "3"})
+    assert known_stages(made, begun) == ({"pruned": "1"}, {"gguf": "2"})
+    assert known_stages(made, None) == ({}, {})
+
+
+def test_a_run_that_mlflow_lost_is_told() -> None:
+    told: list[Any] = []
+    tracking = SimpleNamespace(begun=lambda run: None, uri="sqlite:///x.db")
+    resumed = SimpleNamespace(run="micro-1", tracking_run="abc")
+    assert _begun(tracking, resumed, lambda stage, event: told.append((stage, event["warning"]))) is None  # type: ignore[arg-type]
+    assert told == [("micro-1", "its run abc is not in MLflow at sqlite:///x.db; this one gets a new run there")]
+
+
+def test_the_plan_is_kept_as_json(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    made = plan(LINEAR)
+    kept = planned_stages(made, Store(tmp_path / "store"))
+    assert [(stage["step"], stage["stage"], stage["in_store"]) for stage in kept] == [
+        (0, "base", False),
+        (1, "pruned", False),
+        (2, "gguf", False),
+    ]
+    assert kept[1]["identity"] == made.by_name["pruned"].identity and kept[2]["inputs"] == {"parent": "pruned"} and kept[1]["size"] > 0
+
+
+def test_the_environment_is_told(tmp_path: Path) -> None:
+    names = [line.partition("==")[0].lower() for line in lock().splitlines()]
+    assert {"mlflow", "torch", "edgepress"} <= set(names) and names == sorted(set(names))
+    assert git_commit(tmp_path) == (None, None)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y"]
+    (tmp_path / "a").write_text("1")
+    for command in (["init", "-q"], ["add", "a"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command], check=True)
+    commit, changed = git_commit(tmp_path)
+    assert commit is not None and len(commit) == 40 and changed is False
+    (tmp_path / "a").write_text("2")
+    assert git_commit(tmp_path) == (commit, True)
+
+
+def test_leaves_are_registered_under_the_name_or_one_for_each(plan: Callable[..., Plan]) -> None:
+    def models(made: Plan) -> dict[str, str]:
+        return {task.name: task.registered for task in made.assignments if task.registered}
+
+    assert models(plan()) == {}
+    assert models(plan(rest="registry: {name: tiny}\n")) == {"gguf": "tiny-gguf", "onnx": "tiny-onnx"}
+    assert models(plan(rest="registry: {name: tiny, stages: [gptq]}\n")) == {"gptq": "tiny"}
+    assert models(plan(rest=GATE + "registry: {name: tiny, stages: [gguf], champion: true}\n")) == {"gguf": "tiny"}
+
+
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        ("registry: {name: a/b}\n", "registry.name"),
+        ("registry: {name: tiny, stages: [ggfu]}\n", "did you mean 'gguf'?"),
+        (
+            "registry: {name: tiny, champion: true}\n",
+            "registry.champion: a champion is a result that passed a gate, and gguf, onnx has none",
+        ),
+        ("registry: {name: tiny}\nmatrix: {gptq.bits: [4, 8]}\n", "registry: a sweep has many results"),
+    ],
+)
+def test_a_wish_that_cannot_come_true_is_refused(plan: Callable[..., Plan], rest: str, words: str) -> None:
+    with pytest.raises(EdgepressError) as caught:
+        plan(rest=rest)
+    assert words in str(caught.value) and "micro.yaml:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "champion", "aliases"),
+    [
+        ("PASS", True, ["candidate", "champion"]), ("PASS", False, ["candidate"]), ("INCONCLUSIVE", True, ["candidate"]),
+    ],
+)  # fmt: skip
+def test_a_champion_passed_every_gate_before_it(plan: Callable[..., Plan], outcome: Any, champion: bool, aliases: list[str]) -> None:
+    made = plan(rest=GATE + "registry: {name: tiny, stages: [gguf, onnx]}\n")
+    results = {
+        task.name: Result(task.name, "x", [], "Failed" if task.name == "onnx" else "Completed", runtime="llama.cpp", run=task.name)
+        for task in made.assignments
+    }
+    results["pruned"].verdicts = [Verdict("accuracy", outcome, "accuracy fell within noise")]
+    results["gguf"].verdicts = [Verdict("perplexity", "PASS", "perplexity 3 is at most 9")]
+    calls: list[tuple[str, dict[str, Any]]] = []
+    pipeline: Any = SimpleNamespace(
+        name="micro", results=results, base=made.base, tracking=SimpleNamespace(register=lambda run, **what: calls.append((run, what)))
+    )
+    (said,) = register_results(pipeline, made.assignments, champion)
+    ((run, what),) = calls
+    assert (run, what["name"], what["aliases"], what["extra"]) == ("gguf", "tiny-gguf", aliases, "llamacpp")
+    assert ("not champion: accuracy fell within noise" in said) == (outcome == "INCONCLUSIVE")

@@ -1,0 +1,209 @@
+"""What MLflow missed: kept on disk, sent in order when it answers, nothing lost and nothing twice."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from compression.errors import EdgepressError
+from tasks import tracking as tracking_module
+from tasks.mlflow_calls import Away, Call, Sender
+from tasks.outbox import Outbox, addresses, waiting
+from tasks.tracking import EXPERIMENT, Tracking
+
+GONE = MlflowException("API request to http://tracking failed with exception: connection refused")
+
+
+class Flaky:
+    """A client whose writes fail while `away`; with `deaf` MLflow does what it is asked, but its answer is lost."""
+
+    def __init__(self, client: MlflowClient):
+        self.client, self.away, self.deaf = client, False, False
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.client, name)
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            if self.away:
+                raise GONE
+            done = method(*arguments, **more)
+            if self.deaf:
+                raise GONE
+            return done
+
+        return call
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("outbox")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    MlflowClient(uri).create_experiment(EXPERIMENT, str(folder / "artifacts"))
+    return uri
+
+
+@pytest.fixture
+def connect(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Tracking, Flaky, list[str]]]:
+    """A connection with an outbox, its flaky client, and what it says."""
+    monkeypatch.setattr(tracking_module, "_PAUSE", 0.05)
+
+    def made() -> tuple[Tracking, Flaky, list[str]]:
+        said: list[str] = []
+        tracking = Tracking(uri, tmp_path / "outbox", said.append)
+        flaky = Flaky(tracking.client)
+        tracking._sender.client = flaky
+        return tracking, flaky, said
+
+    return made
+
+
+def points(uri: str, run: str, key: str) -> list[tuple[int, float]]:
+    return sorted((point.step, point.value) for point in MlflowClient(uri).get_metric_history(run, key))
+
+
+def a_stage(tracking: Tracking, parent: str, name: str = "pruned") -> str:
+    """Everything a stage logs."""
+    run = tracking.open_run(name, parent=parent, tags={"edgepress.stage": name}, params={"keep": 0.5})
+    tracking.log_data(run, "recipe data", "0123", "{}", "training")
+    tracking.log_curve(run, [(1, {"loss": 2.0}), (2, {"loss": 1.0})])
+    tracking.log_system(run, {"cpu_percent": 100.0}, time.time() + 7)
+    tracking.log(run, {"perplexity": 3.5}, tags={"edgepress.state": "Completed"})
+    tracking.log(parent, {"perplexity": 3.5}, step=1)
+    tracking.log_text(run, "a card", "README.md")
+    tracking.describe(run, "what it did")
+    tracking.end(run, "FINISHED")
+    return run
+
+
+def check_stage(uri: str, run: str, parent: str) -> None:
+    client = MlflowClient(uri)
+    known = client.get_run(run)
+    assert known.info.status == "FINISHED" and known.data.params == {"keep": "0.5"}
+    assert known.data.tags["mlflow.parentRunId"] == parent and known.data.tags["mlflow.note.content"] == "what it did"
+    assert known.info.end_time - known.info.start_time < 2000  # when it ended, not when MLflow heard of it
+    assert points(uri, run, "perplexity") == [(0, 3.5)] and points(uri, run, "loss") == [(1, 2.0), (2, 1.0)]
+    assert points(uri, run, "system/cpu_percent")[0][0] in (6, 7)
+    assert points(uri, parent, "perplexity") == [(1, 3.5)]
+    assert len(known.inputs.dataset_inputs) == 1 and [file.path for file in client.list_artifacts(run)] == ["README.md"]
+    below = client.search_runs([known.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert [found.info.run_id for found in below] == [run]
+
+
+def test_what_is_logged_while_mlflow_is_away_arrives_once_and_with_its_times(uri: str, connect: Any, tmp_path: Path) -> None:
+    tracking, flaky, said = connect()
+    parent = tracking.open_run("micro")
+    flaky.away = True
+    run = a_stage(tracking, parent)
+    assert run.startswith("edgepress-") and tracking.waiting == 9 == waiting(tmp_path / "outbox")
+    time.sleep(2.5)
+    flaky.away = False
+    assert tracking.settle(20) == 0
+    check_stage(uri, tracking.id_of(run), parent)
+    assert ["does not answer" in said[0], "has everything" in said[-1], len(said)] == [True, True, 2]
+    tracking.log(run, {"size_mb": 1.0})  # our name of the run stays good
+    assert points(uri, tracking.id_of(run), "size_mb") == [(0, 1.0)]
+    tracking.close()
+    assert list((tmp_path / "outbox").iterdir()) == []
+
+
+def test_an_answer_that_was_lost_makes_nothing_twice(uri: str, connect: Any) -> None:
+    tracking, flaky, _ = connect()
+    parent = tracking.open_run("micro")
+    flaky.deaf = True
+    run = a_stage(tracking, parent)
+    time.sleep(0.3)  # it is tried again and again
+    flaky.deaf = False
+    assert tracking.settle(20) == 0
+    check_stage(uri, tracking.id_of(run), parent)
+    tracking.close()
+
+
+def test_what_a_process_left_is_sent_by_the_next_from_where_it_stopped(uri: str, connect: Any, tmp_path: Path) -> None:
+    tracking, flaky, _ = connect()
+    parent = tracking.open_run("micro")
+    tracking._send_when_back = lambda _: None  # type: ignore[method-assign]
+    flaky.away = True
+    run = a_stage(tracking, parent)
+    box = tracking._outbox
+    assert box is not None
+    flaky.away = False
+    sender = Sender(flaky, tracking.experiment)
+    for _ in range(2):  # as if it had been killed when it had sent these, and noted one
+        sender.send(box._calls[0], perhaps_sent=True)
+        sender.send(box._calls[1], perhaps_sent=True)
+    box._append(box._beside(".sent"), {"sent": 1, "ids": sender.ids})
+    with box._file.open("a") as stream:
+        stream.write('{"call": "log", "argum')
+    assert list(Outbox.left(tmp_path / "outbox")) == []  # its process lives
+    box._lock.release()
+
+    assert addresses(tmp_path / "outbox") == [uri] and waiting(tmp_path / "outbox") == 8
+    other, _, _ = connect()
+    assert other.send_left() == 8 and waiting(tmp_path / "outbox") == 0
+    check_stage(uri, sender.ids[run], parent)
+    assert other.begun(run) is not None  # found by our name too
+    assert other.send_left() == 0 and list((tmp_path / "outbox").iterdir()) == []
+
+
+def test_what_mlflow_refuses_is_set_aside_and_holds_nothing_up(uri: str, connect: Any, tmp_path: Path) -> None:
+    tracking, flaky, said = connect()
+    deleted, run = tracking.open_run("deleted"), tracking.open_run("micro")
+    flaky.away = True
+    tracking.log(deleted, {"perplexity": 3.5})
+    tracking.log(run, {"perplexity": 3.5})
+    MlflowClient(uri).delete_run(deleted)
+    flaky.away = False
+    assert tracking.settle(20) == 0
+    assert points(uri, run, "perplexity") == [(0, 3.5)]
+    refused = json.loads((tmp_path / "outbox" / "refused.jsonl").read_text())
+    assert refused["arguments"]["run"] == deleted and refused["error"] and any("refused 1 calls" in text for text in said)
+    with pytest.raises(RuntimeError, match="refuses log"):
+        tracking.log(deleted, {"perplexity": 3.5})
+    tracking.close()
+
+
+def test_a_file_is_sent_as_it_was(uri: str, connect: Any, tmp_path: Path) -> None:
+    tracking, flaky, _ = connect()
+    run, file = tracking.open_run("micro"), tmp_path / "run.json"
+    file.write_text("first")
+    flaky.away = True
+    tracking.log_file(run, file)
+    file.write_text("another run's")
+    flaky.away = False
+    assert tracking.settle(20) == 0
+    assert Path(MlflowClient(uri).download_artifacts(run, "run.json", str(tmp_path))).read_text() == "first"
+    tracking.close()
+
+
+def test_without_an_outbox_nothing_is_taken_that_cannot_be_sent(uri: str) -> None:
+    tracking = Tracking(uri)
+    run = tracking.open_run("micro")
+    flaky = Flaky(tracking.client)
+    tracking._sender.client, flaky.away = flaky, True
+    with pytest.raises(Away):
+        tracking.log(run, {"perplexity": 3.5})
+
+
+def test_a_server_that_does_not_answer_is_told_at_once(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    with pytest.raises(EdgepressError, match=r"MLflow at http://127.0.0.1:9 does not answer.*MLFLOW_TRACKING_URI.*nothing was run"):
+        Tracking("http://127.0.0.1:9", tmp_path)
+    assert time.monotonic() - begun < 15
+
+
+def test_an_outbox_that_holds_nothing_whole_is_removed(tmp_path: Path) -> None:
+    box = Outbox(tmp_path, "sqlite:////x.db")
+    box.add(Call("log_text", {"run": "1", "text": "é\n", "path": "x"}))
+    assert len(box) == 1 and waiting(tmp_path) == 1
+    box.close()
+    assert [name.suffix for name in sorted(tmp_path.iterdir())] in ([".jsonl"], [".jsonl", ".lock"])
+    (left,) = Outbox.left(tmp_path)
+    assert left.uri == "sqlite:////x.db" and left._calls[0].arguments["text"] == "é\n"
+    left._calls.clear()
+    left.close()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,33 @@
+"""What a stage takes of its machine, sampled while it works."""
+
+import time
+from typing import Any
+
+import pytest
+
+from tasks import sampler
+from tasks.sampler import figures, sampled
+
+
+def test_figures_are_rates_between_two_looks() -> None:
+    before = {"at": 10.0, "cpu": 3.0, "rss": 1e6, "read": 0.0, "written": 5e6}
+    now = {"at": 12.0, "cpu": 6.0, "rss": 3e6, "read": 4e6, "written": 5e6}
+    found = figures(before, now)
+    assert [found[name] for name in ("cpu_percent", "memory_mb", "disk_read_mb_per_second", "disk_written_mb_per_second")] == [150, 3, 2, 0]
+    gone = figures(before, {**now, "cpu": 1.0, "read": -1.0})  # a child that took much has ended
+    assert gone["cpu_percent"] == gone["disk_read_mb_per_second"] == 0
+
+
+def test_a_busy_block_is_seen_to_be_busy_and_nothing_is_told_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "_FIRST", 0.3)
+    monkeypatch.setattr(sampler, "_EVERY", 0.1)
+    told: list[dict[str, Any]] = []
+    with sampled(told.append):
+        began = time.process_time()
+        while time.process_time() - began < 0.6:
+            pass
+    count = len(told)
+    time.sleep(0.3)
+    assert 1 <= count == len(told)
+    assert max(event["system"]["cpu_percent"] for event in told) > 5 and all(event["system"]["memory_mb"] > 10 for event in told)
+    assert abs(told[-1]["time"] - time.time()) < 60

@@ -1,7 +1,7 @@
 """The child that does the work of one job: `python -P -m tasks.worker job.json`.
 
-The same entry serves the fork server, torchrun, containers and a person at a shell. A job file says what to do and where; the child
-tells its progress as lines of `events.jsonl` beside it, prints into `log.txt`, and ends with `result.json` or `error.json`.
+The same entry serves the fork server, torchrun, containers and a person at a shell. A job file says what to do and where; what
+else is in its folder, tasks/runners/folder.py tells.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -21,9 +22,13 @@ from typing import Any, TextIO
 
 from compression.context import Context
 from compression.errors import EdgepressError
+from compression.evaluation.findings import Findings
 from tasks.files import write_json
+from tasks.runners.folder import held
+from tasks.sampler import sampled
 
-PRELOAD = ("torch", "transformers", "transformers.models.auto.modeling_auto", "compression.loading", "tasks.jobs")
+STAGE = "tasks.jobs:run_stage"
+PRELOAD = ("torch", "transformers", "transformers.models.auto.modeling_auto", "compression.loading", "tasks.jobs", "tasks.preload")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -31,10 +36,16 @@ def main(job_file: str) -> int:
     """Run the job; returns the exit status. Every way to fail leaves error.json with the reason (but being killed)."""
     folder = Path(job_file).parent
     job = json.loads(Path(job_file).read_text())
-    with _printing_into(folder / "log.txt"), (folder / "events.jsonl").open("w", buffering=1) as events:
+    with held(folder / "job.lock"), _printing_into(folder / "log.txt"), (folder / "events.jsonl").open("a", buffering=1) as events:
+        for name in ("result.json", "error.json"):
+            (folder / name).unlink(missing_ok=True)  # of a child before, whose worker was lost
+        events.write(("\n" if events.tell() else "") + json.dumps({"started": f"{socket.gethostname()}/{os.getpid()}"}) + "\n")
         started = time.monotonic()
         try:
-            metrics = _perform(job, Events(events))
+            told = Events(events)
+            watched = sampled(told.write) if job["call"] == STAGE else contextlib.nullcontext()  # not beside a measurement of speed
+            with watched:
+                findings = _perform(job, told)
         except EdgepressError as error:
             write_json(folder / "error.json", {"kind": "user", "type": type(error).__name__, "message": str(error), "key": error.key})
             return 2
@@ -43,7 +54,7 @@ def main(job_file: str) -> int:
             details = {"kind": "crash", "type": type(error).__name__, "message": reason, "traceback": traceback.format_exc()}
             write_json(folder / "error.json", details)
             return 1
-        write_json(folder / "result.json", {"metrics": metrics, "seconds": time.monotonic() - started})
+        write_json(folder / "result.json", {**findings.document(), "seconds": time.monotonic() - started})
     return 0
 
 
@@ -85,28 +96,33 @@ class Events:
     def progress(self, done: int, total: int, what: str) -> None:
         if done == total or time.monotonic() - self.last > 0.1:
             self.last = time.monotonic()
-            self._write({"progress": [done, total, what]})
+            self.write({"progress": [done, total, what]})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self._write({"metrics": dict(values), "step": step})
+        self.write({"metrics": dict(values), "step": step})
 
     def warn(self, message: str) -> None:
-        self._write({"warning": message})
+        self.write({"warning": message})
 
-    def _write(self, event: dict[str, Any]) -> None:
+    def write(self, event: dict[str, Any]) -> None:
         self.stream.write(json.dumps(event) + "\n")
 
 
-def _perform(job: dict[str, Any], events: Events) -> dict[str, float]:
+def _perform(job: dict[str, Any], events: Events) -> Findings:
+    """What the job's function brings: Findings, or metrics alone."""
     import torch
 
+    os.chdir(job["directory"])
+    if job["visible_devices"]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(job["visible_devices"])  # torch has looked at no GPU yet
     torch.set_num_threads(job["threads"])
     if job["device"] != "cpu":  # CPU kernels repeat their bytes already when the number of threads is fixed
         torch.use_deterministic_algorithms(True, warn_only=True)
     logging.captureWarnings(True)
     module, _, name = job["call"].partition(":")
     function = getattr(importlib.import_module(module), name)
-    return function(**job["arguments"], threads=job["threads"], context=events.context(job["seed"], job["device"]))
+    brought = function(**job["arguments"], threads=job["threads"], context=events.context(job["seed"], job["device"]))
+    return brought if isinstance(brought, Findings) else Findings(brought)
 
 
 @contextlib.contextmanager

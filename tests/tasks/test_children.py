@@ -14,7 +14,10 @@ import psutil
 import pytest
 
 from compression.errors import EdgepressError
-from tasks.children import Children, Job, JobFailed, machine_lock
+from tasks.children import Children, Job, JobFailed
+from tasks.runners.budget import Budget
+from tasks.runners.local import LocalChildren
+from tasks.runners.machine import machine_lock
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -27,8 +30,8 @@ def own_machine_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def children() -> Iterator[Children]:
-    Children.preload()
-    made = Children(cores=2)
+    made = LocalChildren(Budget(cores=2))
+    made.preload()
     yield made
     made.close()
 
@@ -178,7 +181,7 @@ def test_close_frees_a_thread_that_waits_for_the_machine(children: Children, tmp
 def hold_machine(folder: Path) -> subprocess.Popen[str]:
     """A process of another pipeline that works, and so holds the machine's lock shared."""
     code = (
-        f"import tempfile; tempfile.tempdir = {str(folder)!r}\nimport sys\nfrom tasks.children import machine_lock\n"
+        f"import tempfile; tempfile.tempdir = {str(folder)!r}\nimport sys\nfrom tasks.runners.machine import machine_lock\n"
         "with machine_lock(alone=False):\n    print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen([sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
@@ -233,9 +236,10 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "flow.py"
     script.write_text(
         f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\nimport sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from pathlib import Path\nfrom tasks.children import Children, Job\n"
-        "if __name__ == '__main__':\n    Children.preload()\n"
-        f"    Children(2).run(Job('tests.tasks.jobs:linger', {{'folder': {str(tmp_path)!r}}}, 1), Path({str(tmp_path / 'job')!r}), print)\n"
+        "from pathlib import Path\nfrom tasks.children import Job\n"
+        "from tasks.runners.budget import Budget\nfrom tasks.runners.local import LocalChildren\n"
+        "if __name__ == '__main__':\n    children = LocalChildren(Budget(2))\n    children.preload()\n"
+        f"    children.run(Job('tests.tasks.jobs:linger', {{'folder': {str(tmp_path)!r}}}, 1), Path({str(tmp_path / 'job')!r}), print)\n"
     )
     parent = subprocess.Popen([sys.executable, "-P", str(script)])
     child, grandchild = pids_written(tmp_path)

@@ -1,0 +1,1 @@
+"""Who runs the jobs of a flow: one module each, chosen in choice.py. Imports no torch."""

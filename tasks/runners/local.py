@@ -1,0 +1,140 @@
+"""Children on this machine: forks of a server that has torch loaded, within a budget, ended together. Imports no torch."""
+
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import threading
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from compression.errors import EdgepressError
+from tasks.children import Done, EventSink, Job, JobFailed, Stopped
+from tasks.files import write_json
+from tasks.memory_pressure import MemoryWatch
+from tasks.runners.budget import Budget
+from tasks.runners.folder import EventReader, cleared
+from tasks.runners.machine import GivenUp, devices_taken, machine_lock
+from tasks.worker import PRELOAD, forked
+
+
+class LocalChildren:
+    """Children of this process, limited by a budget."""
+
+    def __init__(self, budget: Budget):
+        self._budget = budget
+        self._starting = threading.Lock()
+        self._running: set[BaseProcess] = set()
+        self._closed = False
+
+    def preload(self) -> None:
+        """Start the fork server, which imports torch while the caller goes on."""
+        os.environ["PYTHONSAFEPATH"] = "1"  # a user's own tasks.py or flows/ in the current directory must not shadow ours
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")  # of killed children's semaphores
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOAD))
+        multiprocessing.forkserver.ensure_running()
+
+    def run(self, job: Job, folder: Path, sink: EventSink) -> Done:
+        """See `Children.run`."""
+        cleared(folder)
+        return self.work(job, folder, sink)
+
+    def work(self, job: Job, folder: Path, sink: EventSink, given_up: GivenUp = lambda: False, directory: str | None = None) -> Done:
+        """Run a job in a folder that was cleared.
+
+        given_up   asked all the while; when it says so the child is ended, and Stopped raised
+        directory  where relative paths of the job begin; None: the directory of this process
+        """
+
+        def stopped() -> bool:
+            return self._closed or given_up()
+
+        with (
+            devices_taken(job.device, job.devices, stopped) as devices, self._budget.taken(job, sink, stopped),
+            machine_lock(alone=job.alone, given_up=stopped),
+        ):  # fmt: skip
+            spec = {
+                "call": job.call, "arguments": job.arguments, "threads": job.threads, "seed": job.seed, "device": job.device,
+                "visible_devices": devices, "directory": directory or str(Path.cwd()),
+            }  # fmt: skip
+            write_json(folder / "job.json", spec)
+            process = multiprocessing.get_context("forkserver").Process(target=forked, args=(str(folder / "job.json"),))
+            with self._starting:
+                if stopped():
+                    raise Stopped()
+                process.start()
+                self._running.add(process)
+            memory = MemoryWatch(_pid(process))
+            try:
+                timed_out = _watch(process, EventReader(folder), memory, sink, job.timeout, stopped)
+            finally:
+                _end_group(process)
+                process.join()
+                self._running.discard(process)
+        if self._closed:
+            raise Stopped()
+        return _outcome(folder, process.exitcode, job.timeout if timed_out else None, memory)
+
+    def close(self) -> None:
+        """Kill whatever runs; nothing can be started afterwards."""
+        with self._starting:
+            self._closed = True
+            for process in list(self._running):
+                _end_group(process)
+        self._budget.wake()
+
+
+def _watch(
+    process: BaseProcess, events: EventReader, memory: MemoryWatch, sink: EventSink, timeout: float | None, stopped: GivenUp
+) -> bool:
+    """Forward events until the child ends; returns whether it ran past the timeout (and is to be killed). Raises Stopped."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        memory.look()
+        process.join(0.05)
+        ended = process.exitcode is not None
+        events.forward(sink)
+        if ended:
+            return False
+        if stopped():
+            raise Stopped()
+        if deadline is not None and time.monotonic() > deadline:
+            return True
+
+
+def _pid(process: BaseProcess) -> int:
+    assert process.pid is not None  # it was started
+    return process.pid
+
+
+def _end_group(process: BaseProcess) -> None:
+    process.kill()  # first, for it may be too young to lead a group; does nothing once it has ended
+    try:
+        os.killpg(_pid(process), signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return  # it has ended already, with all its children
+
+
+def _outcome(folder: Path, exitcode: int | None, timeout: float | None, memory: MemoryWatch) -> Done:
+    log = folder / "log.txt"
+    if timeout is not None:
+        raise JobFailed(f"ran past its timeout of {timeout:g} s and was stopped", transient=True, log=log)
+    if (folder / "result.json").exists():
+        return Done.read(json.loads((folder / "result.json").read_text()))
+    if (folder / "error.json").exists():
+        error = json.loads((folder / "error.json").read_text())
+        if error["kind"] == "user":
+            raise EdgepressError(error["message"], key=error["key"])
+        raise JobFailed(
+            f"{error['type']}: {error['message']}",
+            transient=error["type"] in {"OutOfMemoryError", "MemoryError"},
+            log=folder / "error.json",
+        )
+    if exitcode is None or exitcode >= 0:
+        raise JobFailed(f"the process of this stage ended without a result, with exit status {exitcode}", transient=True, log=log)
+    why = memory.why() if -exitcode == signal.SIGKILL else f"killed by {signal.Signals(-exitcode).name}"
+    raise JobFailed(f"the process of this stage was {why}", transient=True, log=log)

@@ -1,0 +1,104 @@
+"""What the edgepress processes of one machine share by locks that die with their owner: the machine itself, and its GPUs."""
+
+import fcntl
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tasks.children import Stopped
+
+GivenUp = Callable[[], bool]
+
+
+@contextmanager
+def machine_lock(*, alone: bool, given_up: GivenUp = lambda: False) -> Iterator[None]:
+    """Hold this machine, shared with other work or alone, among all edgepress processes of all users. Dies with its owner.
+
+    Who wants it alone waits at the door, so that nobody else comes in meanwhile: work that goes on sharing it would never let go.
+    given_up  asked while others hold it; raises Stopped when it says so
+    """
+    with _lock_file("edgepress-machine.lock") as machine:
+        with _lock_file("edgepress-machine-door.lock") as door:
+            _wait(door, fcntl.LOCK_EX, given_up)
+            _wait(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, given_up)
+        yield
+
+
+def visible_devices(device: str) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES can name on this machine, asked without torch; empty for a device that is not shared out (cpu, mps)."""
+    if device.partition(":")[0] != "cuda":
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    files = (re.fullmatch(r"nvidia(\d+)", file.name) for file in Path("/dev").glob("nvidia*"))
+    return sorted((found[1] for found in files if found), key=int)
+
+
+@contextmanager
+def devices_taken(device: str, count: int, given_up: GivenUp = lambda: False) -> Iterator[list[str]]:
+    """Hold `count` GPUs among all edgepress processes of this machine; yields their names. Nothing to hold: none.
+
+    A job that wants more than there are gets all, and says itself what it lacks. Several are taken by one at a time, so that no two wait
+    for each other. Raises Stopped when `given_up` says so.
+    """
+    names = visible_devices(device)
+    if not names:
+        yield []
+        return
+    with ExitStack() as held:
+        taken: list[str] = []
+        with _lock_file("edgepress-devices-door.lock") as door:
+            _wait(door, fcntl.LOCK_EX, given_up)
+            while len(taken) < min(count, len(names)):
+                if given_up():
+                    raise Stopped()
+                free = next((name for name in names if name not in taken and _held(name, held)), None)
+                if free is None:
+                    time.sleep(0.2)
+                else:
+                    taken.append(free)
+        yield taken
+
+
+def _held(name: str, held: ExitStack) -> bool:
+    """Take the lock of a GPU if it is free, until `held` ends."""
+    with ExitStack() as attempt:
+        handle = attempt.enter_context(_lock_file(f"edgepress-device-{name.replace('/', '-')}.lock"))
+        if _locked(handle, fcntl.LOCK_EX):
+            held.push(attempt.pop_all())
+            return True
+    return False
+
+
+@contextmanager
+def _lock_file(name: str) -> Iterator[int]:
+    """An open lock file of the machine. Closing it lets its lock go."""
+    path = Path(tempfile.gettempdir()) / name
+    try:
+        handle = os.open(path, os.O_RDONLY)  # another user's file can be locked, but neither written nor opened with O_CREAT
+    except FileNotFoundError:
+        handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _wait(handle: int, how: int, given_up: GivenUp) -> None:
+    while not _locked(handle, how):
+        if given_up():
+            raise Stopped()
+        time.sleep(0.05)
+
+
+def _locked(handle: int, how: int) -> bool:
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,173 @@
+"""Jobs on the workers of a Prefect work pool: `runner: prefect`. Prefect is imported when the server is known. Imports no torch."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from compression.errors import Incompatible
+from tasks.children import Job, JobFailed, Stopped
+from tasks.owner import owner_tag
+from tasks.runners.away import AwayChildren, WorkerLost, alive_lock, answered
+from tasks.runners.folder import is_held
+from tasks.runners.local import LocalChildren
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import State
+
+_SAFE = {"PYTHONSAFEPATH": "1"}  # a user's own tasks.py where a worker was started must not shadow ours
+STARTING = 30.0
+"""Seconds from Running, which is said before the flow's first line, until the job's process must hold its lock."""
+
+
+class PrefectChildren(AwayChildren):
+    """Children on the workers of a pool: each job is a flow run of a deployment there, which is made here."""
+
+    def __init__(self, local: LocalChildren, paths: Sequence[Path], pool: str):
+        super().__init__(local, paths)
+        self._pool = pool
+        self._deployment: UUID | None = None
+
+    def connect(self) -> None:
+        if not os.environ.get("PREFECT_API_URL"):
+            raise Incompatible(
+                "execution.runner: with `runner: prefect`, PREFECT_API_URL must name the server that the pool's workers ask",
+                key="execution",
+            )
+        from httpx import HTTPError
+
+        try:
+            self._deployment = self._deployed()
+        except HTTPError as error:
+            raise Incompatible(
+                f"execution.runner: Prefect's server at {os.environ['PREFECT_API_URL']} does not answer ({error})", key="execution"
+            ) from None
+
+    def _deployed(self) -> UUID:
+        """Make the deployment on the pool, or bring it up to date. Raises Incompatible for a pool that is not there."""
+        from prefect.client.orchestration import get_client
+        from prefect.exceptions import ObjectNotFound
+
+        with get_client(sync_client=True) as client:
+            try:
+                pool = client.read_work_pool(self._pool)
+            except ObjectNotFound:
+                known = ", ".join(pool.name for pool in client.read_work_pools()) or "none"
+                raise Incompatible(
+                    f"execution.pool: there is no work pool {self._pool!r} at {client.api_url} (known: {known})", key="execution"
+                ) from None
+            takes = pool.base_job_template.get("variables", {}).get("properties", {})
+            return client.create_deployment(
+                client.create_flow_from_name("edgepress-job"), self._pool, work_pool_name=self._pool, entrypoint="tasks.runners.prefect_job.job",
+                pull_steps=[], job_variables={"env": _SAFE} if "env" in takes else {}, enforce_parameter_schema=False, tags=["edgepress"],
+                description="Jobs of edgepress runs with `runner: prefect`; made and changed by them.",
+            )  # fmt: skip
+
+    def bring(self, job: Job, folder: Path, attempt: str, forward: Callable[[], None], note: Callable[[str], None]) -> dict[str, Any]:
+        from prefect.client.orchestration import get_client
+        from prefect.states import Cancelled, Crashed
+
+        answer = answered(folder, attempt)
+        with get_client(sync_client=True) as client:
+            run = self._begun(client, job, folder, attempt)
+            watch = _Watch(client, run, self._pool, alive_lock(folder, attempt), answer, note)
+            try:
+                while not answer.exists():
+                    if self.closed:
+                        raise Stopped()
+                    forward()
+                    watch.look()
+                    sleep(0.2)
+            except Stopped:
+                client.set_flow_run_state(run, Cancelled(message="the run that waits for it was stopped"), force=True)
+                raise
+            except WorkerLost as error:
+                client.set_flow_run_state(run, Crashed(message=str(error)), force=True)
+                raise
+        found: dict[str, Any] = json.loads(answer.read_text())
+        for left in (answer, alive_lock(folder, attempt)):
+            left.unlink(missing_ok=True)
+        return found
+
+    def _begun(self, client: "SyncPrefectClient", job: Job, folder: Path, attempt: str) -> UUID:
+        """Ask the pool for a flow run. Raises Incompatible where it does not take the stage's variables."""
+        from prefect.exceptions import PrefectHTTPStatusError
+
+        assert self._deployment is not None
+        variables = dict(job.variables)
+        if "env" in variables:
+            variables["env"] = {**_SAFE, **variables["env"]}
+        try:
+            return client.create_flow_run_from_deployment(
+                self._deployment, parameters={"folder": str(folder), "attempt": attempt}, name=job.name or job.call.partition(":")[2],
+                job_variables=variables, tags=["edgepress", f"owner:{owner_tag()}"],
+            ).id  # fmt: skip
+        except PrefectHTTPStatusError as error:
+            if not job.variables or error.response.status_code not in (409, 422):
+                raise
+            raise Incompatible(
+                f"the pool {self._pool} does not take job_variables {variables}: {error.response.text}", key="job_variables"
+            ) from None
+
+
+@dataclass
+class _Watch:
+    """Looks whether a job that gave no answer yet can still give one."""
+
+    client: "SyncPrefectClient"
+    run: UUID
+    pool: str
+    lock: Path
+    answer: Path
+    note: Callable[[str], None]
+    held: bool = False  # the job's process was seen alive
+    looked: float = field(default_factory=monotonic)
+    since: dict[str, float] = field(default_factory=dict)  # when each type of state was seen first
+    told: bool = False
+
+    def look(self) -> None:
+        """Raises WorkerLost where the job's process or its worker died, JobFailed where the worker could not begin."""
+        alive = is_held(self.lock)
+        if self.held and not alive and not self.answer.exists():
+            raise WorkerLost("the process that worked on it for a Prefect worker was killed")
+        self.held = self.held or alive
+        if monotonic() - self.looked < 2:
+            return
+        self.looked = monotonic()
+        state = self._state()
+        if state is None or self.answer.exists():
+            return
+        waited = monotonic() - self.since.setdefault(state.type.value, monotonic())
+        if state.is_final() and waited < 4:
+            return  # its answer may take a moment to be seen here
+        if state.is_failed():
+            raise JobFailed(f"a worker of the pool {self.pool} could not begin: {state.message}", transient=False)
+        if state.is_final():
+            raise WorkerLost(f"a worker of the pool {self.pool} ended it: {state.name}, {state.message}")
+        if state.is_running() and not self.held and waited > STARTING:
+            raise WorkerLost(f"a worker of the pool {self.pool} said that it runs, and nothing of it is alive")
+        if state.is_pending() and waited > STARTING and self._worker_is_gone():
+            raise WorkerLost(f"the worker of the pool {self.pool} that took it is gone")
+        if state.is_scheduled() and waited > STARTING and not self.told and not self._online():
+            self.told = True
+            self.note(f"waits: no worker of the pool {self.pool} is online (prefect worker start --pool {self.pool})")
+
+    def _state(self) -> "State[Any] | None":
+        """The state of its flow run; None while the server does not answer: the folder tells how it ended, whatever the server knows."""
+        from httpx import HTTPError
+
+        try:
+            return self.client.read_flow_run(self.run).state
+        except HTTPError:
+            return None
+
+    def _online(self) -> list[str]:
+        return [worker.name for worker in self.client.read_workers_for_work_pool(self.pool) if worker.status.value == "ONLINE"]
+
+    def _worker_is_gone(self) -> bool:
+        return self.client.read_flow_run(self.run).labels.get("prefect.worker.name") not in self._online()

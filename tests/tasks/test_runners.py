@@ -1,0 +1,195 @@
+"""What of the runners needs no cluster: budgets, devices, requests through a folder, settings."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compression.errors import EdgepressError, Incompatible
+from flows.planning import make_plan
+from flows.recipe import load_recipe
+from tasks.children import Job, Stopped
+from tasks.runners.away import asked, environment, problem, serve
+from tasks.runners.budget import Budget
+from tasks.runners.folder import EventReader, held, is_held
+from tasks.runners.local import LocalChildren
+from tasks.runners.machine import devices_taken, visible_devices
+from tasks.runners.prefect_pool import PrefectChildren
+from tasks.store import Store
+from tests.flows.recipes import recipe
+from tests.tasks.test_children import job, silent
+
+
+@pytest.fixture(autouse=True)
+def own_machine_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+@pytest.fixture
+def children() -> Iterator[LocalChildren]:
+    made = LocalChildren(Budget(2))
+    made.preload()
+    yield made
+    made.close()
+
+
+def never() -> bool:
+    return False
+
+
+def claim(memory: int = 0, threads: int = 1, *, alone: bool = False) -> Job:
+    return Job("a:b", {}, threads, memory=memory, alone=alone)
+
+
+def taken_by_another(take: Callable[[], AbstractContextManager[Any]]) -> threading.Event:
+    """Take a budget or device in a thread; returns what tells that it was taken (and given back)."""
+    taken = threading.Event()
+
+    def run() -> None:
+        with take():
+            taken.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    return taken
+
+
+def test_a_budget_limits_cores_and_memory() -> None:
+    budget = Budget(cores=4, memory=8 << 30)
+    with budget.taken(claim(5 << 30), silent, never):
+        assert taken_by_another(lambda: budget.taken(claim(1 << 30), silent, never)).wait(20)
+        large = taken_by_another(lambda: budget.taken(claim(3 << 30), silent, never))  # 5 + 3 GiB, and what the processes need themselves
+        wide = taken_by_another(lambda: budget.taken(claim(threads=4), silent, never))
+        timed = taken_by_another(lambda: budget.taken(claim(alone=True), silent, never))
+        time.sleep(0.7)
+        assert not (large.is_set() or wide.is_set() or timed.is_set())
+    assert large.wait(20) and wide.wait(20) and timed.wait(20)
+
+
+def test_a_stage_larger_than_the_budget_runs_alone_and_says_so() -> None:
+    events: list[dict[str, Any]] = []
+    budget = Budget(cores=4, memory=2 << 30)
+    with budget.taken(claim(9 << 30), events.append, never):
+        small = taken_by_another(lambda: budget.taken(claim(), silent, never))
+        assert not small.wait(0.7)
+    assert small.wait(20)
+    assert [event["note"] for event in events] == ["needs about 9.5 GiB of memory, and there are 2.0 GiB: it runs alone"]
+
+
+def test_who_waits_for_a_budget_can_give_up() -> None:
+    budget = Budget(cores=1)
+    with budget.taken(claim(), silent, never), pytest.raises(Stopped), budget.taken(claim(), silent, lambda: True):
+        pass
+
+
+def test_each_gpu_is_held_by_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-ab")
+    assert visible_devices("cpu") == visible_devices("mps") == []
+    with devices_taken("cuda", 1) as first, devices_taken("cuda:0", 1) as second:
+        assert (first, second) == (["2"], ["GPU-ab"])
+        third = taken_by_another(lambda: devices_taken("cuda", 1))
+        assert not third.wait(0.5)
+    assert third.wait(20)
+    with devices_taken("cuda", 3) as every:
+        assert every == ["2", "GPU-ab"]
+    with devices_taken("cpu", 1) as none:
+        assert none == []
+
+
+def test_the_plans_estimate_is_what_a_stage_claims(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "r.yaml").write_text(recipe(checkpoint))
+    plan = make_plan(load_recipe(tmp_path / "r.yaml"), Store(tmp_path / "store"))
+    memory = {task.name: task.memory for task in plan.assignments}
+    assert memory["distilled"] > memory["pruned"] > 0  # gradients and moments
+
+
+# --- what travels ---
+
+
+def test_a_job_is_done_from_what_stands_in_its_folder(children: LocalChildren, tmp_path: Path) -> None:
+    with asked(tmp_path / "job", [tmp_path], job("succeed", folder=str(tmp_path))) as attempt:
+        answer = serve(tmp_path / "job", attempt, children)
+    assert answer["done"]["metrics"]["seed"] == 5
+    with asked(tmp_path / "job", [tmp_path], job("mistake")) as attempt:
+        assert serve(tmp_path / "job", attempt, children)["mistake"] == {"message": "7 does not divide 64", "key": "group_size"}
+
+
+def test_nothing_is_done_that_nobody_waits_for(children: LocalChildren, tmp_path: Path) -> None:
+    with asked(tmp_path / "job", [tmp_path], job("succeed", folder=str(tmp_path))) as first:
+        pass
+    assert serve(tmp_path / "job", first, children)["stopped"]  # the flow was killed before a worker came to it
+    with asked(tmp_path / "job", [tmp_path], job("succeed", folder=str(tmp_path))):
+        assert serve(tmp_path / "job", first, children)["stopped"]  # asked anew: this attempt counts no more
+    assert not (tmp_path / "job" / "result.json").exists()
+
+
+def test_a_worker_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = socket.gethostname()
+    assert f"the worker on {host} cannot use {tmp_path / 'none' / 'asked.json'}" in str(problem(str(tmp_path / "none"), "a"))
+    with asked(tmp_path, [tmp_path, Path("/nowhere")]) as attempt:
+        assert f"the worker on {host} does not see /nowhere" in str(problem(str(tmp_path), attempt))
+    with asked(tmp_path, [tmp_path]) as attempt:
+        assert problem(str(tmp_path), attempt) is None
+        monkeypatch.setattr("tasks.runners.away.environment", lambda: {"edgepress": "9", **environment(), "torch": "1.0"})
+        assert "has torch 1.0, not" in str(problem(str(tmp_path), attempt))
+
+
+def test_events_go_on_where_another_child_begins(tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    reader, file = EventReader(tmp_path), tmp_path / "events.jsonl"
+    reader.forward(heard.append)
+    file.write_text('{"started": "a/1"}\n{"warning": "x"}\n{"progress": [1, 2')
+    reader.forward(heard.append)
+    with file.open("a") as stream:  # as tasks/worker.py begins
+        stream.write('\n{"started": "b/2"}\n{"warning": "y"}\n')
+    reader.forward(heard.append)
+    assert heard == [{"warning": "x"}, {"again": "its worker was lost; begun anew on b/2"}, {"warning": "y"}]
+
+
+def test_a_lock_tells_whether_its_owner_lives(tmp_path: Path) -> None:
+    assert not is_held(tmp_path / "host.lock")
+    with held(tmp_path / "host.lock"):
+        assert is_held(tmp_path / "host.lock")
+    assert not is_held(tmp_path / "host.lock")
+
+
+# --- `execution:` ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "line", "message"),
+    [
+        ("runner: dask", 1, "`runner: dask` needs the scheduler, as `address: tcp://host:8786`; edgepress starts no cluster of its own"),
+        ("runner: prefect", 1, "`runner: prefect` needs a work pool, as `pool: NAME`"),
+        ("runner: prefect\n  pool: edge\n  address: tcp://h:1", 4, "this belongs to `runner: dask`, and the runner is prefect"),
+        ("pool: edge", 2, "this belongs to `runner: prefect`, and the runner is local"),
+        ("runner: dask\n  address: localhost", 3, "'localhost' is no address of a Dask scheduler"),
+        ("runner: spark", 2, "Input should be 'local', 'dask' or 'prefect'"),
+        ("memory_gib: 0", 2, "greater than 0"),
+    ],
+)
+def test_a_wrong_combination_is_told_with_its_line(tmp_path: Path, settings: str, line: int, message: str) -> None:
+    text = f"execution:\n  {settings}\n" + recipe("embedded", "  rtn: {uses: quantize.rtn}\n")
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(EdgepressError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    assert f"r.yaml:{line}: execution" in str(caught.value) and message in str(caught.value)
+
+
+def test_neither_runner_nor_job_variables_belong_to_an_identity(tmp_path: Path, checkpoint: Path) -> None:
+    def identities(*overrides: str) -> list[str]:
+        (tmp_path / "r.yaml").write_text(recipe(checkpoint))
+        return [task.identity for task in make_plan(load_recipe(tmp_path / "r.yaml", overrides), Store(tmp_path / "store")).assignments]
+
+    variables = 'stages.distilled.job_variables={"memory": "8Gi"}'
+    assert identities() == identities("execution.runner=dask", "execution.address=tcp://host:8786", "execution.memory_gib=1", variables)
+
+
+def test_prefect_needs_a_server_that_workers_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with pytest.raises(Incompatible, match="PREFECT_API_URL must name the server"):
+        PrefectChildren(LocalChildren(Budget(1)), [tmp_path], "edge").connect()

@@ -10,7 +10,7 @@ whose lock is free is that of a killed run (`state_now`).
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Literal, NamedTuple
 
@@ -85,6 +85,9 @@ class Run(BaseModel):
     reason: str = Field(default="", description="What the run itself failed of; a stage has its own.")
     tracking_uri: str = Field(default="", description="The MLflow store; empty until its run is open.")
     tracking_run: str = Field(default="", description="MLflow's id of the pipeline's run.")
+    flow_run: str = Field(
+        default="", description="Prefect's id of the deployment's flow run: when that is retried it goes on with this run."
+    )
 
     @property
     def identities(self) -> frozenset[str]:
@@ -124,7 +127,7 @@ class Journal:
 def journal(store: Store, run: Run) -> Iterator[Journal]:
     """Begin a run: give it its name, write it down, and hold its lock until the block ends.
 
-    The block calls `end`. One that raises ends the run as Interrupted (Ctrl-C) or Failed, with the reason.
+    The block calls `end`. One that raises ends the run as Interrupted (Ctrl-C, a worker that goes) or Failed, with the reason.
     From its beginning until its end nothing the run needs is garbage. Raises EdgepressError where the run it resumes lives, or was resumed already.
     """
     with ExitStack() as stack:
@@ -139,10 +142,10 @@ def journal(store: Store, run: Run) -> Iterator[Journal]:
         try:
             yield opened
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                opened.end("Interrupted")
-            else:
+            if isinstance(error, Exception):
                 opened.end("Failed", str(error) or type(error).__name__)
+            else:
+                opened.end("Interrupted")
             raise
         if opened.run.state == "Running":
             raise RuntimeError(f"the run {run.run} ended, and nobody said how")
@@ -186,6 +189,26 @@ def state_now(store: Store, run: Run) -> State:
 def successors(runs: Iterable[Run]) -> dict[str, Run]:
     """By a run's name the one that goes on with it: each run is resumed once at most."""
     return {run.resumes: run for run in runs if run.resumes is not None}
+
+
+def last_of(store: Store, run: Run, say: Callable[[str], None]) -> Run:
+    """The run at the end of the chain that goes on with this one, as it is now. `say` is told of each step."""
+    later = successors(read_runs(store))
+    while run.run in later:
+        say(f"{later[run.run].run} went on with {run.run}")
+        run = later[run.run]
+    return as_it_is(store, run)
+
+
+def as_it_is(store: Store, run: Run) -> Run:
+    """The run with its state now; what ran when it was killed has crashed too."""
+    state = state_now(store, run)
+    if state == run.state:
+        return run
+    if state != "Crashed":
+        return read_run(store, run.run)  # it ended since it was read
+    stages = tuple(s.model_copy(update={"state": "Crashed"}) if s.state == "Running" else s for s in run.stages)
+    return run.model_copy(update={"state": state, "stages": stages})
 
 
 def _check_resumable(store: Store, name: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from compression.errors import EdgepressError
 from flows.server import prefect_server
 
 START = """
@@ -70,3 +71,27 @@ def test_calls_to_a_server_that_died_fail_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - started < 30
     process.communicate("", timeout=60)
     assert process.returncode == 0
+
+
+def test_two_that_make_one_database_at_once_both_answer(tmp_path: Path) -> None:
+    both = [start(tmp_path) for _ in range(2)]
+    for _, url, _ in both:
+        with urllib.request.urlopen(f"{url}/health", timeout=120) as answer:
+            assert answer.read() == b"true"
+    for process, _, _ in both:
+        process.communicate("", timeout=60)
+        assert process.returncode == 0
+
+
+def test_what_a_dead_server_brought_down_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"):
+        monkeypatch.setenv(name, os.environ.get(name, "false" if "ANALYTICS" in name else "ignore"))  # what it sets goes with the test
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    named = pytest.raises(EdgepressError, match="ended from outside .*prefect-server.log.* `edgepress resume` goes on")
+    with named, prefect_server(tmp_path):
+        (server,) = [child for child in psutil.Process().children() if "flows.server" in child.cmdline()]
+        server.kill()
+        psutil.wait_procs([server], timeout=20)
+        raise ConnectionError("refused")
+    with pytest.raises(ZeroDivisionError), prefect_server(tmp_path):  # what went wrong beside a living server stays what it is
+        _ = 1 / 0

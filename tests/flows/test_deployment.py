@@ -1,0 +1,409 @@
+"""Recipes that Prefect runs: deployed to a real server, run by a real process worker, retried as its UI does; and `edgepress serve`.
+
+The directory of the deployment holds files of its owner with the names of our packages. One recipe goes its way through all of it, in the
+fixtures `crashed`, `retried`, `refused`, `mended`; each test looks at one of them.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+import psutil
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from compression.errors import EdgepressError
+from flows.deployment import _begun, run_recipe, summary_page
+from flows.pipeline import _end_orphans
+from tasks.journal import Run, RunBase, journal, read_run, read_runs, state_now
+from tasks.store import Store
+from tests.flows.recipes import edgepress
+from tests.flows.test_pipeline import DECOY, SAFE, Workshop
+
+RECIPE = """\
+model: model
+data: {text: {path: texts.txt}, length: 32, calibration_windows: 4, evaluation_windows: 4}
+device: cpu
+threads: 1
+stages:
+  pruned: {uses: prune.width, keep: 0.5}
+  distilled: {uses: distill, steps: 6, batch_size: 2, save_every: 2}
+  rtn: {uses: quantize.rtn, group_size: 32}
+"""
+PREFECT = [sys.executable, "-P", "-m", "prefect"]
+WAIT = 240  # seconds; it takes a tenth of that where nothing else works
+
+
+def texts(word: str) -> str:
+    return "\n\n".join(f"The {word} number {n} is in the mill, and Dalo owns it since noon." for n in range(300))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+def until(moment: Callable[[], Any], what: str) -> Any:
+    """Wait for a moment and return what it brought."""
+    deadline = time.monotonic() + WAIT
+    while not (found := moment()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+    return found
+
+
+class Deployed(Workshop):
+    """A directory with a recipe, and a Prefect server."""
+
+    def __init__(self, folder: Path, checkpoint: Path, port: int):
+        super().__init__(folder, checkpoint)
+        shutil.copytree(checkpoint, folder / "model")
+        (folder / "micro.yaml").write_text(RECIPE)
+        (folder / "texts.txt").write_text(texts("lamp"))
+        (folder / "tasks.py").write_text(DECOY)
+        for package in ("flows", "compression"):
+            (folder / package).mkdir()
+            (folder / package / "__init__.py").write_text(DECOY)
+        self.api = f"http://127.0.0.1:{port}/api"
+        self.environment |= {"PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        self.store = folder / ".edgepress"
+
+    def background(self, *command: str, log: str, **environment: str) -> subprocess.Popen[bytes]:
+        with (self.folder.parent / log).open("ab") as output:
+            return subprocess.Popen(
+                command, cwd=self.folder, env=self.environment | environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def ask(self, path: str, document: dict[str, Any] | None = None) -> Any:
+        """GET a path of the API, or POST a document to it, as the UI does."""
+        body = None if document is None else json.dumps(document).encode()
+        request = urllib.request.Request(f"{self.api}/{path}", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read() or b"null")
+
+    def answers(self) -> bool:
+        try:
+            return bool(self.ask("health"))
+        except OSError:
+            return False
+
+    def deployment(self, name: str = "micro") -> dict[str, Any]:
+        found: dict[str, Any] = self.ask(f"deployments/name/edgepress/{name}")
+        return found
+
+    def scheduled(self, name: str = "micro") -> list[dict[str, Any]]:
+        """The runs that the server's scheduler has planned."""
+        wanted = {"deployments": {"id": {"any_": [self.deployment(name)["id"]]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+        found: list[dict[str, Any]] = self.ask("flow_runs/filter", wanted)
+        return found
+
+    def trigger(self, name: str = "micro") -> str:
+        """Run it now; returns the id of the flow run."""
+        return str(self.ask(f"deployments/{self.deployment(name)['id']}/create_flow_run", {})["id"])
+
+    def retry(self, flow_run: str) -> None:
+        """What the button Retry of Prefect's UI sends."""
+        state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
+        self.ask(f"flow_runs/{flow_run}/set_state", {"state": state, "force": True})
+
+    def ended(self, flow_run: str) -> dict[str, Any]:
+        """The flow run, when it has come to an end."""
+
+        def end() -> dict[str, Any] | None:
+            found: dict[str, Any] = self.ask(f"flow_runs/{flow_run}")
+            return found if found["state"]["type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"} else None
+
+        found: dict[str, Any] = until(end, "the flow run does not end")
+        return found
+
+    def task_states(self, flow_run: str, attempt: int) -> dict[str, str]:
+        """Names of the states of the task runs that an attempt began, by stage."""
+        wanted = {"flow_runs": {"id": {"any_": [flow_run]}}}
+        found = self.ask("task_runs/filter", wanted)
+        return {run["name"]: run["state"]["name"] for run in found if run["flow_run_run_count"] == attempt}
+
+    def journal(self, name: str) -> Run:
+        return read_run(Store(self.store), name)
+
+    def pipelines(self) -> list[Any]:
+        return [run for run in self.runs() if run.data.tags["edgepress.kind"] == "pipeline"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Deployed]:
+    """A Prefect server with a work pool, and a worker that was started in the directory."""
+    port = free_port()
+    made = Deployed(tmp_path_factory.mktemp("deployment") / "work", checkpoint, port)
+    here = {"PREFECT_API_URL": made.api}
+    processes = [made.background(*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port), log="server.log")]
+    try:
+        until(made.answers, "no server")
+        made.ask("work_pools/", {"name": "edge", "type": "process", "base_job_template": {}})
+        worker = [*PREFECT, "worker", "start", "--pool", "edge", "--type", "process"]
+        processes.append(made.background(*worker, log="worker.log", **here, PREFECT_WORKER_QUERY_SECONDS="1"))
+        until(lambda: made.ask("work_pools/edge")["base_job_template"], "no worker")
+        made.environment |= here
+        yield made
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+        for process in processes:
+            process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def deployed(place: Deployed) -> str:
+    """Deployed on a schedule; what the command said."""
+    command = ["deploy", "micro.yaml", "--pool", "edge", "--cron", "0 3 * * 0", "--timezone", "Europe/Berlin", "--set", "seed=3"]
+    done = subprocess.run(
+        [*SAFE, *command], cwd=place.folder, env=place.environment, text=True, capture_output=True, timeout=WAIT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_deployment_has_schedule_parameters_and_directory(place: Deployed, deployed: str) -> None:
+    assert "edgepress/micro" in deployed and "prefect worker start --pool edge" in deployed
+    found = place.deployment()
+    (schedule,) = found["schedules"]
+    assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"], schedule["active"]) == ("0 3 * * 0", "Europe/Berlin", True)
+    assert found["parameters"] == {
+        "recipe": "micro.yaml", "overrides": ["seed=3"], "only": [], "directory": str(place.folder), "store": ".edgepress", "outputs": "outputs",
+    }  # fmt: skip
+    assert found["job_variables"] == {"env": {"PYTHONSAFEPATH": "1"}}
+    fields = found["parameter_openapi_schema"]["properties"]
+    assert fields["overrides"]["type"] == "array" and "stages.distilled.steps=100" in fields["overrides"]["description"]
+    assert all(field["description"] for field in fields.values()) and fields["recipe"]["type"] == "string"
+    (first, *_) = until(place.scheduled, "nothing was scheduled")
+    assert first["auto_scheduled"] and datetime.fromisoformat(first["expected_start_time"]).astimezone(ZoneInfo("Europe/Berlin")).hour == 3
+
+
+@pytest.fixture(scope="module")
+def crashed(place: Deployed, deployed: str) -> dict[str, Any]:
+    """A run whose process is killed while it trains."""
+    flow_run = place.trigger()
+    until(place.has_trained, (place.folder.parent / "worker.log").read_text)
+    pid = int(place.journal("micro-1").owner.split("/")[1])
+    os.kill(pid, signal.SIGKILL)
+    log = place.folder.parent / "worker.log"
+    until(lambda: log.read_text().count("Check whether the flow run") == 2, "the worker's two parts have not both reported it")
+    return place.ended(flow_run)
+
+
+@pytest.fixture(scope="module")
+def retried(place: Deployed, crashed: dict[str, Any]) -> dict[str, Any]:
+    place.retry(crashed["id"])
+    until(lambda: place.ask(f"flow_runs/{crashed['id']}")["run_count"] == 2, "no second attempt")
+    return place.ended(crashed["id"])
+
+
+@pytest.fixture(scope="module")
+def refused(place: Deployed, retried: dict[str, Any]) -> dict[str, Any]:
+    """A new run: the data are other ones, and something lies where a result is to be linked."""
+    (place.folder / "texts.txt").write_text(texts("kettle"))
+    link = place.folder / "outputs" / "micro" / "rtn"
+    link.unlink()
+    (link / "mine").mkdir(parents=True)
+    return place.ended(place.trigger())
+
+
+@pytest.fixture(scope="module")
+def mended(place: Deployed, refused: dict[str, Any]) -> dict[str, Any]:
+    """That is put away, and the run retried."""
+    shutil.rmtree(place.folder / "outputs" / "micro" / "rtn")
+    place.retry(refused["id"])
+    until(lambda: place.ask(f"flow_runs/{refused['id']}")["run_count"] == 2, "no second attempt")
+    return place.ended(refused["id"])
+
+
+# each fixture has a test of its own, before the tests that need a later one: they take long
+
+
+def test_a_killed_run_is_crashed(place: Deployed, crashed: dict[str, Any]) -> None:
+    assert (crashed["state"]["type"], crashed["name"]) == ("CRASHED", "micro-1")
+    assert {"edgepress", "attempt:1"} <= set(crashed["tags"])
+    assert state_now(Store(place.store), place.journal("micro-1")) == "Crashed"
+
+
+def test_a_retry_goes_on_in_the_same_flow_run_and_the_same_run_of_mlflow(place: Deployed, retried: dict[str, Any]) -> None:
+    assert (retried["state"]["type"], retried["name"], retried["run_count"]) == ("COMPLETED", "micro-2", 2)
+    assert [tag for tag in retried["tags"] if tag.startswith("attempt:")] == ["attempt:2"]
+    first, second = place.journal("micro-1"), place.journal("micro-2")
+    assert (second.state, second.resumes) == ("Completed", "micro-1") and first.flow_run == second.flow_run == retried["id"]
+    assert {stage.name: stage.state for stage in second.stages} == {"pruned": "Cached", "distilled": "Completed", "rtn": "Completed"}
+    assert place.task_states(retried["id"], 2) == {"base": "Cached", "pruned": "Cached", "distilled": "Completed", "rtn": "Completed"}
+    (run,) = place.pipelines()
+    assert run.info.run_id == first.tracking_run == second.tracking_run and run.info.status == "FINISHED"
+    assert (place.folder / "outputs" / "micro" / "rtn" / "model.safetensors").is_file() and place.store.is_dir()
+    assert {run.info.status for run in place.runs()} == {"FINISHED"}
+    (table,) = place.ask("artifacts/filter", {"artifacts": {"key": {"any_": ["edgepress-micro"]}}})
+    assert "| distilled |" in table["data"] and str(place.folder / "outputs" / "micro") in table["data"]
+
+
+def test_other_data_are_work_and_a_failure_has_its_reason(place: Deployed, retried: dict[str, Any], refused: dict[str, Any]) -> None:
+    assert refused["state"]["type"] == "FAILED" and refused["state"]["message"].startswith("rtn: "), refused["state"]
+    run = place.journal("micro-3")
+    assert (run.state, run.resumes, run.flow_run) == ("Failed", None, refused["id"])
+    assert {stage.name: stage.state for stage in run.stages} == {"pruned": "Cached", "distilled": "Completed", "rtn": "Failed"}
+    before = {stage.name: stage.identity for stage in place.journal("micro-2").stages}
+    assert [stage.name for stage in run.stages if stage.identity != before[stage.name]] == ["distilled", "rtn"]
+
+
+def test_when_nothing_is_left_to_do_it_is_all_cache_and_says_so(place: Deployed, refused: dict[str, Any], mended: dict[str, Any]) -> None:
+    assert (mended["id"], mended["state"]["type"], mended["state"]["name"]) == (refused["id"], "COMPLETED", "Cached")
+    assert mended["state"]["message"] == "nothing changed: every stage came from the store"
+    assert set(place.task_states(mended["id"], 2).values()) == {"Cached"}
+    run = place.journal("micro-4")
+    assert (run.state, run.resumes) == ("Completed", "micro-3") and run.tracking_run == place.journal("micro-3").tracking_run
+    assert [run.info.status for run in place.pipelines()] == ["FINISHED", "FINISHED"]
+    assert (place.folder / "outputs" / "micro" / "rtn").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--pool", "egde"], "there is no work pool 'egde'; did you mean 'edge'?; pools: edge (process)"),
+        (["--pool", "edge", "--cron", "0 3 * *"], "Invalid cron string"),
+        (["--pool", "edge", "--timezone", "Europe/Berln"], "--timezone Europe/Berln: there is no such time zone"),
+        (["--pool", "edge", "--job-variable", "image=x"], "--job-variable image: jobs of the pool edge (process) have no such setting"),
+        (["--pool", "edge", "--job-variable", "image"], "write it as key=value"),
+        (["--pool", "edge", "--set", "stages.rtn.group_size=7"], "group_size"),
+        (["--pool", "edge", "--only", "rtm"], "there is no stage 'rtm'; did you mean 'rtn'?"),
+    ],
+)
+def test_what_cannot_be_deployed_is_refused(
+    place: Deployed, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place.folder)
+    with temporary_settings({PREFECT_API_URL: place.api}):
+        code, out, err = edgepress(["deploy", "micro.yaml", "--name", "other", *arguments], capfd)
+    assert (code, out) == (2, "") and words in " ".join(err.split()) and "Traceback" not in err
+    assert [found["name"] for found in place.ask("deployments/filter", {})] == ["micro"]
+
+
+@pytest.mark.parametrize(("api", "words"), [(None, "PREFECT_API_URL names no server"), ("http://127.0.0.1:9/api", "does not answer")])
+def test_a_deployment_needs_a_server(
+    checkpoint: Path, tmp_path: Path, api: str | None, words: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = Deployed(tmp_path / "work", checkpoint, 9)
+    monkeypatch.chdir(made.folder)
+    monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "0")
+    with temporary_settings({PREFECT_API_URL: api}):
+        code, out, err = edgepress(["deploy", "micro.yaml", "--pool", "edge"], capfd)
+    assert (code, out) == (2, "") and words in err
+
+
+def test_a_run_that_died_with_its_worker_is_found_and_a_retry_that_begins_is_not_taken_for_it(place: Deployed, deployed: str) -> None:
+    gone = subprocess.run(
+        [sys.executable, "-P", "-c", "from tasks.owner import owner_tag; print(owner_tag())"], text=True, capture_output=True, check=True
+    )
+    flow_runs = []
+    for attempt in (1, 0):
+        tags = ["edgepress", f"owner:{gone.stdout.strip()}", f"attempt:{attempt}"]
+        made = place.ask(f"deployments/{place.deployment()['id']}/create_flow_run", {"state": {"type": "PENDING"}, "tags": tags})
+        place.ask(f"flow_runs/{made['id']}/set_state", {"state": {"type": "RUNNING"}})
+        flow_runs.append(made["id"])
+    with temporary_settings({PREFECT_API_URL: place.api}):
+        _end_orphans()
+    found = [place.ask(f"flow_runs/{flow_run}") for flow_run in flow_runs]
+    assert [(run["state"]["type"], run["run_count"]) for run in found] == [("CRASHED", 1), ("RUNNING", 1)]
+    place.ask(f"flow_runs/{flow_runs[1]}/set_state", {"state": {"type": "COMPLETED"}})
+
+
+# --- which run a retry goes on with ---
+
+
+def test_a_retry_goes_on_with_the_end_of_its_own_chain(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    mine, said = "6f6ba0b7-0d3c-4a3d-9d0a-8f4a5c5b0a11", []  # type: ignore[var-annotated]
+
+    def write(state: Any, **more: Any) -> None:
+        run = Run(
+            recipe="micro", file="m.yaml", text="", directory=".", outputs="o", base=RunBase(source="x", identity="b", content="b"), stages=(),
+            **more,
+        )  # fmt: skip
+        with journal(store, run) as opened:
+            opened.end(state)
+
+    assert _begun(store, UUID(mine), said.append) is None
+    write("Failed", flow_run="another")
+    assert _begun(store, UUID(mine), said.append) is None
+    write("Interrupted", flow_run=mine)
+    found = _begun(store, UUID(mine), said.append)
+    assert found is not None and found.run == "micro-2" and said == ["going on with micro-2 (interrupted)"]
+    write("Failed", resumes="micro-2")  # by `edgepress resume`
+    found = _begun(store, UUID(mine), said.append)
+    assert found is not None and found.run == "micro-3"
+    alive = found.model_copy(update={"state": "Running", "ended": None, "resumes": "micro-3"})
+    with journal(store, alive) as opened:
+        with pytest.raises(EdgepressError, match="micro-4, which this would go on with, is still running"):
+            _begun(store, UUID(mine), said.append)
+        opened.end("Completed")
+    assert [run.run for run in read_runs(store)][-1] == "micro-4"
+
+
+def test_the_summary_is_a_table() -> None:
+    rows = [
+        {"stage": "base", "metrics": {"perplexity": 2.0, "parameters": 2e6}, "state": "Completed", "reason": ""},
+        {"stage": "rtn", "metrics": {"perplexity": 2.5}, "state": "Failed", "reason": "2.5 | above\n2.4"},
+    ]
+    lines = summary_page({"name": "micro", "run": "abc", "rows": rows}, Path("/o/micro")).splitlines()
+    assert lines[4:] == [
+        "| stage | perplexity | params M | state |",
+        "| --- | ---: | ---: | --- |",
+        "| base | 2.000 | 2.00 | completed |",
+        "| rtn | 2.500 |  | failed: 2.5 \\| above 2.4 |",
+    ]
+    assert run_recipe.name == "edgepress"
+
+
+# --- serve ---
+
+
+def test_serve_runs_on_a_server_of_its_own_and_ends_what_runs(tmp_path: Path, checkpoint: Path) -> None:
+    port = free_port()
+    made = Deployed(tmp_path / "work", checkpoint, port)
+    command = [*SAFE, "serve", "micro.yaml", "--cron", "0 3 * * 0", "--port", str(port), "--set", "stages.distilled.steps=2000"]
+    serving = made.background(*command, log="serve.log", PREFECT_RUNNER_POLL_FREQUENCY="1")
+    log = tmp_path / "serve.log"
+    try:
+        until(lambda: serving.poll() is not None or "deployment: edgepress/micro" in log.read_text(), "no deployment")
+        until(lambda: made.answers() and made.scheduled(), "nothing was scheduled")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as page:
+            assert b"<html" in page.read().lower()
+        made.trigger()
+        until(lambda: serving.poll() is not None or made.has_trained(), "no training")
+        family = psutil.Process(serving.pid).children(recursive=True)
+        serving.send_signal(signal.SIGTERM)
+        assert serving.wait(timeout=120) == 0, log.read_text()
+    finally:
+        serving.kill()
+    assert psutil.wait_procs(family, timeout=30)[1] == [] and "stopped" in log.read_text()
+    run = made.journal("micro-1")
+    assert run.state == "Interrupted" and run.directory == str(made.folder)
+    assert {found.info.status for found in made.runs()} == {"FINISHED", "KILLED"}
+    assert [(name, state) for name, state, _ in made.prefect_states("flow_run") if name == "micro-1"] == [("micro-1", "CANCELLED")]
+
+
+def test_a_port_that_is_taken_is_told(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = Deployed(tmp_path / "work", checkpoint, 1)
+    monkeypatch.chdir(made.folder)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        code, _, err = edgepress(["serve", "micro.yaml", "--port", str(listening.getsockname()[1])], capfd)
+    assert code == 2 and "Address already in use; take another" in err

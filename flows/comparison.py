@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flows.figures import Figure, measured
 from flows.matrix import short_names
-
-HIGHER = ("accuracy", "top1_agreement", "tokens_per_second", "prefill_tokens_per_second")
-LOWER = ("perplexity", "kl_to_base", "size_mb", "peak_memory_mb")
 
 
 @dataclass
@@ -34,9 +32,10 @@ class Comparison:
     leaves: tuple[str, ...]
     lines: tuple[Line, ...]
 
-    def measured(self, metric: str) -> bool:
-        known = metric in (*HIGHER, *LOWER, "accuracy_stderr")
-        return known and any(metric in line.row["metrics"] for line in self.lines)
+    def measured(self) -> list[Figure]:
+        """What was measured, of that of which one value is better than another, and the error of the accuracy."""
+        found = measured(line.row["metrics"] for line in self.lines)
+        return [figure for figure in found if figure.better or figure.metric == "accuracy_stderr"]
 
 
 def compare(summary: dict[str, Any]) -> Comparison:
@@ -60,10 +59,11 @@ def _text(values: dict[str, Any], key: str) -> str:
 
 def _mark(lines: Sequence[Line]) -> None:
     """Mark the best values of each metric; none where all are equal."""
-    for metric in (*HIGHER, *LOWER):
+    for figure in (one for one in measured(line.row["metrics"] for line in lines) if one.better):
+        metric = figure.metric
         found = {line.row["metrics"][metric] for line in lines if metric in line.row["metrics"]}
         if len(found) > 1:
-            best = max(found) if metric in HIGHER else min(found)
+            best = max(found) if figure.better > 0 else min(found)
             for line in lines:
                 if line.row["metrics"].get(metric) == best:
                     line.best.add(metric)

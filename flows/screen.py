@@ -9,24 +9,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from flows.comparison import compare
+from flows.figures import measured
 from flows.planning import Plan, estimate
+from flows.run_comparison import RunComparison
 from tasks.store import Store
 
-COLUMNS = (  # (metric, heading, format)
-    ("accuracy", "accuracy", "{:.3f}"),
-    ("accuracy_stderr", "±", "{:.3f}"),
-    ("perplexity", "perplexity", "{:.3f}"),
-    ("kl_to_base", "KL to base", "{:.2g}"),
-    ("top1_agreement", "top-1", "{:.3f}"),
-    ("size_mb", "size MB", "{:.2f}"),
-    ("parameters", "params M", "{:.2f}"),
-    ("documents", "documents", "{:.0f}"),
-    ("tokens", "tokens", "{:.0f}"),
-    ("sparsity", "sparsity", "{:.2f}"),
-    ("tokens_per_second", "decode t/s", "{:.0f}"),
-    ("prefill_tokens_per_second", "prefill t/s", "{:.0f}"),
-    ("peak_memory_mb", "memory MB", "{:.0f}"),
-)
+_JUDGED = {"better": "bold green", "worse": "bold red", "noise": "dim", "same": "dim", "unlike": "dim"}
 _STATE = {"Completed": "green", "Cached": "cyan", "Failed": "bold red", "Skipped": "yellow"}
 
 
@@ -71,23 +59,19 @@ class Screen:
 def results_table(summary: dict[str, Any]) -> Table:
     """The table of a finished run: the base first, each stage a row, only columns that something was measured in."""
     rows = summary["rows"]
-    shown = [c for c in COLUMNS if any(c[0] in row["metrics"] for row in rows)]
+    shown = measured(row["metrics"] for row in rows)
     table = Table(title=f"{summary['name']}: {summary['seconds']:.0f} s")
     table.add_column("stage", no_wrap=True)
     table.add_column("runtime", no_wrap=True)
-    for _, heading, _ in shown:
-        table.add_column(heading, justify="right", no_wrap=True)
+    for figure in shown:
+        table.add_column(figure.heading, justify="right", no_wrap=True)
     table.add_column("s", justify="right")
     table.add_column("state", no_wrap=True)
     for row in rows:
-        figures = [
-            form.format(row["metrics"][metric] / (1e6 if metric == "parameters" else 1)) if metric in row["metrics"] else ""
-            for metric, _, form in shown
-        ]
         table.add_row(
             row["stage"],
             row["runtime"],
-            *figures,
+            *(figure.text(row["metrics"]) for figure in shown),
             f"{row['seconds']:.1f}",
             f"[{_STATE.get(row['state'], 'white')}]{row['state'].lower()}[/]",
         )
@@ -97,21 +81,17 @@ def results_table(summary: dict[str, Any]) -> Table:
 def sweep_table(summary: dict[str, Any]) -> Table:
     """The cells of a matrix side by side, a row for each result; the best of each metric is marked."""
     found = compare(summary)
-    shown = [column for column in COLUMNS if found.measured(column[0])]
+    shown = found.measured()
     table = Table(title=f"{summary['name']}: {len(summary['sweep']['cells'])} cells, the best marked *")
     for key in (*found.keys, *(["result"] if len(found.leaves) > 1 else [])):
         table.add_column(key, no_wrap=True)
-    for _, heading, _ in shown:
-        table.add_column(heading, justify="right", no_wrap=True)
+    for figure in shown:
+        table.add_column(figure.heading, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for line in found.lines:
-        metrics, state = line.row["metrics"], line.row["state"]
-        figures = [
-            (f"[bold green]*{form.format(metrics[metric])}[/]" if metric in line.best else form.format(metrics[metric]))
-            if metric in metrics
-            else ""
-            for metric, _, form in shown
-        ]
+        texts = ((figure.text(line.row["metrics"]), figure.metric in line.best) for figure in shown)
+        figures = [f"[bold green]*{text}[/]" if best else text for text, best in texts]
+        state = line.row["state"]
         leaf = [line.leaf] if len(found.leaves) > 1 else []
         table.add_row(*map(escape, line.values), *leaf, *figures, f"[{_STATE.get(state, 'white')}]{state.lower()}[/]")
     return table
@@ -122,14 +102,52 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     console.print(results_table(summary))
     for row in summary["rows"]:
         for warning in row["warnings"]:
-            console.print(f"[yellow]warning[/] {row['stage']}: {warning}", highlight=False)
+            console.print(f"[yellow]warning[/] {row['stage']}: {escape(warning)}", highlight=False)
         for verdict in row["verdicts"]:
             if verdict["outcome"] != "PASS":
-                console.print(f"[bold red]{verdict['outcome']}[/] {row['stage']}: {verdict['message']}", highlight=False)
+                colour = "bold red" if verdict["outcome"] == "FAIL" else "yellow"
+                console.print(f"[{colour}]{verdict['outcome']}[/] {row['stage']}: {escape(verdict['message'])}", highlight=False)
         if row["state"] == "Failed":
-            console.print(f"[bold red]failed[/] {row['stage']}: {row['reason']}", highlight=False)
+            console.print(f"[bold red]failed[/] {row['stage']}: {escape(row['reason'])}", highlight=False)
     if summary["sweep"]:
         console.print(sweep_table(summary))
+
+
+def print_comparison(console: Console, found: RunComparison) -> None:
+    """What differs between runs, then every stage with a line for each run; differences from the first are better, worse, or noise."""
+    if found.differences:
+        asked = Table("", *found.names, title="what differs")
+        for key, values in found.differences.items():
+            asked.add_row(escape(key), *("" if value is None else escape(str(value)) for value in values))
+        console.print(asked)
+    else:
+        console.print("nothing differs: the same recipe, model, machine and edgepress")
+    table = Table(
+        title=f"differences from {found.names[0]}",
+        caption=f"without {found.left_out} stages that others follow" if found.left_out else None,
+    )
+    for heading in ("stage", "run", "state"):
+        table.add_column(heading, no_wrap=True)
+    for figure in found.figures:
+        table.add_column(figure.heading, justify="right", no_wrap=True)
+    for stage, rows in found.stages.items():
+        for number, row in enumerate(rows):
+            words = ["" if number else escape(stage), found.names[number]]
+            if row is None:
+                table.add_row(*words, "[dim]none[/]")
+                continue
+            cells = []
+            for figure in found.figures:
+                change = found.change(stage, number, figure)
+                told = f" [{_JUDGED[change.judgement]}]{change.marked}[/]" if change and change.text else ""
+                cells.append(figure.text(row["metrics"]) + told)
+            state = row["state"]
+            table.add_row(*words, f"[{_STATE.get(state, 'white')}]{state.lower()}[/]", *cells)
+        table.add_section()
+    console.print(table)
+    console.print(
+        "[bold green]✓ better[/] · [bold red]✗ worse[/] · [dim]~ within the noise · ? measured on other data or another machine[/]"
+    )
 
 
 def plan_table(plan: Plan, store: Store) -> Table:

@@ -1,0 +1,32 @@
+"""What each stage generates, side by side. Imports no torch."""
+
+from collections.abc import Sequence
+from html import escape
+
+from flows.report.rows import Row, shown
+
+
+def samples_section(rows: Sequence[Row]) -> str:
+    """For each prompt a card a stage; what a stage has in common with the base is dim. Empty where nothing was generated."""
+    texts = {row["stage"]: {one["prompt"]: one["text"] for one in row["details"].get("samples", ())} for row in shown(rows)}
+    base = texts.get(rows[0]["stage"], {})
+    parts = []
+    for prompt in dict.fromkeys(prompt for by_prompt in texts.values() for prompt in by_prompt):
+        cards = "".join(
+            f"<div><b>{escape(stage)}</b>\n{_compared(by_prompt[prompt], base.get(prompt) if stage != rows[0]['stage'] else None)}</div>"
+            for stage, by_prompt in texts.items()
+            if prompt in by_prompt
+        )
+        parts.append(f'<h3>“{escape(prompt)}”</h3><div class="samples">{cards}</div>')
+    return "".join(parts)
+
+
+def _compared(text: str, base: str | None) -> str:
+    if not text:
+        return '<span class="worse">(empty)</span>'
+    if base is None:
+        return escape(text)
+    if text == base:
+        return f'<span class="dim">{escape(text)}\n(as the base)</span>'
+    alike = next((n for n, (mine, its) in enumerate(zip(text, base, strict=False)) if mine != its), min(len(text), len(base)))
+    return f'<span class="dim">{escape(text[:alike])}</span>{escape(text[alike:])}'

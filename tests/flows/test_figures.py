@@ -1,0 +1,37 @@
+import pytest
+
+from flows.figures import FIGURES, measured, noise, noise_text, within_noise
+
+ACCURACY = next(figure for figure in FIGURES if figure.metric == "accuracy")
+
+
+def test_noise_is_the_interval_that_was_measured_or_1_96_standard_errors() -> None:
+    assert noise({"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.7, "accuracy_stderr": 0.01}, "accuracy") == (0.4, 0.7)
+    assert noise({"accuracy": 0.5, "accuracy_stderr": 0.1}, "accuracy") == pytest.approx((0.304, 0.696))
+    assert noise({"accuracy": 0.5}, "accuracy") is None
+    assert noise_text({"accuracy": 0.5, "accuracy_stderr": 0.1}, ACCURACY) == "0.304–0.696"
+
+
+@pytest.mark.parametrize(("other", "expected"), [(0.52, True), (0.6, True), (0.64, False), (0.36, False), (0.45, True)])
+def test_errors_of_two_measurements_add_in_squares(other: float, expected: bool) -> None:
+    """Two standard errors of 0.05 make 0.0707: 1.96 times that is 0.1386."""
+    first, second = ({"accuracy": value, "accuracy_stderr": 0.05} for value in (0.5, other))
+    assert within_noise(first, second, "accuracy") is within_noise(second, first, "accuracy") is expected
+
+
+def test_the_sides_that_face_each_other_decide() -> None:
+    low = {"perplexity": 10.0, "perplexity_low": 5.0, "perplexity_high": 10.5}
+    high = {"perplexity": 12.0, "perplexity_low": 11.5, "perplexity_high": 30.0}
+    assert within_noise(low, high, "perplexity") is False
+    assert within_noise(low, {"perplexity": 12.0}, "perplexity") is None
+
+
+def test_tasks_of_the_harness_are_figures_too() -> None:
+    names = ["acc", "acc_stderr", "acc_low", "acc_high", "acc_delta", "acc_delta_low", "count", "word_perplexity", "word_perplexity_ratio"]
+    found = measured([{f"harness.arc.easy.{name}": 1.0 for name in names}])
+    assert [(f.heading, f.better) for f in found] == [("arc.easy acc", 1), ("arc.easy word_perplexity", -1)]
+
+
+def test_only_what_was_measured_has_a_column() -> None:
+    assert [f.metric for f in measured([{"size_mb": 1.0}, {"accuracy": 0.5, "other": 1.0}])] == ["accuracy", "size_mb"]
+    assert next(f for f in FIGURES if f.metric == "parameters").text({"parameters": 2.5e6}) == "2.50"

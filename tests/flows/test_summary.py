@@ -1,0 +1,51 @@
+"""What a run came to: every planned stage has a row, whatever became of it."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flows.planning import Plan, make_plan
+from flows.recipe import load_recipe
+from flows.summary import summarize
+from tasks.perform import Result
+from tasks.store import Store
+from tests.flows.recipes import recipe
+
+STAGES = "  a: {uses: prune.width, keep: 0.5}\n  b: {uses: quantize.rtn, group_size: 32}\n  c: {uses: export.gguf, type: f16, needs: a}\n"
+
+
+@pytest.fixture
+def plan(tmp_path: Path, checkpoint: Path) -> Plan:
+    (tmp_path / "r.yaml").write_text(recipe(checkpoint, STAGES))
+    return make_plan(load_recipe(tmp_path / "r.yaml"), Store(tmp_path / "store"))
+
+
+def rows(plan: Plan, *results: Result) -> dict[str, dict[str, Any]]:
+    pipeline: Any = SimpleNamespace(name="r", run="f00", results={result.name: result for result in results})
+    made = summarize(pipeline, plan, 0.0, "r-1")
+    assert json.loads(json.dumps(made)) and [row["stage"] for row in made["rows"]] == ["base", "a", "b", "c"]
+    return {row["stage"]: row for row in made["rows"]}
+
+
+def result(name: str, state: str, **more: Any) -> Result:
+    return Result(name, "kind", [], state, **more)
+
+
+def test_stages_that_never_began_say_why(plan: Plan) -> None:
+    failed = rows(plan, result("base", "Cached"), result("a", "Failed", reason="boom"))
+    assert [(failed[name]["state"], failed[name]["reason"]) for name in "abc"] == [
+        ("Failed", "boom"), ("Skipped", "a failed"), ("Skipped", "a failed"),
+    ]  # fmt: skip
+    stopped = rows(plan, result("base", "Cached"), result("a", "Stopped"))
+    assert [(stopped[name]["state"], stopped[name]["reason"]) for name in "bc"] == [("Skipped", "the run was interrupted")] * 2
+
+
+def test_what_is_known_of_single_layers_comes_from_beside_the_checkpoint(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "layers.json").write_text('{"model.layers.0.mlp.up_proj": {"relative_error": 0.25}}')
+    found = rows(
+        plan, result("base", "Cached"), result("a", "Completed", path=str(tmp_path)), result("b", "Completed", path=str(tmp_path / "store"))
+    )
+    assert found["a"]["layers"] == {"model.layers.0.mlp.up_proj": {"relative_error": 0.25}} and found["b"]["layers"] == {}

@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test bench-recovery bench-demo bench-compression bench-export setup
+.PHONY: demo test bench-recovery bench-demo bench-compression bench-export bench-scale bench-studies bench-orchestration drill setup
 
 demo: $(READY)
 	$(BIN)/edgepress run demo
@@ -21,6 +21,9 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+bench-scale: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_scale
+
 bench-demo: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_demo
 
@@ -31,14 +34,23 @@ bench-compression: $(READY)
 	$(if $(BENCH),$(BIN)/python -m tests.benchmarks.bench_compression --bench $(BENCH))
 	$(BIN)/python -m tests.benchmarks.bench_compression --at-size
 
-# About 40 minutes on two cores.
 bench-recovery: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_recovery
-	$(BIN)/python -m tests.benchmarks.bench_finetune_vs_distill
+
+# About an hour on two cores.
+bench-studies: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_studies
 
 bench-export: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_export
 	$(if $(BENCH),$(BIN)/python -m tests.benchmarks.bench_export --bench $(BENCH))
+
+bench-orchestration: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_orchestration
+
+# About a quarter of an hour on two quiet cores. Checkpoints are more frequent than in the demo, or a kill would cost a whole training.
+drill: $(READY)
+	$(BIN)/python -m tests.drill --page --kills 30 --seed 0 --set stages.distilled.save_every=20 --set stages.tuned.save_every=10
 
 setup: $(READY)
 

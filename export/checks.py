@@ -28,7 +28,8 @@ def check_onnx(
     for key, value, known in (("target", target, ONNX_TARGETS), ("dtype", dtype, ONNX_DTYPES)):
         if value not in known:
             raise Incompatible(f"the ONNX exporter has no {key} {value!r}; it has {', '.join(known)}", key=key)
-    _check_outer_types(checkpoint, dtype, embedding_type, head_type)
+    outer = ("float16",) if dtype == "float16" else ("float32", "int8")
+    _check_outer_types(checkpoint, ("dtype", dtype), outer, embedding_type, head_type)
     if checkpoint.layout == "w8a8" and not dtype.startswith("int8"):
         raise Incompatible(
             f"a W8A8 checkpoint means 8-bit inputs of its layers, which a graph of type {dtype} would not have; choose int8 or int8-static",
@@ -47,20 +48,25 @@ def check_onnx(
         _check_carried(checkpoint)
 
 
-def onnx_outer_types(checkpoint: Checkpoint, *, dtype: str, embedding_type: str | None, head_type: str | None) -> tuple[str, str]:
-    """Types of embedding and head in a graph. None stands for the float type of the graph, and for a tied head for the embedding's."""
-    default = "float16" if dtype == "float16" else "float32"
+def outer_types(checkpoint: Checkpoint, *, type: str, embedding_type: str | None, head_type: str | None) -> tuple[str, str]:
+    """Types of embedding and head. None stands for the float type of the graph or package, and for a tied head for the embedding's.
+
+    type  the `dtype` of an ONNX graph, or the `precision` of a GenAI package
+    """
+    default = "float16" if type in ("float16", "fp16") else "float32"
     embedding = embedding_type or default
     return embedding, head_type or (embedding if checkpoint.tied else default)
 
 
-def _check_outer_types(checkpoint: Checkpoint, dtype: str, embedding_type: str | None, head_type: str | None) -> None:
-    known = ("float16",) if dtype == "float16" else ("float32", "int8")
-    for key, chosen in (("embedding_type", embedding_type), ("head_type", head_type)):
-        if chosen is not None and chosen not in known:
-            raise Incompatible(f"{key} {chosen!r} does not go with dtype {dtype}; {' or '.join(known)} does", key=key)
-    embedding, head = onnx_outer_types(checkpoint, dtype=dtype, embedding_type=embedding_type, head_type=head_type)
-    check_tied_types(checkpoint, embedding, head)
+def _check_outer_types(
+    checkpoint: Checkpoint, chosen: tuple[str, str], known: tuple[str, ...], embedding_type: str | None, head_type: str | None
+) -> None:
+    """`chosen` is the name of the key that decides the float type, and its value."""
+    key, type = chosen
+    for name, outer in (("embedding_type", embedding_type), ("head_type", head_type)):
+        if outer is not None and outer not in known:
+            raise Incompatible(f"{name} {outer!r} does not go with {key} {type}; {' or '.join(known)} does", key=name)
+    check_tied_types(checkpoint, *outer_types(checkpoint, type=type, embedding_type=embedding_type, head_type=head_type))
 
 
 def _check_carried(checkpoint: Checkpoint) -> None:
@@ -98,25 +104,10 @@ def check_genai(
     if precision not in GENAI_PRECISIONS:
         raise Incompatible(f"GenAI packages are written in {', '.join(GENAI_PRECISIONS)}, not in {precision!r}", key="precision")
     _check_blocks(block_size, accuracy_level)
-    _check_genai_outer_types(checkpoint, precision, embedding_type, head_type)
+    outer = {"fp16": ("float16",), "fp32": ("float32",), "int4": ("float32", "int4")}[precision]
+    _check_outer_types(checkpoint, ("precision", precision), outer, embedding_type, head_type)
     if checkpoint.layout != "dense":
         _check_codes(checkpoint, precision)
-
-
-def genai_outer_types(checkpoint: Checkpoint, *, precision: str, embedding_type: str | None, head_type: str | None) -> tuple[str, str]:
-    """Types of embedding and head in a package. None stands for its float type, and for a tied head for the embedding's."""
-    default = "float16" if precision == "fp16" else "float32"
-    embedding = embedding_type or default
-    return embedding, head_type or (embedding if checkpoint.tied else default)
-
-
-def _check_genai_outer_types(checkpoint: Checkpoint, precision: str, embedding_type: str | None, head_type: str | None) -> None:
-    known = {"fp16": ("float16",), "fp32": ("float32",), "int4": ("float32", "int4")}[precision]
-    for key, chosen in (("embedding_type", embedding_type), ("head_type", head_type)):
-        if chosen is not None and chosen not in known:
-            raise Incompatible(f"{key} {chosen!r} does not go with precision {precision}; {' or '.join(known)} does", key=key)
-    embedding, head = genai_outer_types(checkpoint, precision=precision, embedding_type=embedding_type, head_type=head_type)
-    check_tied_types(checkpoint, embedding, head)
 
 
 def _check_genai_family(checkpoint: Checkpoint) -> None:

@@ -42,14 +42,29 @@ ONNX_BITS = {
     "INT32": 32,
 }  # others: 8
 _CONFIG = {
-    "hidden_size": "hidden size", "intermediate_size": "MLP width", "num_attention_heads": "heads", "num_key_value_heads": "KV heads",
-    "head_dim": "head width", "vocab_size": "vocabulary", "max_position_embeddings": "context",
-}  # fmt: skip
+    "hidden_size": "hidden size",
+    "intermediate_size": "MLP width",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "KV heads",
+    "head_dim": "head width",
+    "vocab_size": "vocabulary",
+    "max_position_embeddings": "context",
+}
 _GGUF = {
-    "embedding_length": "hidden size", "feed_forward_length": "MLP width", "attention.head_count": "heads",
-    "attention.head_count_kv": "KV heads", "attention.key_length": "head width", "vocab_size": "vocabulary", "context_length": "context",
-}  # fmt: skip
-_GENAI = {"hidden_size": "hidden size", "num_attention_heads": "heads", "num_key_value_heads": "KV heads", "head_size": "head width"}
+    "embedding_length": "hidden size",
+    "feed_forward_length": "MLP width",
+    "attention.head_count": "heads",
+    "attention.head_count_kv": "KV heads",
+    "attention.key_length": "head width",
+    "vocab_size": "vocabulary",
+    "context_length": "context",
+}
+_GENAI = {
+    "hidden_size": "hidden size",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "KV heads",
+    "head_size": "head width",
+}
 
 
 @dataclass(frozen=True)

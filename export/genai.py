@@ -11,7 +11,7 @@ from onnxruntime_genai.models import builder
 from compression.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.loading import copy_tokenizer, load_tokenizer
-from export.checks import check_genai, genai_outer_types
+from export.checks import check_genai, outer_types
 from export.quiet import quiet_and_offline
 from export.torture import TEXTS, every_two_byte_character
 from export.whole import whole
@@ -49,7 +49,7 @@ def export_genai(
         source, precision=precision, block_size=block_size, embedding_type=embedding_type, head_type=head_type,
         accuracy_level=accuracy_level,
     )  # fmt: skip
-    types = genai_outer_types(source, precision=precision, embedding_type=embedding_type, head_type=head_type)
+    types = outer_types(source, type=precision, embedding_type=embedding_type, head_type=head_type)
     floats = [node for node, kind in zip((EMBEDDING, HEAD), types, strict=True) if kind != "int4"]
     options = [f"block_size={block_size}", f"accuracy_level={accuracy_level}", "hf_token=false", "fuse_qk_norm_gqa=false"]
     if floats:

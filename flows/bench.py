@@ -13,6 +13,8 @@ from compression.errors import EdgepressError, Incompatible
 from export.runtimes import check_installed, installed_runtimes, runtime_name
 from tasks.children import Children, Job, JobFailed
 from tasks.measure import machine_fingerprint
+from tasks.runners.budget import Budget
+from tasks.runners.local import LocalChildren
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def measure_rows(
     runtimes = {model: runtime_name(model) for model in models}
     for name in runtimes.values():
         check_installed(name)
-    children = Children(threads)
+    children = LocalChildren(Budget(threads))
     children.preload()
     try:
         for model, runtime in runtimes.items():

@@ -9,19 +9,35 @@ import sys
 import urllib.request
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from compression.errors import EdgepressError
+from flows.deploy_commands import deploy_app
 from flows.model_commands import model_app
-from flows.options import DEFAULT_OUTPUTS, DEFAULT_STORE, OutputsFolder, StoreFolder, terminal
+from flows.options import (
+    DEFAULT_OUTPUTS,
+    DEFAULT_STORE,
+    OutputsFolder,
+    Overrides,
+    RecipeFile,
+    StoreFolder,
+    find_recipe,
+    terminal,
+    write_page,
+)
+from flows.report_commands import report_app
 from flows.run_commands import carry_out, run_app
 from flows.store_commands import store_app
+from flows.study_commands import study_app
+from flows.tracking_commands import tracking_app
 
-RECIPES = Path(__file__).parent / "recipes"
+if TYPE_CHECKING:
+    from flows.planning import Plan
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -30,11 +46,12 @@ app = typer.Typer(
 )
 
 app.add_typer(run_app)
+app.add_typer(deploy_app)
+app.add_typer(study_app)
+app.add_typer(report_app)
 app.add_typer(model_app)
 app.add_typer(store_app, name="store")
-
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe file, or the name of a shipped recipe (demo).")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Put a value over the recipe: --set stages.distilled.temperature=4")]
+app.add_typer(tracking_app)
 
 
 def main() -> None:
@@ -81,7 +98,7 @@ def run(
     from tasks.store import Store
 
     opened = Store(store)
-    plan = make_plan(load_recipe(_find(recipe), tuple(overrides or ())), opened)
+    plan = make_plan(load_recipe(find_recipe(recipe), tuple(overrides or ())), opened)
     carry_out(select(plan, only=only or (), first=first or (), force=force or ()), opened, outputs)
 
 
@@ -95,8 +112,9 @@ def validate(recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder
     from flows.recipe import load_recipe
     from tasks.store import Store
 
-    plan = make_plan(load_recipe(_find(recipe), tuple(overrides or ())), Store(store))
+    plan = make_plan(load_recipe(find_recipe(recipe), tuple(overrides or ())), Store(store))
     print(f"{recipe}: valid, {len(plan.assignments) - 1} stages on {plan.base.source}")
+    _print_gates(plan)
 
 
 @app.command()
@@ -111,8 +129,9 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder = D
     from tasks.store import Store
 
     opened = Store(store)
-    made = make_plan(load_recipe(_find(recipe), tuple(overrides or ())), opened)
+    made = make_plan(load_recipe(find_recipe(recipe), tuple(overrides or ())), opened)
     terminal().print(plan_table(made, opened))
+    _print_gates(made)
     check_disk(made, opened)
 
 
@@ -124,6 +143,7 @@ def sensitivity(
     bits: Annotated[float, typer.Option(help="Average bits of a weight to spend, from 2 to 8.")] = 4.0,
     group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for a row.")] = 128,
     symmetric: Annotated[bool, typer.Option(help="Without zero points.")] = True,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write maps of the layers as an HTML page too.")] = None,
 ) -> None:
     """Show which layers of the recipe's model deserve more bits, and how to spend an average of them.
 
@@ -133,10 +153,14 @@ def sensitivity(
     from flows.sensitivity import show_sensitivity
     from tasks.base import open_base
 
-    parsed = load_recipe(_find(recipe), tuple(overrides or ()))
+    parsed = load_recipe(find_recipe(recipe), tuple(overrides or ()))
     model = parsed.recipe.model
     base = open_base(model.path, model.revision, model.license, store)
-    show_sensitivity(parsed.recipe, base.checkpoint, average_bits=bits, group_size=group_size, symmetric=symmetric, console=terminal())
+    page = show_sensitivity(
+        parsed.recipe, base.checkpoint, average_bits=bits, group_size=group_size, symmetric=symmetric, console=terminal()
+    )  # fmt: skip
+    if html is not None:
+        write_page(html, page)
 
 
 @app.command()
@@ -162,7 +186,8 @@ def ui(
     """
     from tasks.tracking import Tracking
 
-    tracking = Tracking()
+    tracking = Tracking(outbox=store / "outbox")
+    tracking.send_left()
     tracking.end_orphans()
     servers = [[sys.executable, "-P", "-m", "mlflow", "ui", "--backend-store-uri", tracking.uri, "--port", str(port)]]
     print(f"MLflow: http://127.0.0.1:{port}/#/experiments/{tracking.experiment}/runs", flush=True)
@@ -215,6 +240,14 @@ def doctor() -> None:
     terminal().print(table)
 
 
+def _print_gates(plan: "Plan") -> None:
+    """Each gate written out, presets too."""
+    from flows.gate_checks import gate_lines
+
+    for line in gate_lines(plan.parsed, plan.by_name):
+        print(f"gate {line}")
+
+
 def _devices() -> str:
     found = subprocess.run(
         [sys.executable, "-P", "-c", "import torch; print(*(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())), sep=', ')"],
@@ -235,12 +268,6 @@ def _reached(uri: str) -> str:
             return f"{uri}: reached ({answer.status})"
     except OSError as error:
         return f"[red]{uri}: not reached ({error})[/]"
-
-
-def _find(recipe: Path) -> Path:
-    """A file as given, or a shipped recipe by its name."""
-    shipped = RECIPES / f"{recipe}.yaml"
-    return shipped if not recipe.exists() and shipped.is_file() else recipe
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ A stage's entry holds its kind (`uses`), the kind's parameters, and how it is ex
 parameters belong to its identity.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -14,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compression.errors import EdgepressError
 from flows.matrix import SEED, Cell, key_of
-from flows.yaml_lines import KeyPath, Located
+from flows.yaml_lines import KeyPath, Located, nearest
+from tasks.gate_presets import StageGates, gate_key
 from tasks.gates import Bound
 from tasks.stage import Stage, stage_kinds
 
@@ -34,6 +34,10 @@ class Execution(BaseModel):
         default=1, ge=0, le=10, description="How often a stage whose process was lost (killed, out of memory) is started again."
     )
     timeout: float | None = Field(default=None, gt=0, description="Seconds after which the stage is stopped.")
+    job_variables: dict[str, Any] = Field(
+        default_factory=dict,
+        description="With `runner: prefect`: variables of the work pool for this stage's job, as a GPU or memory request of kubernetes or docker.",
+    )
     bounds: dict[str, Bound] = Field(
         default_factory=dict,
         description="Bounds of an export's proof by metric, in place of the defaults of its format (kl_to_parent: {max: 0.2}).",
@@ -46,7 +50,7 @@ class Node(BaseModel):
     name    its own; that of a copy says the values that reach it: `gptq@temperature=2,bits=4`
     origin  its name in the recipe
     seed    the recipe's, or the cell's
-    gates   by metric; `relative_to` names stages of the graph
+    gates   by metric; `relative_to` names stages of the graph. `gated_by` is the key of the recipe that gives them
     moved   its values that the matrix gives, and where
     """
 
@@ -59,6 +63,7 @@ class Node(BaseModel):
     origin: str
     seed: int
     gates: Mapping[str, Bound]
+    gated_by: str
     moved: Mapping[KeyPath, KeyPath]
 
     @property
@@ -100,7 +105,7 @@ class _Entry(BaseModel):
 
 
 def expand(
-    stages: Mapping[str, Any], gates: Mapping[str, Mapping[str, Bound]], seed: int, cells: Iterable[Cell], source: Located
+    stages: Mapping[str, Any], gates: Mapping[str, StageGates], seed: int, cells: Iterable[Cell], source: Located
 ) -> tuple[list[Node], list[Branch]]:
     """The graph in topological order, and each cell's branch of it.
 
@@ -129,9 +134,10 @@ def _difference(cell: Cell, other: Cell) -> KeyPath:
 
 
 def _branch(
-    cell: Cell, ordered: list[_Entry], seed: int, gates: Mapping[str, Mapping[str, Bound]], nodes: dict[str, Node]
+    cell: Cell, ordered: list[_Entry], seed: int, gates: Mapping[str, StageGates], nodes: dict[str, Node]
 ) -> Branch:  # fmt: skip
     """Add the copies of this cell that no cell before it needed to `nodes`."""
+    needed = {name for entry in ordered for name in entry.inputs.values()}
     names: dict[str, str] = {BASE: BASE}
     reached: dict[str, set[KeyPath]] = {BASE: set()}
     for entry in ordered:
@@ -140,15 +146,17 @@ def _branch(
         paths = [path for path in cell.values if path in reached[entry.name]]
         name = names[entry.name] = f"{entry.name}@{cell.label(paths)}" if paths else entry.name
         if name not in nodes:
-            nodes[name] = _copy(entry, names, seed, gates.get(entry.name, {}), _moved(cell, paths))
-    needed = {name for entry in ordered for name in entry.inputs.values()}
+            nodes[name] = _copy(entry, names, seed, gates, entry.name not in needed, _moved(cell, paths))
     leaves = tuple(entry.name for entry in ordered if entry.name not in needed and reached[entry.name])
     del names[BASE]
     return Branch(name=cell.name, values={key_of(path): value.value for path, value in cell.values.items()}, stages=names, leaves=leaves)
 
 
-def _copy(entry: _Entry, names: Mapping[str, str], seed: int, gates: Mapping[str, Bound], moved: Mapping[KeyPath, KeyPath]) -> Node:
+def _copy(
+    entry: _Entry, names: Mapping[str, str], seed: int, gates: Mapping[str, StageGates], leaf: bool, moved: Mapping[KeyPath, KeyPath]
+) -> Node:  # fmt: skip
     """The entry as a node that reads, and is bounded relative to, the copies of its cell."""
+    key = gate_key(gates, entry.name, entry.stage.uses, leaf)
 
     def renamed(bounds: Mapping[str, Bound]) -> dict[str, Bound]:
         return {
@@ -160,7 +168,8 @@ def _copy(entry: _Entry, names: Mapping[str, str], seed: int, gates: Mapping[str
     execution = entry.execution.model_copy(update={"bounds": renamed(entry.execution.bounds)})
     return Node(
         name=names[entry.name], stage=entry.stage.model_copy(update=others) if others else entry.stage, parent=names[entry.parent],
-        execution=execution, origin=entry.name, seed=seed, gates=renamed(gates), moved=moved,
+        execution=execution, origin=entry.name, seed=seed,
+        gates=renamed(gates[key]) if key else {}, gated_by=key or entry.name, moved=moved,
     )  # fmt: skip
 
 
@@ -239,11 +248,6 @@ def _in_order(entries: list[_Entry], source: Located) -> list[_Entry]:
         order.append(ready)
         done.add(ready.name)
     return order
-
-
-def nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def told(error: ValidationError, source: Located, prefix: KeyPath, model: type[BaseModel]) -> EdgepressError:

@@ -4,7 +4,6 @@ A cell is one choice of values. Lists make their product, or go side by side (`z
 some, both as in GitHub Actions.
 """
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -17,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.yaml_lines import KeyPath, Located, dotted
+from flows.yaml_lines import KeyPath, Located, dotted, nearest
 
 MOST_CELLS = 10_000
 SEED: KeyPath = ("seed",)
@@ -144,9 +143,9 @@ def _path(key: str, place: KeyPath, stages: list[str], source: Located) -> KeyPa
                 )
             return ("stages", stage, *parameter)
     stage = key.removeprefix("stages.").partition(".")[0]
-    close = difflib.get_close_matches(stage, stages, n=1, cutoff=0.5)
-    meant = f"; did you mean {key.replace(stage, close[0], 1)!r}?" if close else ""
-    raise source.error(place, f"a key here is `seed` or <stage>.<parameter>, and this names no stage{meant}; stages: {', '.join(stages)}")
+    raise source.error(
+        place, f"a key here is `seed` or <stage>.<parameter>, and this names no stage{nearest(stage, stages)}; stages: {', '.join(stages)}"
+    )
 
 
 def _value(value: Any, place: KeyPath) -> Value:

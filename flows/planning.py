@@ -1,7 +1,7 @@
 """From a recipe to a plan: every stage checked against the configs that will reach it, its identity, its estimated size. Imports no torch."""
 
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +9,14 @@ from pathlib import Path
 from compression.checkpoint import Checkpoint
 from compression.data import check_data, fingerprint
 from compression.errors import EdgepressError, Incompatible
+from compression.evaluation.checks import check_evaluation, extras
 from compression.quantization.settings import linear_bits
 from export.proof import KL_TO_PARENT
-from flows.graph import BASE, Node, nearest
+from flows.gate_checks import check_gates
+from flows.graph import BASE, Node
 from flows.recipe import ParsedRecipe
+from flows.registering import registered
+from flows.yaml_lines import nearest
 from tasks.base import Base, open_base
 from tasks.extras import require
 from tasks.gates import Bound
@@ -70,24 +74,36 @@ def make_plan(parsed: ParsedRecipe, store: Store) -> Plan:
         raise parsed.error(
             ("data", "length"), f"{recipe.data.length} tokens are more than the model's {base.checkpoint.max_length} positions"
         )
-    for stage in parsed.recipe.gates:
-        if stage not in (known := [BASE, *recipe.stages]):
-            raise parsed.error(("gates", stage), f"there is no stage {stage!r}; stages: {', '.join(known)}")
+    _check_evaluation(parsed, base)
     first = Assignment(
         BASE, 0, None, base.identity, {"base": base.source, "revision": base.revision, "content": base.content, "data": data_digest}, {}, (),
         base.checkpoint, gates=recipe.gates.get(BASE, {}),
     )  # fmt: skip
-    _check_relations(first.gates, [BASE, "parent"], lambda metric, text: parsed.error(("gates", BASE, metric), text))
     fingerprints: dict[Reads, str | None] = {"nothing": None}
     done = {BASE: first}
-    cells, leaf_of = _cells(parsed)
+    cells = _cells(parsed)
     for index, node in enumerate(parsed.nodes, 1):
         part = node.stage.data_read()
         if part != "nothing" and part not in fingerprints:
             fingerprints[part] = fingerprint(recipe.data, part)  # of files: once, not for each stage of a sweep
         task = _assign(parsed, node, index, done, fingerprints[part], machine, store)
-        done[node.name] = replace(task, cell=cells.get(node.name, ""), leaf_of=tuple(leaf_of.get(node.name, ())))
-    return Plan(parsed, base, machine, tuple(done.values()))
+        done[node.name] = replace(task, cell=cells.get(node.name, ""))
+    check_gates(parsed, done, recipe.evaluation)
+    plan = Plan(parsed, base, machine, tuple(done.values()))
+    models = registered(parsed, plan.assignments)
+    tasks = [replace(task, memory=estimate(task, plan).memory, registered=models.get(task.name, "")) for task in plan.assignments]
+    return replace(plan, assignments=tuple(tasks))
+
+
+def _check_evaluation(parsed: ParsedRecipe, base: Base) -> None:
+    """Raises EdgepressError for packages, files and tasks of `evaluation` that are missing, or of another shape."""
+    spec, key = parsed.recipe.evaluation, ""
+    try:
+        for extra, key in extras(spec).items():
+            require(extra, f"evaluation.{key}")
+        check_evaluation(spec, base.checkpoint.max_length)
+    except EdgepressError as error:
+        raise parsed.error(("evaluation", error.key or key), str(error)) from None
 
 
 def _assign(
@@ -107,17 +123,14 @@ def _assign(
         raise parsed.stage_error(node, (key,) if key else (), str(error)) from None
     bounds: dict[str, Bound] = dict(node.execution.bounds)
     if isinstance(planned, Artifact):
-        bounds = {"kl_to_parent": Bound(max=KL_TO_PARENT[planned.change]), **bounds}
+        bounds = {"kl_to_parent": Bound(max=KL_TO_PARENT[planned.change], strict=True), **bounds}
     ancestors = dict.fromkeys(name for input_name in node.inputs.values() for name in (*done[input_name].ancestors, input_name))
-    before = [*ancestors, "parent"]
-    _check_relations(node.execution.bounds, before, lambda metric, text: parsed.stage_error(node, ("bounds", metric), text))
-    _check_relations(node.gates, before, lambda metric, text: parsed.error(("gates", node.origin, metric), text))
     identities = {role: done[name].identity for role, name in node.inputs.items()}
     identities |= {role: model.identity for role, model in outside.items()}
     document = identity_document(stage, identities, data, node.seed, machine)
     return Assignment(
         node.name, index, stage, digest(document), document, node.inputs, tuple(ancestors), planned, outside=outside, bounds=bounds,
-        gates=node.gates, retries=node.execution.retries, timeout=node.execution.timeout,
+        gates=node.gates, retries=node.execution.retries, timeout=node.execution.timeout, job_variables=node.execution.job_variables,
     )  # fmt: skip
 
 
@@ -129,24 +142,14 @@ def _open_outside(parsed: ParsedRecipe, node: Node, role: str, source: str, stor
         raise parsed.stage_error(node, (role,), str(error)) from None
 
 
-def _check_relations(bounds: Mapping[str, Bound], before: Collection[str], mistake: Callable[[str, str], EdgepressError]) -> None:
-    """A bound is relative to a stage before its own; raises what `mistake` makes of the metric and the words."""
-    for metric, bound in bounds.items():
-        if bound.relative_to not in before:
-            raise mistake(metric, f"relative_to {bound.relative_to!r} is none of the stages before: {', '.join(before)}")
-
-
-def _cells(parsed: ParsedRecipe) -> tuple[dict[str, str], dict[str, list[tuple[str, str]]]]:
-    """By stage: the cell that alone needs it; and the cells it is a leaf of, each with what its metrics' names begin with there."""
+def _cells(parsed: ParsedRecipe) -> dict[str, str]:
+    """By stage the cell that alone needs it, where one does."""
     users: dict[str, list[str]] = {}
-    leaf_of: dict[str, list[tuple[str, str]]] = {}
     for branch in parsed.branches:
         for name in branch.stages.values():
             users.setdefault(name, []).append(branch.name)
-        for leaf in branch.leaves:
-            leaf_of.setdefault(branch.stages[leaf], []).append((branch.name, f"{leaf}/" if len(branch.leaves) > 1 else ""))
     swept = {node.name for node in parsed.nodes if node.moved}
-    return {name: cells[0] for name, cells in users.items() if len(cells) == 1 and name in swept}, leaf_of
+    return {name: cells[0] for name, cells in users.items() if len(cells) == 1 and name in swept}
 
 
 def _device(wanted: str) -> str:

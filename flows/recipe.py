@@ -4,6 +4,7 @@ The graph of its stages is flows/graph.py's matter, the lists of its matrix flow
 """
 
 import operator
+from collections.abc import Sequence
 from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,19 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from compression.data import DataSpec
 from compression.errors import EdgepressError
+from compression.evaluation.spec import EvaluationSpec
 from flows.graph import NAME, Branch, Execution, Node, expand, told
 from flows.matrix import Matrix, cells_of
+from flows.study import Mistake, Study, check_study
 from flows.yaml_lines import KeyPath, Located, read_yaml
-from tasks.gates import Bound
+from tasks.gate_presets import Gates
+from tasks.registry import Registry
+from tasks.runners.settings import Runner
 from tasks.stage import stage_kinds
-
-
-class Runner(BaseModel):
-    """How the whole graph is executed; outside every identity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    cores: int | None = Field(default=None, ge=1, description="Cores that stages may use together. Default: all of the machine.")
 
 
 class ModelSource(BaseModel):
@@ -53,9 +50,16 @@ class Recipe(BaseModel):
     )
     stages: dict[str, Any] = Field(min_length=1, description="The graph: name -> {uses: kind, ...}.")
     matrix: Matrix | None = Field(default=None, description="A sweep: values of parameters to try, each combination a branch of the graph.")
-    gates: dict[str, dict[str, Bound]] = Field(
-        default_factory=dict, description="Bounds by stage and metric; a broken one stops what follows."
+    study: Study | None = Field(default=None, description="What the sweep is run to find out: `edgepress study` says what of it came true.")
+    gates: Gates = Field(
+        default_factory=dict,
+        description="Bounds by stage and metric, or a preset by stage; a broken one stops what follows. Besides names, keys are `leaf` (every stage that "
+        "nothing follows), patterns of kinds (`prune.*`), and `preset: default`.",
     )
+    evaluation: EvaluationSpec = Field(
+        default_factory=EvaluationSpec, description="What is measured of the base and of every stage beyond quality, speed and memory."
+    )
+    registry: Registry | None = Field(default=None, description="Results that become versions of a model in MLflow's registry.")
     execution: Runner = Field(default_factory=Runner, description="How it is run.")
 
 
@@ -121,9 +125,19 @@ def load_recipe(file: Path, overrides: tuple[str, ...] = (), text: str | None = 
         raise source.error(("name",), f"{recipe.name!r} is not a file name in lower case (letters, digits, - _ .)")
     cells = cells_of(recipe.matrix, recipe.stages, source)
     nodes, branches = expand(recipe.stages, recipe.gates, recipe.seed, cells, source)
+    _check_study(recipe, branches, source)
     return ParsedRecipe(
         recipe=recipe, nodes=tuple(nodes), branches=tuple(branches) if recipe.matrix else (), source=source, overrides=overrides
     )
+
+
+def _check_study(recipe: Recipe, branches: Sequence[Branch], source: Located) -> None:
+    if recipe.study is not None:
+        results = [(branch.values, leaf) for branch in branches if branch.values for leaf in branch.leaves]
+        try:
+            check_study(recipe.study, results, list(recipe.stages))
+        except Mistake as mistake:
+            raise source.error(mistake.path, str(mistake)) from None
 
 
 def _short_model(text: str) -> dict[str, str]:

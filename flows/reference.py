@@ -10,13 +10,17 @@ from pydantic import BaseModel
 from compression.checkpoint import Checkpoint, Layout
 from compression.data import DataSpec, QuestionSource, TextSource
 from compression.errors import EdgepressError
+from compression.evaluation.spec import EvaluationSpec
 from compression.families import FAMILIES
 from export.proof import KL_TO_PARENT
 from export.runtimes import PACKAGES
 from flows.graph import Execution
 from flows.matrix import Matrix
 from flows.recipe import ModelSource, Recipe, Runner
+from flows.study import Axis, Claim, Published, Study
+from tasks.gate_presets import PRESETS, SELECTIONS
 from tasks.gates import Bound
+from tasks.registry import Registry
 from tasks.stage import Artifact, Planned, Stage, check_accepts, stage_kinds
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -48,8 +52,14 @@ def recipe_reference() -> str:
         ("`data`", "The text `embedded` stands for `{text: embedded, questions: embedded}`.", DataSpec),
         ("`data.text`", _doc(TextSource), TextSource),
         ("`data.questions`", _doc(QuestionSource), QuestionSource),
-        ("`gates.<stage>.<metric>` and `stages.<name>.bounds.<metric>`", _doc(Bound), Bound),
+        ("`gates.<stage>.<metric>` and `stages.<name>.bounds.<metric>`", f"{_doc(Bound)}\n\n{_presets()}", Bound),
         ("`matrix`", _doc(Matrix), Matrix),
+        ("`study`", "What `edgepress study` concludes from; the sweep is the recipe's `matrix`.", Study),
+        ("`study.x` and `study.lines`", _doc(Axis), Axis),
+        ("`study.published`", _doc(Published), Published),
+        ("`study.claims`, each", _doc(Claim), Claim),
+        ("`registry`", _doc(Registry), Registry),
+        ("`evaluation`", f"{_doc(EvaluationSpec)} [evaluation.md](evaluation.md) says how each is done.", EvaluationSpec),
         ("`execution`", _doc(Runner), Runner),
         ("`stages.<name>`, of every kind", "`uses` names the kind. These keys say how it is executed; they change no bytes.", Execution),
         *((f"`uses: {uses}`", _about(kind), kind) for uses, kind in stage_kinds().items()),
@@ -127,6 +137,15 @@ def _outcomes(kind: type[Stage], parent: Checkpoint) -> list[Planned]:
 def _about(kind: type[Stage]) -> str:
     needs = f" Needs `edgepress[{kind.extra}]`." if kind.extra else ""
     return f"{_doc(kind)} Takes a checkpoint that is {' or '.join(sorted(kind.accepts))}; reads {_READS[kind.reads]}.{needs}"
+
+
+def _presets() -> str:
+    """What presets of gates stand for."""
+    bounds = [[f"`{name}`", "<br>".join(f"{metric} {b.words()}" for metric, b in found.items())] for name, found in PRESETS.items()]
+    selections = [
+        [f"`preset: {name}`", "<br>".join(f"`{key}: {preset}`" for key, preset in found.items())] for name, found in SELECTIONS.items()
+    ]
+    return _table(["preset", "stands for"], [*bounds, *selections]).rstrip()
 
 
 def _doc(model: type[BaseModel]) -> str:

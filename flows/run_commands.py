@@ -1,7 +1,6 @@
 """`edgepress runs` and `edgepress resume`: what ran in this store, and going on with it. Imports no torch."""
 
 import json
-import os
 import time
 from datetime import datetime
 from pathlib import Path
@@ -36,17 +35,17 @@ def runs(
 
     Example: `edgepress runs demo-3`
     """
-    from tasks.journal import read_run, read_runs
+    from tasks.journal import as_it_is, read_run, read_runs
 
     opened = open_store(store)
     if run is not None:
-        one = _as_it_is(opened, read_run(opened, run))
+        one = as_it_is(opened, read_run(opened, run))
         if as_json:
             print(json.dumps(one.model_dump(mode="json"), indent=2))
         else:
             _show_stages(one)
         return
-    found = [_as_it_is(opened, one) for one in read_runs(opened) if recipe in (None, one.recipe)]
+    found = [as_it_is(opened, one) for one in read_runs(opened) if recipe in (None, one.recipe)]
     if as_json:
         print(json.dumps({"runs": [one.model_dump(mode="json") for one in found]}, indent=2))
         return
@@ -67,24 +66,14 @@ def resume(
 
     Example: `edgepress resume demo-3`
     """
-    from flows.planning import make_plan, select
-    from flows.recipe import load_recipe
+    from flows.resuming import plan_again
 
     opened = open_store(store)
     wanted = _to_resume(opened, run)
     if wanted is None:
         return
     print(f"going on with {wanted.run} ({wanted.state.lower()}) of {wanted.file}")
-    _say_if_changed(wanted)
-    if not Path(wanted.directory).is_dir():
-        raise EdgepressError(f"{wanted.run} ran in {wanted.directory}, which is no directory any more; paths of its recipe start there")
-    os.chdir(wanted.directory)
-    plan = make_plan(load_recipe(Path(wanted.file), wanted.overrides, wanted.text), opened)
-    made = {stage.name for stage in wanted.stages if stage.state == "Completed"}
-    plan = select(plan, only=wanted.only, force=[name for name in wanted.again if name not in made])
-    before = {stage.name: stage.identity for stage in wanted.stages}
-    if other := [task.name for task in plan.assignments if before.get(task.name, task.identity) != task.identity]:
-        print(f"note: the model, data, edgepress or a library is another than in {wanted.run}, so these are new: {', '.join(other)}")
+    plan = plan_again(opened, wanted, lambda note: print(f"note: {note}"))
     carry_out(plan, opened, Path(wanted.outputs), wanted)
 
 
@@ -106,51 +95,25 @@ def carry_out(plan: "Plan", store: "Store", outputs: Path, resumes: "Run | None"
 
 def _to_resume(store: "Store", name: str | None) -> "Run | None":
     """The run to go on with, and its state now; None, and a word why, where there is nothing to do. Raises EdgepressError for one that is alive."""
-    from tasks.journal import read_run, read_runs, successors
+    from tasks.journal import as_it_is, last_of, read_run, read_runs, successors
 
-    known = read_runs(store)
-    later = successors(known)
     if name is None:
-        open_ends = [_as_it_is(store, run) for run in known if run.state != "Completed" and run.run not in later]
+        known = read_runs(store)
+        later = successors(known)
+        open_ends = [as_it_is(store, run) for run in known if run.state != "Completed" and run.run not in later]
         stopped = [run for run in open_ends if run.state not in ("Running", "Completed")]
         if not stopped:
             alive = ", ".join(run.run for run in open_ends if run.state == "Running")
             print(f"nothing to do: {alive} still running" if alive else "nothing to do: no run in this store is incomplete")
             return None
         return stopped[-1]
-    run = read_run(store, name)
-    while run.run in later:
-        print(f"{later[run.run].run} went on with {run.run}")
-        run = later[run.run]
-    run = _as_it_is(store, run)
+    run = last_of(store, read_run(store, name), print)
     if run.state == "Running":
         raise EdgepressError(f"{run.run} is still running ({run.owner}); Ctrl-C there, or its end, comes first")
     if run.state == "Completed":
         print(f"nothing to do: {run.run} completed")
         return None
     return run
-
-
-def _as_it_is(store: "Store", run: "Run") -> "Run":
-    """The run with its state now; what ran when it was killed has crashed too."""
-    from tasks.journal import read_run, state_now
-
-    state = state_now(store, run)
-    if state == run.state:
-        return run
-    if state != "Crashed":
-        return read_run(store, run.run)  # it ended since it was read
-    stages = tuple(s.model_copy(update={"state": "Crashed"}) if s.state == "Running" else s for s in run.stages)
-    return run.model_copy(update={"state": state, "stages": stages})
-
-
-def _say_if_changed(run: "Run") -> None:
-    try:
-        changed = "has changed" if Path(run.file).read_text() != run.text else ""
-    except (OSError, UnicodeDecodeError):
-        changed = "cannot be read any more"
-    if changed:
-        print(f"note: {run.file} {changed}; this goes on with what stood in it then. To run what stands there now: edgepress run")
 
 
 def _duration(run: "Run") -> str:

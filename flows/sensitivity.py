@@ -13,14 +13,15 @@ from compression.context import Context
 from compression.data import check_data
 from compression.errors import Incompatible
 from flows.recipe import Recipe
+from flows.report.layers import render_sensitivity
 from tasks.stage import check_accepts
 
 if TYPE_CHECKING:
     from compression.quantization.sensitivity import Sensitivity
 
 
-def show_sensitivity(recipe: Recipe, model: Checkpoint, *, average_bits: float, group_size: int, symmetric: bool, console: Console) -> None:
-    """Measure every layer of the base model on the recipe's calibration data and print what was found.
+def show_sensitivity(recipe: Recipe, model: Checkpoint, *, average_bits: float, group_size: int, symmetric: bool, console: Console) -> str:
+    """Measure every layer of the base model on the recipe's calibration data and print what was found; returns it as a page.
 
     Raises Incompatible and UnusableData where the model, its widths or the data do not allow it.
     """
@@ -54,6 +55,8 @@ def show_sensitivity(recipe: Recipe, model: Checkpoint, *, average_bits: float, 
     console.print(
         yaml.safe_dump({"layers": as_patterns(chosen)}, sort_keys=False, default_flow_style=None), markup=False, highlight=False, end=""
     )
+    errors = {path: {f"{bits} bits": error for bits, error in layer.errors.items()} for path, layer in found.items()}
+    return render_sensitivity(f"{recipe.name}: sensitivity of layers", errors, chosen)
 
 
 def sensitivity_table(found: Mapping[str, "Sensitivity"], chosen: Mapping[str, int]) -> Table:

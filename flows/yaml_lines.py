@@ -1,6 +1,7 @@
 """YAML that remembers on which line each key stands, so that an error can point to it."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,9 @@ def _locate(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], file: Pat
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
             _locate(value, (*path, number), lines, file)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What was probably meant, as the end of a message; empty where nothing known is like it."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

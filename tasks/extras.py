@@ -10,8 +10,11 @@ EXTRAS: dict[str, dict[str, str]] = {  # extra -> distribution -> module
     "gptqmodel": {"gptqmodel": "gptqmodel"},
     "qlora": {"bitsandbytes": "bitsandbytes"},
     "s3": {"s3fs": "s3fs"},
+    "dask": {"distributed": "distributed"},
     "openvino": {"openvino": "openvino"},
     "executorch": {"executorch": "executorch"},
+    "harness": {"lm-eval": "lm_eval", "rouge-score": "rouge_score"},
+    "energy": {"codecarbon": "codecarbon"},
     "llamacpp": {"gguf": "gguf", "llama-cpp-python": "llama_cpp"},
 }
 

@@ -1,10 +1,13 @@
 """What a child can be asked to do: run a stage, measure quality, measure speed. The only place in tasks/ that works with torch."""
 
+import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from compression.context import Context
 from compression.data import DataSpec
+from compression.evaluation.findings import Findings
 from tasks.stage import Inputs, Workplace, stage_kinds
 
 
@@ -12,16 +15,21 @@ def run_stage(
     *, stage: dict[str, Any], parent: str, others: dict[str, str], out: str, work: str, data: dict[str, Any], threads: int, context: Context,
     shared: str | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Run a stage into `out`; returns the metrics of its method."""
+    """Run a stage into `out`; returns the metrics of its method. Warns of one that its kind does not name."""
     kind = stage_kinds()[stage["uses"]]
     inputs = Inputs(Path(parent), {role: Path(path) for role, path in others.items()})
+    shutil.rmtree(out, ignore_errors=True)  # of a child before, whose worker was lost
+    Path(out).mkdir(parents=True)
     place = Workplace(Path(out), Path(work), Path(shared) if shared else None)
-    return kind.model_validate(stage).run(inputs, place, DataSpec.model_validate(data), context)
+    metrics = kind.model_validate(stage).run(inputs, place, DataSpec.model_validate(data), context)
+    if unnamed := [metric for metric in metrics if not any(fnmatchcase(metric, name) for name in (*kind.metrics, "seconds"))]:
+        context.warn(f"{kind.__name__}.metrics does not name {', '.join(unnamed)}, so gates on it are refused")
+    return metrics
 
 
 def measure_quality(
     *, target: str, references: dict[str, str], tokenizer: str, data: dict[str, Any], threads: int, context: Context
-) -> dict[str, float]:
+) -> Findings:
     """Perplexity, accuracy, and divergence from each reference checkpoint, in the runtime that opens `target`; sparsity of a dense checkpoint."""
     from compression.data import evaluation_windows, questions
     from compression.evaluation.scorers import evaluate_quality
@@ -37,13 +45,13 @@ def measure_quality(
     items = questions(spec, "test") if spec.questions is not None else []
     try:
         others = {name: by_path[path] for name, path in references.items()}
-        figures = evaluate_quality(runtime, encoder, evaluation_windows(spec, encoder), items, references=others, context=context)
+        findings = evaluate_quality(runtime, encoder, evaluation_windows(spec, encoder), items, references=others, context=context)
     finally:
         for opened in (runtime, *by_path.values()):
             opened.close()
     if runtime.name == "transformers" and (share := sparsity(Path(target))) is not None:
-        figures["sparsity"] = share
-    return figures
+        findings.metrics["sparsity"] = share
+    return findings
 
 
 def measure_speed(*, target: str, tokenizer: str, data: dict[str, Any], threads: int, context: Context) -> dict[str, float]:

@@ -1,34 +1,28 @@
 """Records: what was measured about a checkpoint or artifact, when, and under which key. Imports no torch.
 
-Quality depends on the bytes, the data, the scorer and the runtime's version. Speed and memory depend on the machine and the number of
-threads too, and are taken alone on the machine.
+Every record depends on the bytes, the runtime's version, the device and the threads, and on what its measurement names
+(tasks/measurements); one that is taken alone on the machine depends on the machine too. Comparisons with the base are records as well, computed
+from two others without another measurement.
 """
 
 import os
 import platform
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from compression.data import DataSpec, fingerprint
-from compression.evaluation import QUALITY_VERSION, SPEED_VERSION
+from compression.evaluation.findings import Items
 from export.runtimes import installed_runtimes, runtime_name
 from tasks.children import Children, EventSink, Job
-from tasks.identity import Machine, digest
+from tasks.files import size_of
+from tasks.identity import digest
+from tasks.measurement import Asked, Measurement, Subject, measurements
 from tasks.store import Store
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A checkpoint that others are compared with."""
-
-    path: Path
-    content: str
 
 
 @lru_cache(maxsize=1)
@@ -43,47 +37,115 @@ def machine_fingerprint() -> dict[str, Any]:
     }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
-    """Metrics of a target, and the seconds that children worked for them now: 0 when every record was there already."""
+    """What is known of a target.
 
-    metrics: dict[str, float]
-    seconds: float
+    metrics  by name, with the intervals of those that have items
+    items    of metrics, by name
+    keys     of the records, by the name of the measurement
+    details  what measurements keep besides (texts, per-item results), by its own keys
+    seconds  that children worked for it now: 0 when every record was there already
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    items: dict[str, Items] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
-def measure(
-    target: Reference, references: Mapping[str, Reference], tokenizer: Path, data: DataSpec, machine: Machine,
-    store: Store, children: Children, folder: Path, sink: EventSink,
-) -> Measured:  # fmt: skip
-    """Take the quality and the speed record of `target` from the store, or measure and keep them."""
-    name = runtime_name(target.path)
-    common = {
-        "content": target.content, "data": fingerprint(data, "evaluation"), "runtime": name,
-        "runtime_version": installed_runtimes()[name], "device": machine.device,
+def measure(subject: Subject, store: Store, children: Children, folder: Path, sink: EventSink) -> Measured:
+    """Every record that the recipe asks for about a target: from the store, or made now and kept."""
+    found = Measured()
+    for measurement in measurements():
+        if measurement.applies(subject.asked):
+            key, record, seconds = _record(measurement, subject, store, children, folder / measurement.name, sink)
+            found.metrics |= record["metrics"]
+            found.items |= {metric: Items.read(items) for metric, items in record["items"].items()}
+            found.details |= record["details"]
+            found.keys[measurement.name] = key
+            found.seconds += seconds
+    return found
+
+
+def _record(
+    measurement: Measurement, subject: Subject, store: Store, children: Children, folder: Path, sink: EventSink
+) -> tuple[str, dict[str, Any], float]:  # fmt: skip
+    """A record with its key, and the seconds a child worked for it now."""
+    from compression.evaluation.bootstrap import BOOTSTRAP_VERSION, interval_figures
+
+    name = runtime_name(subject.target.path)
+    document = {
+        "record": measurement.name, "version": measurement.version, "content": subject.target.content, "runtime": name,
+        "runtime_version": installed_runtimes()[name], "device": subject.machine.device, "threads": subject.machine.threads,
+        "bootstrap": BOOTSTRAP_VERSION, **({"machine": machine_fingerprint()} if measurement.alone else {}), **measurement.document(subject),
     }  # fmt: skip
-    quality = {
-        "record": "quality",
-        "version": QUALITY_VERSION,
-        **common,
-        "references": {role: r.content for role, r in references.items()},
-        "threads": machine.threads,
-    }
-    speed = {"record": "speed", "version": SPEED_VERSION, **common, "machine": machine_fingerprint(), "threads": machine.threads}
-    job = {"target": str(target.path), "tokenizer": str(tokenizer), "data": data.model_dump(mode="json")}
-    jobs = [
-        (quality, Job("tasks.jobs:measure_quality", {**job, "references": {role: str(r.path) for role, r in references.items()}}, machine.threads, device=machine.device)),
-        (speed, Job("tasks.jobs:measure_speed", job, machine.threads, device=machine.device, alone=True)),
-    ]  # fmt: skip
-    metrics: dict[str, float] = {}
-    seconds = 0.0
-    for document, work in jobs:
-        key = digest(document)
-        with store.lock(key):
-            record = store.record(key)
-            if record is None:
-                done = children.run(work, folder / work.call.partition(":")[2], sink)
-                seconds += done.seconds
-                record = {"key": document, "metrics": done.metrics, "seconds": done.seconds, "measured": time.time()}
-                store.put_record(key, record)
-        metrics |= record["metrics"]
-    return Measured(metrics, seconds)
+
+    def made() -> tuple[dict[str, Any], float]:
+        call, arguments = measurement.job(subject)
+        opened = {subject.target.path, *(reference.path for reference in subject.references.values())}
+        job = Job(
+            call, arguments, subject.machine.threads, device=subject.machine.device, alone=measurement.alone, name=measurement.name,
+            memory=2 * sum(size_of(path) for path in opened),  # files of 16 bits, worked with in 32
+        )  # fmt: skip
+        done = children.run(job, folder, sink)
+        metrics = dict(done.metrics)
+        for metric, items in done.items.items():
+            metrics |= interval_figures(metric, items, f"{digest(document)} {metric}")
+        stored = {metric: asdict(items) for metric, items in done.items.items()}
+        return {"metrics": metrics, "items": stored, "details": done.details, "seconds": done.seconds}, done.seconds
+
+    return _kept(store, document, made)
+
+
+def compare(target: Measured, base: Measured, content: str, store: Store) -> dict[str, float]:
+    """The differences and ratios to the base, with intervals, of every metric that has items in both. From the store, or computed and kept.
+
+    content  of the target: the record is kept as long as that
+    """
+    from compression.evaluation.bootstrap import BOOTSTRAP_VERSION, comparison_figures
+
+    shared = sorted(target.items.keys() & base.items.keys())
+    document = {
+        "record": "comparison", "version": BOOTSTRAP_VERSION, "content": content, "of": target.keys, "with": base.keys, "metrics": shared,
+    }  # fmt: skip
+
+    def made() -> tuple[dict[str, Any], float]:
+        metrics: dict[str, float] = {}
+        for metric in shared:
+            metrics |= comparison_figures(metric, target.items[metric], base.items[metric], f"{digest(document)} {metric}")
+        return {"metrics": metrics}, 0.0
+
+    return _kept(store, document, made)[1]["metrics"] if shared else {}
+
+
+def _kept(store: Store, document: dict[str, Any], made: Callable[[], tuple[dict[str, Any], float]]) -> tuple[str, dict[str, Any], float]:
+    """The record of a key and the seconds that went into it now; where the store has none, what `made` makes."""
+    key = digest(document)
+    with store.lock(key):
+        record = store.record(key)
+        seconds = 0.0
+        if record is None:
+            made_now, seconds = made()
+            record = {"key": document, **made_now, "measured": time.time()}
+            store.put_record(key, record)
+    return key, record, seconds
+
+
+def known_metrics(asked: Asked) -> Mapping[str, None]:
+    """Names of all metrics that measuring may give, in order; `*` in one stands for what only the result tells."""
+    names: dict[str, None] = {}
+    of_the_base = Asked(asked.planned, (), asked.data, asked.settings)
+    for measurement in measurements():
+        if not measurement.applies(asked):
+            continue
+        compared = measurement.metrics(of_the_base) if "base" in asked.roles else {}
+        for metric, transform in measurement.metrics(asked).items():
+            names[metric] = None
+            if transform is not None:
+                names |= dict.fromkeys((f"{metric}_low", f"{metric}_high"))
+                if metric in compared:
+                    figure = f"{metric}_{'ratio' if transform == 'exp' else 'delta'}"
+                    names |= dict.fromkeys((figure, f"{figure}_low", f"{figure}_high"))
+    return names

@@ -2,7 +2,7 @@
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,16 @@ from compression.checkpoint import Checkpoint
 from compression.data import DataSpec
 from compression.errors import EdgepressError
 from export.runtimes import runtime_name
-from tasks.artifact import complete_artifact
+from tasks.artifact import CARRIED, complete_artifact
 from tasks.base import Base
 from tasks.children import Children, Job, Stopped
-from tasks.gates import Bound, Verdict, judge
+from tasks.descriptions import CHARTED, describe_stage, properties
+from tasks.gates import Bound, Figures, Verdict, judge
 from tasks.identity import Machine, seed_of
-from tasks.measure import Reference, measure
+from tasks.kinds._training import TrainingStage
+from tasks.measure import Measured, compare, measure
+from tasks.measurement import Asked, Reference, Subject
+from tasks.mlflow_calls import COMPUTED
 from tasks.stage import Artifact, Corpus, Planned, Stage
 from tasks.store import Entry, Store, publish, withdraw
 from tasks.tracking import Tracking
@@ -43,9 +47,18 @@ class Assignment:
     gates: Mapping[str, Bound] = field(default_factory=dict)
     retries: int = 0
     timeout: float | None = None
+    memory: int = 0  # bytes that it claims of a budget
+    job_variables: Mapping[str, Any] = field(default_factory=dict)  # of a Prefect work pool
     cell: str = ""  # the cell of a sweep that alone needs it, if one does
+    registered: str = ""  # the model in MLflow's registry that it becomes a version of
     again: bool = False  # compute it even if the store has it
-    leaf_of: tuple[tuple[str, str], ...] = ()  # cells whose result it is, each with what its metrics' names begin with there
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What it is compared with when it is measured."""
+        if self.stage is None:
+            return ()
+        return ("base", "parent") if isinstance(self.planned, Artifact) else ("base",)
 
 
 @dataclass
@@ -67,6 +80,7 @@ class Result:
     warnings: list[str] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     curves: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)  # what measurements keep besides metrics: texts, per-item results
     reason: str = ""
     run: str = ""
 
@@ -86,9 +100,14 @@ class Pipeline:
     outputs: Path
     documents: dict[str, tuple[str, dict[str, Any]]]  # identity and its document, by stage
     progress: Callable[[str, dict[str, Any]], None]
+    evaluation: Any = None  # the recipe's settings of optional measurements
     cells: Mapping[str, str] = field(default_factory=dict)  # runs in MLflow of a sweep's cells, by name
     known_runs: Mapping[str, str] = field(default_factory=dict)  # runs in MLflow of stages that the resumed run began, by name
+    superseded: Mapping[str, str] = field(default_factory=dict)  # such runs of stages that have another identity now
+    series: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what names of a stage's metrics end with on the parent run
+    leaves: Collection[str] = ()  # stages that nothing follows
     results: dict[str, Result] = field(default_factory=dict)
+    measured: dict[str, Measured] = field(default_factory=dict)  # by stage
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -113,6 +132,7 @@ def perform(pipeline: Pipeline, task: Assignment) -> Result:
             withdraw(pipeline.outputs, pipeline.name, task.name)
         if result.run:
             pipeline.tracking.log(result.run, result.metrics, tags={"edgepress.state": result.state})
+            pipeline.tracking.describe(result.run, _description(pipeline, task, result))
             pipeline.tracking.end(result.run, "KILLED" if stopped else "FAILED", "interrupted" if stopped else result.reason)
         raise
     finally:
@@ -143,6 +163,8 @@ def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Resu
             "edgepress.uses": result.uses,
             "edgepress.identity": task.identity,
             "edgepress.recipe": pipeline.name,
+            "edgepress.leaf": str(task.name in pipeline.leaves).lower(),
+            **properties(task.planned, pipeline.base.checkpoint.model_type),
         }
         params = {
             "uses": result.uses,
@@ -156,6 +178,8 @@ def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Resu
             params=params,
             known=pipeline.known_runs.get(task.name),
         )
+        if old := pipeline.superseded.get(task.name):
+            pipeline.tracking.supersede(old, by=result.run)
         if task.document.get("data"):
             pipeline.tracking.log_data(
                 result.run,
@@ -172,10 +196,11 @@ def _compute(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result,
     with store.lock(task.identity):
         found = store.get(task.identity)
         entry = None if again else found
-        result.state = "Cached" if entry else "Completed"
+        cached = entry is not None
         if entry is None:
             result.computed = True
             entry = _run_child(pipeline, task, stage, result)
+    result.state = "Cached" if cached else "Completed"  # not before: the journal of a run that is killed says how far it came
     result.path, result.content = str(entry.path), entry.content
     result.metrics |= entry.manifest["metrics"] | {"seconds": entry.manifest["seconds"]}
     result.warnings = list(entry.manifest["warnings"])
@@ -208,8 +233,10 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
         "work": str(home / "work"), "data": pipeline.data.model_dump(mode="json"),
         "shared": str(pipeline.store.root / "shared"),
     }  # fmt: skip
+    devices = stage.distributed.processes if isinstance(stage, TrainingStage) and stage.distributed else 1
     job = Job(
-        "tasks.jobs:run_stage", arguments, pipeline.machine.threads, seed_of(task.identity), pipeline.machine.device, task.timeout
+        "tasks.jobs:run_stage", arguments, pipeline.machine.threads, seed_of(task.identity), pipeline.machine.device, task.timeout,
+        name=task.name, memory=task.memory, devices=devices, variables=task.job_variables,
     )  # fmt: skip
     curves: list[tuple[int, dict[str, float]]] = []
 
@@ -218,6 +245,15 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
             result.warnings.append(event["warning"])
         elif "metrics" in event:
             curves.append((event["step"], event["metrics"]))
+            pipeline.tracking.log_live(result.run, event["step"], event["metrics"])
+        elif "system" in event:
+            pipeline.tracking.log_system(result.run, event["system"], event["time"])
+        elif "again" in event:
+            result.warnings.clear()
+            curves.clear()
+            pipeline.progress(task.name, {"warning": event["again"]})
+        elif "note" in event:
+            pipeline.progress(task.name, {"warning": event["note"]})
         else:
             pipeline.progress(task.name, event)
 
@@ -259,10 +295,9 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
         result.metrics |= _static(result.path, task.planned)
         return
     result.runtime = runtime_name(Path(result.path))
-    references = {"base": Reference(pipeline.base.path, pipeline.base.content)} if task.stage else {}
-    parent = task.inputs.get("parent")
-    if isinstance(task.planned, Artifact) and parent is not None:
-        references["parent"] = Reference(Path(pipeline.results[parent].path), pipeline.results[parent].content)
+    parent = task.inputs.get("parent", "")
+    compared = {role: pipeline.results["base" if role == "base" else parent] for role in task.roles}
+    references = {role: Reference(Path(other.path), other.content) for role, other in compared.items()}
     folder = pipeline.store.root / "work" / f"measure-{task.identity}"
 
     def sink(event: dict[str, Any]) -> None:
@@ -271,23 +306,19 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
         elif "progress" in event:
             pipeline.progress(task.name, event)
 
-    measured = measure(
-        Reference(Path(result.path), result.content),
-        references,
-        pipeline.base.path,
-        pipeline.data,
-        pipeline.machine,
-        pipeline.store,
-        pipeline.children,
-        folder,
-        sink,
-    )
+    asked = Asked(task.planned, task.roles, pipeline.data, pipeline.evaluation)
+    subject = Subject(asked, Reference(Path(result.path), result.content), references, pipeline.base.path, pipeline.machine)
+    measured = measure(subject, pipeline.store, pipeline.children, folder, sink)
     shutil.rmtree(folder, ignore_errors=True)
+    pipeline.measured[task.name] = measured
     result.metrics |= measured.metrics | _static(result.path, task.planned)
+    result.details = measured.details
     result.measure_seconds = measured.seconds
-    if measured.seconds and task.stage is None:
+    if task.stage is not None:
+        result.metrics |= compare(measured, pipeline.measured["base"], result.content, pipeline.store)
+    elif measured.seconds:
         result.state = "Completed"
-    if parent is not None:
+    if parent:
         _compare_speed(result, pipeline.results[parent])
 
 
@@ -300,47 +331,65 @@ def _static(path: str, planned: Planned) -> dict[str, float]:
 
 
 def _compare_speed(result: Result, parent: Result) -> None:
-    """Warn of a stage that made the model slower than its parent, each in its runtime; less than a tenth is within the measurement's noise."""
+    """Warn of a stage that made the model slower than its parent, each in its runtime: by more than a tenth, and beyond the noise of both."""
     mine, theirs = result.metrics.get("tokens_per_second"), parent.metrics.get("tokens_per_second")
-    if mine and theirs and mine < 0.9 * theirs:
+    if not mine or not theirs or mine >= 0.9 * theirs:
+        return
+    as_fast = {"tokens_per_second": Bound(max_decrease=0, relative_to="parent")}
+    if [v.outcome for v in judge(as_fast, Figures(result.metrics), {"parent": Figures(parent.metrics)})] == ["FAIL"]:
         result.warnings.append(
             f"slower than its parent {parent.name}: {mine:.0f} tokens/s in {result.runtime} against {theirs:.0f} in {parent.runtime} "
-            f"({1 - mine / theirs:.0%} less; up to 10% is noise)"
+            f"({1 - mine / theirs:.0%} less)"
         )
 
 
 def _judge(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     """Judge the bounds of an export's proof and the recipe's gates; raises GateFailed for what does not hold."""
-    others = {name: pipeline.results[name].metrics for name in (*task.ancestors, task.name)}
+    others = {name: _figures(pipeline, name) for name in (*task.ancestors, task.name)}
     if "parent" in task.inputs:
-        others["parent"] = pipeline.results[task.inputs["parent"]].metrics
-    result.verdicts = judge(task.bounds, result.metrics, others) + judge(task.gates, result.metrics, others)
+        others["parent"] = others[task.inputs["parent"]]
+    result.verdicts = [verdict for bounds in (task.bounds, task.gates) for verdict in judge(bounds, others[task.name], others)]
     broken = [verdict.message for verdict in result.verdicts if verdict.outcome == "FAIL"]
     if broken:
         raise GateFailed("; ".join(broken))
 
 
+def _figures(pipeline: Pipeline, name: str) -> Figures:
+    measured = pipeline.measured.get(name)  # nothing is measured of a corpus
+    return Figures(pipeline.results[name].metrics, measured.items if measured else {})
+
+
 def _log(pipeline: Pipeline, task: Assignment, result: Result) -> None:
-    """Metrics on the stage's run, and on the parent with step = the stage's index; then end the run."""
+    """Metrics on the stage's run, and on the parent with step = the stage's index, one series for each path to a leaf; then end the run."""
+    passed = all(verdict.outcome == "PASS" for verdict in result.verdicts)
     tags = {
         "edgepress.state": result.state, "edgepress.cached": str(result.state == "Cached").lower(), "edgepress.path": result.path,
-        "edgepress.content": result.content, "mlflow.note.content": _description(task, result),
+        "edgepress.content": result.content, "edgepress.final": str(task.name in pipeline.leaves and passed).lower(),
+        **({COMPUTED: "true"} if result.state == "Completed" else {}),
     }  # fmt: skip
-    pipeline.tracking.log(result.run, result.metrics, tags=tags)
-    pipeline.tracking.log(pipeline.run, result.metrics, step=task.index)
-    for cell, prefix in task.leaf_of:
-        pipeline.tracking.log(pipeline.cells[cell], {prefix + metric: value for metric, value in result.metrics.items()})
+    tracking = pipeline.tracking
+    tracking.log(result.run, result.metrics, tags=tags)
+    shown = {metric: result.metrics[metric] for metric in CHARTED if metric in result.metrics}
+    series = {metric + suffix: value for suffix in pipeline.series.get(task.name, ()) for metric, value in shown.items()}
+    if series:  # what a stage of another identity left at this step is not true any more
+        tracking.log(pipeline.run, series, step=task.index, again=task.name in pipeline.superseded)
     if task.stage is not None and result.state == "Cached":
-        pipeline.tracking.log_curve(result.run, result.curves)
-    pipeline.tracking.end(result.run, "FINISHED")
+        tracking.log_curve(result.run, result.curves)
+    if isinstance(task.planned, Artifact):
+        for file in CARRIED:
+            tracking.log_file(result.run, Path(result.path) / file)
+    tracking.describe(result.run, _description(pipeline, task, result), cached_identity=task.identity if result.state == "Cached" else None)
+    tracking.end(result.run, "FINISHED")
 
 
-def _description(task: Assignment, result: Result) -> str:
-    lines = [
-        f"`{result.uses}` after {', '.join(result.needs) or 'nothing'} — {result.state.lower()}.",
-        *(f"- warning: {w}" for w in result.warnings),
-    ]
-    return "\n".join([*lines, *(f"- {v.outcome}: {v.message}" for v in result.verdicts)])
+def _description(pipeline: Pipeline, task: Assignment, result: Result) -> str:
+    parent = task.inputs.get("parent", "base")
+    others = [name for name in dict.fromkeys((parent, "base")) if name != task.name and name in pipeline.results]
+    return describe_stage(
+        uses=result.uses, needs=result.needs, state=result.state, reason=result.reason, seconds=result.seconds, runtime=result.runtime,
+        columns={task.name: result.metrics, **{name: pipeline.results[name].metrics for name in others}},
+        warnings=result.warnings, verdicts=result.verdicts,
+    )  # fmt: skip
 
 
 def is_transient(error: BaseException) -> bool:

@@ -83,6 +83,7 @@ class Stage(BaseModel):
     sparse     whether it takes a checkpoint with masks
     reads      the part of the recipe's data it reads, and so depends on
     extra      the extra of edgepress whose packages it needs, if any
+    metrics    names of what `run` returns (`*` stands for any), so that a gate on no metric is refused while planning
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -94,6 +95,7 @@ class Stage(BaseModel):
     sparse: ClassVar[bool] = False
     reads: ClassVar[Reads] = "nothing"
     extra: ClassVar[str | None] = None
+    metrics: ClassVar[tuple[str, ...]] = ("*",)
 
     def data_read(self) -> Reads:
         """`reads`, of a stage with these parameters."""

@@ -6,6 +6,7 @@
     work/<identity>/                  scratch of a stage that is running or was killed
     shared/                           what several stages would compute alike (teacher outputs); decides no bytes
     runs/<run>.json                   what each run was asked and how far it came (tasks/journal.py)
+    runs/<run>.summary.json           what it came to (tasks/summaries.py)
     pins/<identity or run>            what garbage collection leaves alone (tasks/store_upkeep.py)
     damaged/                          entries, records and journals that no longer match, set aside
     locks/                            empty files, one for each thing that only one process may do at a time

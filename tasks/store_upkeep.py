@@ -16,6 +16,7 @@ from tasks.files import size_of, write_json
 from tasks.identity import digest
 from tasks.journal import RUNS, Run, read_run, read_runs, run_names, state_now
 from tasks.store import Store, open_entry, open_record
+from tasks.summaries import summary_files
 
 _IDENTITY = re.compile(r"[0-9a-f]{64}")
 _SHORTEST = 6  # characters of an identity that are taken for it
@@ -50,7 +51,7 @@ class Verified:
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something nothing needs. `kind`: entry, link, record, work, shared, damaged, run."""
+    """Something nothing needs. `kind`: entry, link, record, work, shared, damaged, summary, run."""
 
     kind: str
     name: str
@@ -224,6 +225,7 @@ def _find_garbage(
         if all(run.identities.issubset(present) for run in kept.values()):  # otherwise a stage that is still to be made may read it
             yield from (_garbage("shared", path) for path in sorted((store.root / "shared").glob("*/*/")))
     yield from (_garbage("damaged", path) for path in sorted((store.root / "damaged").iterdir()))
+    yield from (Garbage("summary", run, file, _bytes(file)) for run, file in summary_files(store).items() if run not in kept)
     yield from (_garbage("run", store.root / RUNS / f"{run.run}.json") for run in runs if run.run not in kept)
 
 

@@ -201,7 +201,7 @@ def _file_texts(file: Path, column: str) -> Iterator[str]:
     if file.suffix == ".txt":
         yield from re.split(r"\n[ \t\r]*\n", _read(file))
         return
-    for place, record in _records(file, (column,)):
+    for place, record in file_records(file, (column,)):
         yield _text_of(record, column, place)
 
 
@@ -222,7 +222,7 @@ def _questions(source: QuestionSource, split: Split) -> Iterator[Question]:
     for file in _files(source, split):
         if file.suffix == ".txt":
             raise UnusableData(f"{file}: questions are read from .jsonl or .parquet, not from .txt", key="questions")
-        for place, record in _records(file, None):
+        for place, record in file_records(file, None):
             question = _question_of(record, place)
             if not single or _share(question.passage + question.question) == split:
                 yield question
@@ -247,7 +247,7 @@ def _question_of(record: Record, place: str) -> Question:
     return Question(record.get("passage") or "", record["question"], tuple(texts), labels.index(record["answerKey"]))
 
 
-def _records(file: Path, columns: tuple[str, ...] | None) -> Iterator[tuple[str, Record]]:
+def file_records(file: Path, columns: tuple[str, ...] | None) -> Iterator[tuple[str, Record]]:
     """(place, record) of a .jsonl or .parquet file; `columns` are the only ones read from parquet, None for all."""
     if file.suffix == ".jsonl":
         for number, line in enumerate(_lines(file), 1):

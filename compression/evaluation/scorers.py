@@ -15,6 +15,7 @@ import torch
 from compression.context import Context
 from compression.data.rows import encode_choices
 from compression.errors import Incompatible, UnusableData, UnusableModel
+from compression.evaluation.findings import Findings, Items, Transform
 from compression.evaluation.runtime import Runtime
 from compression.reference.world import Question
 
@@ -43,6 +44,12 @@ class Divergence:
     @staticmethod
     def join(parts: Sequence["Divergence"]) -> "Divergence":
         return Divergence(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("kl", "agrees", "logit_difference")))
+
+    def items(self, name: str, windows: int) -> dict[str, Items]:
+        """Those of kl_to_{name} and top1_agreement_to_{name}, by window; the positions are those of `windows` windows of equal length."""
+        each = len(self.kl) // windows
+        totals = {f"kl_to_{name}": self.kl, f"top1_agreement_to_{name}": self.agrees}
+        return {metric: _items(values.reshape(windows, each)) for metric, values in totals.items()}
 
     def figures(self, name: str) -> dict[str, float]:
         """kl_to_{name} (mean), kl_p99_to_{name} (99th percentile), top1_agreement_to_{name}, max_logit_difference_to_{name}."""
@@ -102,6 +109,9 @@ class MultipleChoice:
 
     correct: tuple[bool, ...]
 
+    def items(self) -> Items:
+        return Items(tuple(map(float, self.correct)), (1.0,) * len(self.correct))
+
     def figures(self) -> dict[str, float]:
         """accuracy, accuracy_count and, from two questions on, accuracy_stderr: sample standard deviation / sqrt(count)."""
         count, accuracy = len(self.correct), sum(self.correct) / len(self.correct)
@@ -157,7 +167,7 @@ def evaluate_quality(
     *,
     references: Mapping[str, Runtime],
     context: Context,
-) -> dict[str, float]:
+) -> Findings:
     """Every quality figure of a model: one pass over the windows, one over the questions.
 
     windows     int64 [windows, length]
@@ -165,7 +175,8 @@ def evaluate_quality(
     references  models to be compared with, by name; one that has two names runs once
 
     Returns perplexity and perplexity_count (tokens predicted); accuracy, accuracy_stderr and accuracy_count; for each reference
-    r kl_to_{r}, kl_p99_to_{r}, top1_agreement_to_{r} and max_logit_difference_to_{r}, and for "base" top1_agreement as well.
+    r kl_to_{r}, kl_p99_to_{r}, top1_agreement_to_{r} and max_logit_difference_to_{r}, and for "base" top1_agreement as well. Items of perplexity, KL
+    and agreement are windows, of accuracy questions.
     Raises Incompatible: windows longer than a context, another vocabulary. UnusableModel: logits that are not finite.
     """
     distinct = list({id(r): r for r in references.values()}.values())
@@ -178,13 +189,23 @@ def evaluate_quality(
             parts[name].append(compared[id(reference)])
     scored = np.concatenate(scores)
     figures = {"perplexity": math.exp(-scored.mean()), "perplexity_count": float(scored.size)}
+    items = {"perplexity": _items(-scored.reshape(len(windows), -1), "exp")}
     for name, found in parts.items():
-        figures |= Divergence.join(found).figures(name)
+        whole = Divergence.join(found)
+        figures |= whole.figures(name)
+        items |= whole.items(name, len(windows))
     if "base" in references:
-        figures["top1_agreement"] = figures["top1_agreement_to_base"]
+        figures["top1_agreement"], items["top1_agreement"] = figures["top1_agreement_to_base"], items["top1_agreement_to_base"]
     if questions:
-        figures |= multiple_choice(runtime, tokenizer, questions, context).figures()
-    return figures
+        answered = multiple_choice(runtime, tokenizer, questions, context)
+        figures |= answered.figures()
+        items["accuracy"] = answered.items()
+    return Findings(figures, items)
+
+
+def _items(values: np.ndarray, transform: Transform = "mean") -> Items:
+    """Items of a figure that has a value for each position: [windows, positions]."""
+    return Items(tuple(values.sum(1, dtype=np.float64).tolist()), (float(values.shape[1]),) * len(values), transform)
 
 
 def _windows(runtimes: Sequence[Runtime], windows: torch.Tensor, context: Context) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:

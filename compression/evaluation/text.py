@@ -14,6 +14,11 @@ class Text(Protocol):
         """Tokens that end a text."""
         ...
 
+    @property
+    def templated(self) -> bool:
+        """Whether the model has a chat template, so that `encode_chat` works."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a text to go on from, begin-of-text in front where the model wants it, special tokens recognized."""
         ...

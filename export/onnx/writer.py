@@ -17,7 +17,7 @@ from compression.quantization.grid import fit_grid
 from compression.quantization.layouts import QuantizedLinear, quantized_linear, read_quantized_linears
 from compression.quantization.schemes import Scheme, read_scheme
 from compression.quantization.settings import Codes
-from export.checks import check_onnx, onnx_outer_types
+from export.checks import check_onnx, outer_types
 from export.onnx.calibrate import input_limits
 from export.onnx.quantize import (
     Layer,
@@ -77,7 +77,7 @@ def export_onnx(
             f"export.onnx dequantizes the {source.layout.upper()} checkpoint and writes {dtype} weights; "
             "dtype int4 with target onnxruntime, export.genai and export.gguf carry its codes"
         )
-    embedding, head = onnx_outer_types(source, dtype=dtype, embedding_type=embedding_type, head_type=head_type)
+    embedding, head = outer_types(source, type=dtype, embedding_type=embedding_type, head_type=head_type)
     with whole(out) as place:
         with quiet_and_offline():
             model = load_model(checkpoint, dtype=torch.float16 if dtype == "float16" else torch.float32, inputs_rounded=False)

@@ -19,6 +19,10 @@ class LlamaCppText:
         tokens = range(self._llama.llama_vocab_n_tokens(self._vocabulary))
         return frozenset(token for token in tokens if self._llama.llama_vocab_is_eog(self._vocabulary, token))
 
+    @property
+    def templated(self) -> bool:
+        return bool(self._llama.llama_model_chat_template(self._model, None))
+
     def encode(self, text: str) -> list[int]:
         return self._encode(text, add_special=True)
 

@@ -19,6 +19,10 @@ class HuggingFaceText:
         self._tokenizer = load_tokenizer(directory)
         self.ends = frozenset(_ends(directory)) | {token for token in [self._tokenizer.eos_token_id] if token is not None}
 
+    @property
+    def templated(self) -> bool:
+        return _template(self._tokenizer.chat_template) is not None
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer(text).input_ids
 
@@ -47,8 +51,7 @@ def render_chat(template: str | dict[str, str] | None, message: str, special_tok
     """A user's message in a chat template, up to where the answer begins. Raises Incompatible without a template, or where it refuses."""
     from jinja2 import TemplateError
 
-    if isinstance(template, dict):  # templates by their use
-        template = template.get("default")
+    template = _template(template)
     if template is None:
         raise Incompatible("this model has no chat template; leave --chat out", key="chat")
     conversation = [{"role": "user", "content": message}]
@@ -58,3 +61,8 @@ def render_chat(template: str | dict[str, str] | None, message: str, special_tok
         raise Incompatible(f"the model's chat template does not take this message: {error}", key="chat") from None
     texts, _ = rendered  # annotated as a string, which it is not
     return texts[0]
+
+
+def _template(template: str | dict[str, str] | None) -> str | None:
+    """The template for plain conversations, where a tokenizer has several by their use."""
+    return template.get("default") if isinstance(template, dict) else template

@@ -36,6 +36,10 @@ class TrainingStage(Stage):
 
     reads: ClassVar[Reads] = "training"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "accelerate", "tokenizers")
+    metrics: ClassVar[tuple[str, ...]] = (
+        "loss", "loss_*", "learning_rate", "training_tokens_per_second", "steps", "resumed_from_step", "batch_size", "oom_retries",
+        "validation_loss", "validation_loss_*", "best_step", "stopped_early",
+    )  # fmt: skip
     sparse: ClassVar[bool] = True
 
     train_on: Annotated[Literal["text", "questions"], Field(description="Running text, or questions with the prompt masked.")] = "text"

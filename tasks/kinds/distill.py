@@ -19,6 +19,7 @@ class Distill(TrainingStage):
 
     uses: Literal["distill"] = "distill"
     version: ClassVar[int] = 2
+    metrics: ClassVar[tuple[str, ...]] = (*TrainingStage.metrics, "teacher_cache_mb", "teacher_cache_built")
 
     teacher: Annotated[
         str,

@@ -18,6 +18,7 @@ class ExportExecutorch(Stage):
 
     uses: Literal["export.executorch"] = "export.executorch"
     version: ClassVar[int] = 1
+    metrics: ClassVar[tuple[str, ...]] = ("bytes",)
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "executorch")
     accepts: ClassVar[frozenset[Layout]] = frozenset({"dense", "gptq", "awq"})
     sparse: ClassVar[bool] = True

@@ -8,7 +8,7 @@ from pydantic import Field
 from compression.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
-from export.checks import check_genai, genai_outer_types
+from export.checks import check_genai, outer_types
 from export.proof import Change
 from tasks.stage import Artifact, Inputs, Planned, Stage, Workplace
 
@@ -20,6 +20,7 @@ class ExportGenai(Stage):
 
     uses: Literal["export.genai"] = "export.genai"
     version: ClassVar[int] = 2
+    metrics: ClassVar[tuple[str, ...]] = ("bytes", "tokenizer_differences")
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
     accepts: ClassVar[frozenset[Layout]] = frozenset({"dense", "gptq", "awq"})
     sparse: ClassVar[bool] = True
@@ -38,7 +39,7 @@ class ExportGenai(Stage):
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
         check_genai(parent, **self.model_dump(exclude={"uses"}))
-        outer = genai_outer_types(parent, precision=self.precision, embedding_type=self.embedding_type, head_type=self.head_type)
+        outer = outer_types(parent, type=self.precision, embedding_type=self.embedding_type, head_type=self.head_type)
         rounded = parent.layout == "dense" or "int4" in outer
         change: Change = "float" if self.precision != "int4" else "int4" if rounded else "carried"
         return Artifact("onnxruntime-genai", change, int(parent.num_parameters * _BYTES[self.precision]))

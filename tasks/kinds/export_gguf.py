@@ -19,6 +19,13 @@ class ExportGguf(Stage):
 
     uses: Literal["export.gguf"] = "export.gguf"
     version: ClassVar[int] = 2
+    metrics: ClassVar[tuple[str, ...]] = (
+        "carry_worst_difference",
+        "carry_worst_difference_in_steps",
+        "tokenizer_texts",
+        "bits_per_weight",
+        "fallback_tensors",
+    )
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "gguf", "llama-cpp-python")
     accepts: ClassVar[frozenset[Layout]] = frozenset({"dense", "gptq", "awq"})

@@ -8,7 +8,7 @@ from pydantic import Field
 from compression.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
-from export.checks import check_onnx, onnx_outer_types
+from export.checks import check_onnx, outer_types
 from export.proof import Change
 from tasks.stage import Artifact, Inputs, Planned, Reads, Stage, Workplace
 
@@ -21,6 +21,7 @@ class ExportOnnx(Stage):
 
     uses: Literal["export.onnx"] = "export.onnx"
     version: ClassVar[int] = 2
+    metrics: ClassVar[tuple[str, ...]] = ("opset", "bytes")
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
     accepts: ClassVar[frozenset[Layout]] = frozenset({"dense", "gptq", "awq", "w8a8"})
     sparse: ClassVar[bool] = True
@@ -62,7 +63,7 @@ class ExportOnnx(Stage):
             return "int8-static"
         if self.dtype == "int4" and parent.layout == "dense":
             return "int4"
-        outer = onnx_outer_types(parent, dtype=self.dtype, embedding_type=self.embedding_type, head_type=self.head_type)
+        outer = outer_types(parent, type=self.dtype, embedding_type=self.embedding_type, head_type=self.head_type)
         if "int8" in (self.dtype, *outer):
             return "int8"
         return "carried" if self.dtype == "int4" else "float"

@@ -20,6 +20,7 @@ class ExportOpenvino(Stage):
 
     uses: Literal["export.openvino"] = "export.openvino"
     version: ClassVar[int] = 1
+    metrics: ClassVar[tuple[str, ...]] = ("bytes",)
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "openvino")
     accepts: ClassVar[frozenset[Layout]] = frozenset({"dense", "gptq", "awq"})
     sparse: ClassVar[bool] = True

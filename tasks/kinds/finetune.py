@@ -18,6 +18,7 @@ class Finetune(TrainingStage):
 
     uses: Literal["finetune"] = "finetune"
     version: ClassVar[int] = 2
+    metrics: ClassVar[tuple[str, ...]] = (*TrainingStage.metrics, "trainable_parameters")
     libraries: ClassVar[tuple[str, ...]] = (*TrainingStage.libraries, "peft")
 
     method: Annotated[

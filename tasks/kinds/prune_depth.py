@@ -18,6 +18,7 @@ class PruneDepth(Stage):
 
     uses: Literal["prune.depth"] = "prune.depth"
     version: ClassVar[int] = 1
+    metrics: ClassVar[tuple[str, ...]] = ("kept_ratio", "num_hidden_layers", "parameters_ratio")
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
     sparse: ClassVar[bool] = True

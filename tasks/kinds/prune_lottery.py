@@ -20,6 +20,7 @@ class PruneLottery(TrainingStage):
 
     uses: Literal["prune.lottery"] = "prune.lottery"
     version: ClassVar[int] = 1
+    metrics: ClassVar[tuple[str, ...]] = (*TrainingStage.metrics, "sparsity")
 
     sparsity: Annotated[
         float, Field(gt=0, lt=1, examples=[0.5], description="Share of the weights of the blocks' linear layers that is zero.")

@@ -20,6 +20,7 @@ class PruneRigL(TrainingStage):
 
     uses: Literal["prune.rigl"] = "prune.rigl"
     version: ClassVar[int] = 1
+    metrics: ClassVar[tuple[str, ...]] = (*TrainingStage.metrics, "sparsity", "mask_updates")
 
     sparsity: Annotated[
         float, Field(gt=0, lt=1, examples=[0.5], description="Share of the weights of the blocks' linear layers that is zero.")

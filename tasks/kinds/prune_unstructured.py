@@ -18,6 +18,7 @@ class PruneUnstructured(Stage):
 
     uses: Literal["prune.unstructured"] = "prune.unstructured"
     version: ClassVar[int] = 1
+    metrics: ClassVar[tuple[str, ...]] = ("sparsity", "fallback_layers")
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
     sparse: ClassVar[bool] = True

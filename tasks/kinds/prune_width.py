@@ -19,6 +19,7 @@ class PruneWidth(Stage):
 
     uses: Literal["prune.width"] = "prune.width"
     version: ClassVar[int] = 1
+    metrics: ClassVar[tuple[str, ...]] = ("kept_ratio", "kept_heads_ratio", "parameters_ratio", "intermediate_size", "num_attention_heads")
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
     sparse: ClassVar[bool] = True

@@ -20,6 +20,7 @@ class QuantizeAwq(Stage):
 
     uses: Literal["quantize.awq"] = "quantize.awq"
     version: ClassVar[int] = 2
+    metrics: ClassVar[tuple[str, ...]] = ("fallback_layers", "damped_layers", "scaled_pairs")
     sparse: ClassVar[bool] = True
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")

@@ -18,6 +18,7 @@ class QuantizeFp8(Stage):
 
     uses: Literal["quantize.fp8"] = "quantize.fp8"
     version: ClassVar[int] = 1
+    metrics: ClassVar[tuple[str, ...]] = ("quantized_layers",)
     sparse: ClassVar[bool] = True
 
     strategy: Annotated[

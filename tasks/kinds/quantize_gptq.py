@@ -20,6 +20,7 @@ class QuantizeGptq(CodesStage):
 
     uses: Literal["quantize.gptq"] = "quantize.gptq"
     version: ClassVar[int] = 2
+    metrics: ClassVar[tuple[str, ...]] = ("fallback_layers", "damped_layers")
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
 

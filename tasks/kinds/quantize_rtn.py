@@ -15,6 +15,7 @@ class QuantizeRtn(CodesStage):
 
     uses: Literal["quantize.rtn"] = "quantize.rtn"
     version: ClassVar[int] = 1
+    metrics: ClassVar[tuple[str, ...]] = ("fallback_layers",)
 
     mse: Annotated[bool, Field(description="Shrink each group's range where that lowers the error of its weights.")] = False
 

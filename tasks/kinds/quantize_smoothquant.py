@@ -18,6 +18,7 @@ class QuantizeSmoothquant(Stage):
 
     uses: Literal["quantize.smoothquant"] = "quantize.smoothquant"
     version: ClassVar[int] = 1
+    metrics: ClassVar[tuple[str, ...]] = ("scaled_pairs",)
     sparse: ClassVar[bool] = True
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")

@@ -21,6 +21,7 @@ class Synthesize(Stage):
 
     uses: Literal["synthesize"] = "synthesize"
     version: ClassVar[int] = 1
+    metrics: ClassVar[tuple[str, ...]] = ("documents", "tokens", "sampled", "duplicates", "too_short", "cut")
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
     sparse: ClassVar[bool] = True
 

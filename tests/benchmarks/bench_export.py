@@ -106,7 +106,7 @@ class Bench:
         tokenizer, windows = load_tokenizer(self.subject.checkpoint), self.subject.scored
         for made in self.made:
             parent, runtime = TransformersRuntime(made.parent, threads=self.threads), open_runtime(made.path, threads=self.threads)
-            made.figures = evaluate_quality(runtime, tokenizer, windows, [], references={"parent": parent}, context=Context())
+            made.figures = evaluate_quality(runtime, tokenizer, windows, [], references={"parent": parent}, context=Context()).metrics
             runtime.close()
             parent.close()
             say(f"{made.title} by {made.by}: perplexity {made.figures['perplexity']:.3f}, KL {made.figures['kl_to_parent']:.2g}")
@@ -201,10 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench.genai("GenAI int4 of GPTQ 4-bit g32", gptq)
         bench.measure()
         base = TransformersRuntime(subject.checkpoint, threads=options.threads)
-        perplexity = evaluate_quality(base, load_tokenizer(subject.checkpoint), subject.scored, [], references={}, context=Context())[
-            "perplexity"
-        ]
-        body = render(bench, perplexity)
+        found = evaluate_quality(base, load_tokenizer(subject.checkpoint), subject.scored, [], references={}, context=Context())
+        body = render(bench, found.metrics["perplexity"])
     if options.types == parser.get_default("types"):
         page.rewrite(f"export of {subject.title}", body)
     say(body)

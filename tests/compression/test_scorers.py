@@ -150,7 +150,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
 def test_evaluate_quality_tells_all_figures_in_one_pass(runtime: TransformersRuntime, tmp_path: Path) -> None:
     other = TransformersRuntime(tiny_checkpoint(tmp_path, seed=1), threads=1)
     windows, tokenizer, short = tiny_windows(20, 32), tiny_tokenizer(), QUESTIONS[:2]
-    figures = evaluate_quality(other, tokenizer, windows, short, references={"base": runtime, "parent": other}, context=Context())
+    figures = evaluate_quality(other, tokenizer, windows, short, references={"base": runtime, "parent": other}, context=Context()).metrics
     reference, candidate = (r.logits(windows.numpy())[:, :-1] for r in (runtime, other))
     expected = divergence(reference, candidate).figures("base")
     assert {k: figures[k] for k in expected} == pytest.approx(expected, rel=1e-4)
@@ -160,7 +160,7 @@ def test_evaluate_quality_tells_all_figures_in_one_pass(runtime: TransformersRun
     assert figures["perplexity_count"] == 20 * 31
     assert figures["accuracy_count"] == 2
     assert all(type(v) is float for v in figures.values())
-    assert "accuracy" not in evaluate_quality(other, tokenizer, windows[:1], [], references={}, context=Context())
+    assert "accuracy" not in evaluate_quality(other, tokenizer, windows[:1], [], references={}, context=Context()).metrics
 
 
 def test_a_reference_with_two_names_runs_once() -> None:

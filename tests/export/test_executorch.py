@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from compression.checkpoint import open_checkpoint
 from compression.context import Context
@@ -21,23 +20,14 @@ from export.edge_checks import check_executorch
 from export.refusals import TRACED_FAMILIES
 from export.runtimes import open_runtime
 from tasks.stage import Artifact, stage_kinds
-from tests.tiny import tiny_checkpoint, tiny_windows
+from tests.export.judging import contents, greedy, kl, model_of
+from tests.tiny import tiny_windows
 
 if find_spec("executorch") is None:
     pytest.skip("ExecuTorch is not installed: pip install 'edgepress[executorch]'", allow_module_level=True)
 
 import export.executorch
 from export.executorch import export_executorch
-
-
-def kl(expected: np.ndarray, found: np.ndarray) -> float:
-    """Mean KL divergence between the distributions of next tokens, in float64."""
-    p, q = (torch.log_softmax(torch.from_numpy(logits).double(), -1) for logits in (expected, found))
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +41,7 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.parametrize("family", TRACED_FAMILIES)
 def test_every_family_equals_transformers_in_prefill_and_decode(family: str, tmp_path: Path) -> None:
     """In several calls of 16 tokens, far beyond a sliding window of 8 (gemma3_text, mistral), and with a head of its own (qwen2)."""
-    window = {"sliding_window": 8} if family == "mistral" else {}
-    source = tiny_checkpoint(tmp_path / "model", family, layers=2 if family == "gemma3_text" else 1, tied=family != "qwen2", **window)
+    source = model_of(tmp_path / "model", family)
     export_executorch(source, tmp_path / "out", max_length=64, chunk=16, context=Context())
     runtime = open_runtime(tmp_path / "out", threads=1)
     assert (runtime.name, runtime.version, runtime.max_length) == ("executorch", metadata.version("executorch"), 64)
@@ -68,13 +57,12 @@ def test_every_family_equals_transformers_in_prefill_and_decode(family: str, tmp
 def test_generates_what_transformers_does_up_to_the_last_token_and_repeats_itself(checkpoint: Path, tmp_path: Path) -> None:
     export_executorch(checkpoint, tmp_path, max_length=33, chunk=128, context=Context())
     runtime = open_runtime(tmp_path, threads=2)
-    tokens = tiny_windows(1, 9, seed=3)
-    model = load_model(checkpoint)
-    for _ in range(24):
-        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    tokens = greedy(checkpoint, 9, 24)
     for _ in range(2):  # a second time: the cache of the first is forgotten
         assert generate(runtime, tokens[0, :9].tolist(), 24).tokens == tokens[0, 9:].tolist()
-    np.testing.assert_allclose(runtime.logits(tokens.numpy()), model(tokens).logits.detach().numpy(), atol=1e-4)  # all 33 of the cache
+    np.testing.assert_allclose(
+        runtime.logits(tokens.numpy()), load_model(checkpoint)(tokens).logits.detach().numpy(), atol=1e-4
+    )  # all 33 of the cache
     np.testing.assert_array_equal(runtime.logits(tokens.numpy()), runtime.logits(tokens.numpy()))
     with pytest.raises(Incompatible, match="9 \\+ 25 tokens"):
         generate(runtime, tokens[0, :9].tolist(), 25)

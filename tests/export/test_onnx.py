@@ -21,6 +21,7 @@ from export.onnx import export_onnx
 from export.onnx.save import save_graph
 from export.onnx.trace import OPSET
 from export.runtimes.onnx_runtime import OnnxRuntime
+from tests.export.judging import contents
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 
@@ -30,10 +31,6 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     figures = export_onnx(checkpoint, out, dtype="float32", context=Context())
     assert figures["opset"] == OPSET and figures["bytes"] == sum(f.stat().st_size for f in out.iterdir())
     return out
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
 def test_same_bytes_from_another_place_and_nothing_said(

@@ -24,6 +24,7 @@ from export.edge_checks import check_openvino
 from export.refusals import TRACED_FAMILIES
 from export.runtimes import open_runtime
 from tasks.stage import stage_kinds
+from tests.export.judging import contents, greedy, kl, model_of
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 if find_spec("openvino") is None:  # not importorskip, which would import it with its telemetry on
@@ -33,16 +34,6 @@ import export.openvino
 from export.openvino import export_openvino
 
 MATRICES = 7 * 2  # linear layers of a tiny Llama
-
-
-def kl(expected: np.ndarray, found: np.ndarray) -> float:
-    """Mean KL divergence between the distributions of next tokens, in float64."""
-    p, q = (torch.log_softmax(torch.from_numpy(logits).double(), -1) for logits in (expected, found))
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
 def constants(directory: Path) -> list[np.ndarray]:
@@ -69,8 +60,7 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.parametrize("family", TRACED_FAMILIES)
 def test_every_family_equals_transformers_in_prefill_and_decode(family: str, tmp_path: Path) -> None:
     """Also far beyond a sliding window of 8 (gemma3_text, mistral), in a batch, and with a head of its own (qwen2)."""
-    window = {"sliding_window": 8} if family == "mistral" else {}
-    source = tiny_checkpoint(tmp_path / "model", family, layers=2 if family == "gemma3_text" else 1, tied=family != "qwen2", **window)
+    source = model_of(tmp_path / "model", family)
     export_openvino(source, tmp_path / "out", dtype="float32", context=Context())
     runtime = open_runtime(tmp_path / "out", threads=1)
     assert (runtime.name, runtime.version, runtime.max_length) == ("openvino", metadata.version("openvino"), 128)
@@ -83,10 +73,7 @@ def test_every_family_equals_transformers_in_prefill_and_decode(family: str, tmp
 
 def test_generates_what_transformers_does_and_repeats_itself(checkpoint: Path, artifact: Path) -> None:
     runtime = open_runtime(artifact, threads=2)
-    tokens = tiny_windows(1, 9, seed=3)
-    model = load_model(checkpoint)
-    for _ in range(24):
-        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    tokens = greedy(checkpoint, 9, 24)
     for _ in range(2):  # a second time: the cache of the first is forgotten
         assert generate(runtime, tokens[0, :9].tolist(), 24).tokens == tokens[0, 9:].tolist()
     np.testing.assert_array_equal(runtime.logits(tokens.numpy()), runtime.logits(tokens.numpy()))

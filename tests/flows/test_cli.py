@@ -231,9 +231,11 @@ def test_doctor_names_versions_runtimes_and_what_is_missing(monkeypatch: pytest.
 
 def test_sensitivity_names_the_layers_and_spends_the_bits(checkpoint: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("micro.yaml").write_text(recipe(checkpoint, GOOD))
-    code, out, err = edgepress(["sensitivity", "micro.yaml", "--bits", "4", "--group-size", "32"], capfd)
+    code, out, err = edgepress(["sensitivity", "micro.yaml", "--bits", "4", "--group-size", "32", "--html", "maps.html"], capfd)
     assert code == 0, err
+    out, written, _ = out.partition("maps.html")
     layers = yaml.safe_load(out[out.index("layers:") :])["layers"]
+    assert written and all(f"<title>{path}: " in Path("maps.html").read_text() for path in layers)
     assert len(layers) == 14 and sum(entry["bits"] for entry in layers.values()) / 14 < 6
     assert all(f"│ {path} " in out for path in layers)
     for bad, words in ((["--bits", "9"], "2, 3, 4 or 8"), (["--group-size", "48"], "does not divide")):

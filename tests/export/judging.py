@@ -1,0 +1,34 @@
+"""What tests of artifacts judge with."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from compression.loading import load_model
+from tests.tiny import tiny_checkpoint, tiny_windows
+
+
+def kl(expected: np.ndarray, found: np.ndarray) -> float:
+    """Mean KL divergence between the distributions of next tokens, in float64."""
+    p, q = (torch.log_softmax(torch.from_numpy(logits).double(), -1) for logits in (expected, found))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """The bytes of every file, by name."""
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def model_of(folder: Path, family: str) -> Path:
+    """A tiny checkpoint of the family: mistral and gemma3_text with a sliding window of 8, qwen2 with a head of its own."""
+    window = {"sliding_window": 8} if family == "mistral" else {}
+    return tiny_checkpoint(folder, family, layers=2 if family == "gemma3_text" else 1, tied=family != "qwen2", **window)
+
+
+def greedy(checkpoint: Path, prompt: int, new: int) -> torch.Tensor:
+    """A prompt and what transformers generates after it, without a cache: int64 [1, prompt + new]."""
+    tokens, model = tiny_windows(1, prompt, seed=3), load_model(checkpoint)
+    for _ in range(new):
+        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    return tokens

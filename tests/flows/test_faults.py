@@ -1,0 +1,182 @@
+"""What goes wrong under a running flow, for real: the flow lives, names the reason, and goes on with what does not depend on it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks.journal import read_runs, state_now
+from tasks.store import Store
+from tasks.store_upkeep import collect_garbage, verify
+from tests.flows.recipes import recipe
+from tests.flows.test_pipeline import Finished, Workshop
+from tests.kinds import installed
+
+TROUBLES = """\
+  pruned: {uses: prune.width, keep: 0.5}
+  victim: {uses: prune.width, keep: 0.25, needs: base}
+  hung: {uses: test.trouble, what: hang, needs: base, timeout: 3, retries: 0}
+  filled: {uses: test.trouble, what: fill, needs: base}
+  hungry: {uses: test.trouble, what: hog, needs: base, retries: 0}
+  removed: {uses: test.trouble, what: remove, needs: victim}
+"""
+MEMORY = Path("/sys/fs/cgroup/memory")
+LIMIT = 3 << 30
+
+
+class Lab(Workshop):
+    """A workshop in which the kinds of tests/kinds.py are installed."""
+
+    def __init__(self, folder: Path, checkpoint: Path, stages: str):
+        super().__init__(folder, checkpoint)
+        (folder / "micro.yaml").write_text(recipe(checkpoint, stages))
+        self.environment["PYTHONPATH"] = installed(folder / "site")
+        self.store = folder / ".edgepress"
+
+
+@pytest.fixture(scope="module")
+def cell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """A command that runs the rest of its arguments in a cgroup with little memory; none where none can be made."""
+    group = MEMORY / f"edgepress-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(LIMIT))
+    except OSError:
+        yield []
+        return
+    yield ["/bin/sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
+    psutil.wait_procs([psutil.Process(int(pid)) for pid in (group / "cgroup.procs").read_text().split()], timeout=20)
+    group.rmdir()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, cell: list[str]) -> Lab:
+    kept = TROUBLES if cell else "".join(line for line in TROUBLES.splitlines(keepends=True) if "hog" not in line)
+    return Lab(tmp_path_factory.mktemp("faults") / "lab", checkpoint, kept)
+
+
+@pytest.fixture(scope="module")
+def troubled(lab: Lab, cell: list[str]) -> Finished:
+    return lab.run(command=[*cell, sys.executable, "-P", "-m", "flows.cli"])
+
+
+def test_the_flow_lives_and_the_rest_is_done(lab: Lab, troubled: Finished) -> None:
+    assert troubled.code == 1 and "Traceback" not in troubled.out + troubled.err
+    states = troubled.states()
+    assert states.pop("base") == states.pop("pruned") == states.pop("victim") == "Completed"
+    assert set(states.values()) == {"Failed"}
+    assert lab.processes() == []
+
+
+def test_a_hung_stage_is_ended_with_all_its_processes(lab: Lab, troubled: Finished) -> None:
+    assert "ran past its timeout of 3 s" in troubled.rows["hung"]["reason"] and "ran past its timeout of 3 s" in troubled.out
+    ids = (lab.store / "work" / troubled.rows["hung"]["identity"] / "work" / "pids").read_text().split()
+    assert len(ids) == 2 and not any(psutil.pid_exists(int(pid)) for pid in ids)
+
+
+def test_a_stage_that_the_kernel_killed_says_that_memory_ran_out(troubled: Finished, cell: list[str]) -> None:
+    if not cell:
+        pytest.skip("no cgroup with a limit of memory can be made here")
+    assert "killed by the kernel because memory ran out" in troubled.rows["hungry"]["reason"]
+    assert "GiB when last seen" in troubled.rows["hungry"]["reason"]
+
+
+def test_a_full_disk_is_named(troubled: Finished) -> None:
+    assert "no space left on the disk" in troubled.rows["filled"]["reason"]
+
+
+def test_an_entry_that_is_removed_under_the_flow_is_named_and_made_again(lab: Lab, troubled: Finished) -> None:
+    lost = troubled.rows["victim"]["identity"]
+    assert f"the result of victim ({lost[:12]}) was removed from the store" in troubled.rows["removed"]["reason"]
+    assert troubled.rows["pruned"]["identity"] in Store(lab.store).entries() and lost not in Store(lab.store).entries()
+    assert verify(Store(lab.store)).damaged == ()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> tuple[Lab, list[Finished]]:
+    """Two flows of one recipe, started together upon one store, each with its own links."""
+    folder = tmp_path_factory.mktemp("pair") / "lab"
+    slow = f"  slow: {{uses: test.trivial, seconds: 2, tally: {folder / 'tally'}}}\n"
+    lab = Lab(folder, checkpoint, slow)
+    started = []
+    for name in ("one", "two"):
+        arguments = [sys.executable, "-P", "-m", "flows.cli", "run", "micro.yaml", "--outputs", name]
+        started.append(
+            subprocess.Popen(arguments, cwd=folder, env=lab.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+    finished = []
+    for name, process in zip(("one", "two"), started, strict=True):
+        out, err = process.communicate(timeout=280)
+        assert process.returncode == 0, out + err
+        finished.append(Finished(0, out, err, json.loads((folder / name / "micro" / "run.json").read_text())))
+    return lab, finished
+
+
+def test_of_two_flows_one_computes_and_the_other_waits(pair: tuple[Lab, list[Finished]]) -> None:
+    lab, both = pair
+    assert len((lab.folder / "tally").read_text().splitlines()) == 1
+    assert sorted(one.states()["slow"] for one in both) == ["Cached", "Completed"]
+    assert len({one.rows["slow"]["content"] for one in both}) == 1
+    assert {run.info.status for run in lab.runs()} == {"FINISHED"}
+    assert {state for _, state, _ in lab.prefect_states("task_run")} == {"COMPLETED"}
+    store = Store(lab.store)
+    assert [state_now(store, run) for run in read_runs(store)] == ["Completed", "Completed"]
+
+
+# --- a clock that jumps: in the flow, its servers and its children alike ---
+
+CLOCK = """\
+import time
+from pathlib import Path
+
+_now, _now_ns, _jump = time.time, time.time_ns, Path(__file__).with_name("jump")
+time.time = lambda: _now() + float(_jump.read_text())
+time.time_ns = lambda: _now_ns() + int(float(_jump.read_text()) * 1e9)
+"""
+DAY = 86400.0
+
+
+@pytest.fixture(scope="module")
+def jumped(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> tuple[Lab, list[Finished]]:
+    """Three runs: under the first the clock goes back three days, before the second forward a month, before the third back again."""
+    folder = tmp_path_factory.mktemp("clock") / "lab"
+    stages = "  one: {uses: test.trivial, seconds: 1}\n  two: {uses: test.trivial, seconds: 1, number: 1, needs: base, timeout: 60}\n"
+    lab = Lab(folder, checkpoint, stages)
+    (folder / "site" / "sitecustomize.py").write_text(CLOCK)
+    jump = folder / "site" / "jump"
+    jump.write_text("0")
+    process = lab.start()
+    while not lab.computing("test.trivial")():
+        assert process.poll() is None, process.communicate()
+    jump.write_text(str(-3 * DAY))
+    out, err = process.communicate(timeout=280)
+    runs = [Finished(process.returncode, out, err, json.loads((folder / "outputs" / "micro" / "run.json").read_text()))]
+    jump.write_text(str(30 * DAY))
+    runs.append(lab.run("stages.two.number=2"))
+    jump.write_text(str(-DAY))
+    runs.append(lab.run("stages.two.number=3"))
+    return lab, runs
+
+
+def test_a_clock_that_jumps_stops_nothing(jumped: tuple[Lab, list[Finished]]) -> None:
+    lab, runs = jumped
+    for run, states in zip(runs, (["Completed", "Completed"], ["Cached", "Completed"], ["Cached", "Completed"]), strict=True):
+        assert run.code == 0, run.out + run.err
+        assert [run.states()[name] for name in ("one", "two")] == states
+    assert {run.info.status for run in lab.runs()} == {"FINISHED"} and lab.processes() == []
+
+
+def test_order_and_garbage_do_not_go_by_the_clock(jumped: tuple[Lab, list[Finished]]) -> None:
+    lab, runs = jumped
+    store = Store(lab.store)
+    journaled = read_runs(store)
+    assert [run.run for run in journaled] == ["micro-1", "micro-2", "micro-3"]
+    assert journaled[1].started - journaled[0].started > 29 * DAY > 0 > journaled[2].started - journaled[1].started
+    garbage = collect_garbage(store, lab.folder / "outputs", keep_last=1, dry_run=True)
+    assert {item.name for item in garbage if item.kind == "run"} == {"micro-1", "micro-2"}
+    assert {item.name for item in garbage if item.kind == "entry"} == {run.rows["two"]["identity"] for run in runs[:2]}

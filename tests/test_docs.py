@@ -155,7 +155,7 @@ def test_the_example_recipe_is_valid(checkpoint: Path, tmp_path: Path):
     assert {node.name: node.parent for node in recipe.nodes} == {
         "pruned": "base", "distilled": "pruned", "gptq": "distilled", "gguf": "gptq", "onnx": "distilled",
     }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(text.replace("data: embedded", "data: {text: embedded, length: 64} #"))
+    (tmp_path / "recipe.yaml").write_text(text.replace("data: embedded", "data: {text: embedded, questions: embedded, length: 64} #"))
     overrides = (f"model={checkpoint}",)
     assert len(make_plan(load_recipe(tmp_path / "recipe.yaml", overrides), Store(tmp_path / "store")).assignments) == 6
     with (tmp_path / "recipe.yaml").open("a") as file:

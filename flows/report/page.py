@@ -16,6 +16,7 @@ from flows.report.sweep import sweep_section
 from flows.report.table import table_section
 from flows.report.training import training_section
 from flows.report.waterfall import waterfall_section
+from flows.study_page import study_section
 
 
 def render_report(summary: dict[str, Any]) -> str:
@@ -29,6 +30,7 @@ def render_report(summary: dict[str, Any]) -> str:
         f"{escape(origin)}</p><p>{outcome(rows)}</p>"
     )
     sections = [
+        ("The study", study_section(summary)),
         ("The sweep", sweep_section(summary)),
         ("The graph", graph_section(rows)),
         ("Every stage", table_section(rows)),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 import signal
@@ -188,7 +189,9 @@ def test_survives_kill_9_at_a_step_and_in_the_middle_of_writing(tmp_path: Path, 
     """Real processes: one that is never disturbed, and one killed twice and left to finish, which ends in the same bits."""
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
     attempts = json.dumps([[whole, 0, 0], [killed, 5, 0], [killed, 0, 3], [killed, 0, 0]])
-    done = subprocess.run([sys.executable, "-c", SCRIPT, checkpoint, attempts], capture_output=True, text=True, timeout=200, check=False)
+    ours = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", SCRIPT, checkpoint, attempts]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=ours)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [
         [0, ["checkpoint-8", "checkpoint-9"]],

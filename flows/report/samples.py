@@ -1,7 +1,7 @@
 """What each stage generates, side by side. Imports no torch."""
 
 from collections.abc import Sequence
-from html import escape
+from html import escape as escape_markup
 
 from flows.report.rows import Row, shown
 
@@ -19,6 +19,11 @@ def samples_section(rows: Sequence[Row]) -> str:
         )
         parts.append(f'<h3>“{escape(prompt)}”</h3><div class="samples">{cards}</div>')
     return "".join(parts)
+
+
+def escape(text: str) -> str:
+    """Text for the page. A model may say control characters, which no page may hold: their Unicode pictures stand for them."""
+    return escape_markup(text.translate({code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}))
 
 
 def _compared(text: str, base: str | None) -> str:

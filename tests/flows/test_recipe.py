@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -85,6 +85,7 @@ trees = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(names, trees, min_size=1, max_size=4))
 def test_every_key_is_found_on_its_line(tmp_path_factory: pytest.TempPathFactory, document: dict[str, Any]) -> None:
     file = tmp_path_factory.getbasetemp() / "lines.yaml"
@@ -147,6 +148,6 @@ def test_the_schema_describes_every_parameter_of_every_kind() -> None:
     definitions = json_schema()["$defs"]
     for kind in stage_kinds().values():
         properties = definitions[f"{kind.__name__}Entry"]["properties"]
-        assert set(kind.model_fields) | {"needs", "retries", "timeout", "bounds"} == set(properties)
+        assert set(kind.model_fields) | {"needs", "retries", "timeout", "bounds", "job_variables"} == set(properties)
         assert all("description" in value for key, value in properties.items() if key != "uses"), kind
     json.dumps(definitions)

@@ -11,6 +11,7 @@ from flows.report import render_report
 from flows.report.graph import graph_section
 from flows.report.layers import heatmap
 from flows.report.rows import leaves, shown, with_ancestors
+from flows.report.samples import samples_section
 from flows.report.waterfall import waterfall_section
 from tests.flows.summaries import row, summary, sweep
 
@@ -165,6 +166,11 @@ def test_a_total_of_one_term_is_drawn_once_and_long_curves_are_thinned() -> None
     (line,) = one[0].findall("polyline")
     assert 200 < len((line.get("points") or "").split()) <= 302
     assert [len(chart.findall("polyline")) for chart in both] == [2], "the copies of a stage are lines of one chart"
+
+
+def test_control_characters_of_a_sample_are_shown_and_no_part_of_the_page() -> None:
+    row = {"stage": "base", "needs": [], "state": "Completed", "details": {"samples": [{"prompt": "a\x07", "text": "b\x00\nc"}]}}
+    assert "a\u2407" in (section := samples_section([row])) and "b\u2400\nc" in section
 
 
 def test_samples_show_where_they_leave_the_base() -> None:

@@ -58,7 +58,7 @@ def test_the_table_the_page_and_mlflow_show_it(workshop: Workshop, first: Finish
     (line,) = (line for line in first.out.splitlines() if line.strip(" │").startswith("corpus") and "│" in line)
     assert "24" in line
     page = (workshop.folder / "outputs" / "micro" / "report.html").read_text()
-    assert "<td>24</td>" in page and "synthesize: Completed" in page
+    assert "<td>24</td>" in page and "synthesize: completed" in page
     run = runs[1]["corpus"]
     assert run.info.status == "FINISHED" and run.data.metrics["documents"] == 24 and "perplexity" not in run.data.metrics
     assert runs[0].data.metrics["documents"] == 24

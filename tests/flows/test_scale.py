@@ -16,8 +16,9 @@ from tests.flows.recipes import recipe
 from tests.tasks.cluster import Cluster, DaskCluster, PrefectPool
 
 STAGES = "  distilled: {uses: distill, steps: 120, batch_size: 2, save_every: 5}\n  rtn: {uses: quantize.rtn, group_size: 32}\n"
-PATIENCE = 280  # seconds
-SWEEP = "matrix: {distilled.temperature: [1, 2, 4]}\n"
+PATIENCE = 500  # seconds
+pytestmark = pytest.mark.timeout(2 * PATIENCE)
+SWEEP = "matrix: {distilled.temperature: [1, 4]}\nevaluation: {samples: 0}\n"  # a job of a pool takes a process with torch in it
 
 
 class Sweep:

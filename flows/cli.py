@@ -212,7 +212,7 @@ def doctor() -> None:
     Example: `edgepress doctor`
     """
     from export.runtimes import installed_runtimes
-    from tasks.extras import EXTRAS, missing
+    from tasks.extras import ELSEWHERE, EXTRAS, missing
     from tasks.measure import machine_fingerprint
     from tasks.stage import stage_kinds
     from tasks.tracking import tracking_uri
@@ -227,7 +227,7 @@ def doctor() -> None:
         table.add_row(f"runtime {name}", version or "[red]not installed[/]")
     for extra in EXTRAS:
         absent = missing(extra)
-        stages = ", ".join(uses for uses, kind in stage_kinds().items() if kind.extra == extra) or "edgepress store"
+        stages = ", ".join(uses for uses, kind in stage_kinds().items() if kind.extra == extra) or ELSEWHERE[extra]
         table.add_row(
             f"extra {extra}",
             "complete" if not absent else f"[red]missing {', '.join(absent)}[/]: pip install 'edgepress\\[{extra}]' (for {stages})",

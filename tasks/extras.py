@@ -18,6 +18,15 @@ EXTRAS: dict[str, dict[str, str]] = {  # extra -> distribution -> module
     "llamacpp": {"gguf": "gguf", "llama-cpp-python": "llama_cpp"},
 }
 
+ELSEWHERE = {  # what needs an extra and is no kind of stage
+    "gptqmodel": "quantize.gptq with engine gptqmodel",
+    "qlora": "finetune with method qlora",
+    "s3": "edgepress store export s3://…",
+    "dask": "execution.runner dask",
+    "harness": "evaluation.harness and evaluation.summarization",
+    "energy": "evaluation.energy, an estimate where there are no counters",
+}
+
 
 def missing(extra: str) -> list[str]:
     """Distributions of an extra that are not installed."""

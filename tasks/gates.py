@@ -218,4 +218,5 @@ def _message(
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%"
+    percent = 100 * share
+    return f"{percent:.0f}%" if abs(percent) >= 100 else f"{percent:.3g}%"

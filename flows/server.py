@@ -8,7 +8,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,7 @@ _SETTINGS = {
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT__SERVER_FINAL": "1",
 }
+_RESTARTS = 5
 _EMBEDDED = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}  # neither UI nor scheduler
 
 
@@ -28,7 +30,7 @@ def prefect_server(home: Path, port: int | None = None) -> Iterator[None]:
 
     With a `port` it is a whole one, with UI and scheduler; without, it is embedded: an API on any port.
     Must be entered before prefect is imported, from the main thread. Raises EdgepressError where the port is taken, and in place of
-    whatever went wrong in the block when the server died under it.
+    whatever went wrong in the block when the server died under it for good.
     """
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
@@ -47,36 +49,73 @@ def prefect_server(home: Path, port: int | None = None) -> Iterator[None]:
         **_SETTINGS,
         **(_EMBEDDED if port is None else {"PREFECT_SERVER_API_PORT": str(port)}),  # the UI asks its API there
     }
-    with (home / "prefect-server.log").open("a") as log:
-        command = [sys.executable, "-P", "-m", "flows.server", str(listening.fileno()), str(os.getpid()), str(home / ".prefect.db.lock")]
-        process = subprocess.Popen(
-            command,
-            pass_fds=[listening.fileno()],
-            env=environment,
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
-    listening.close()  # the server has it now; were it open here too, calls to a server that died would wait instead of fail
+    server = _Server(home, listening, environment)
+    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{server.port}/api"
     try:
         yield
     except Exception as error:
-        if process.poll() is None:
+        if (status := server.ended()) is None:
             raise
         raise EdgepressError(
-            f"the Prefect server of this command was ended from outside (status {process.returncode}; {home / 'prefect-server.log'}); "
-            "`edgepress resume` goes on from here"
+            f"the Prefect server of this command was ended from outside (status {status}; {server.log}) and did not come "
+            "back; `edgepress resume` goes on from here"
         ) from error
     finally:
         del os.environ["PREFECT_API_URL"]
-        process.terminate()
+        server.stop()
+
+
+class _Server:
+    """The server's process. One that is killed is started again on the same port, a few times: Prefect's client asks until it answers."""
+
+    def __init__(self, home: Path, listening: socket.socket, environment: Mapping[str, str]):
+        self.port: int = listening.getsockname()[1]
+        self.log = home / "prefect-server.log"
+        self._lock, self._environment = home / ".prefect.db.lock", environment
+        self._stopping = threading.Event()
+        self.process = self._start(listening)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _start(self, listening: socket.socket) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-P", "-m", "flows.server", str(listening.fileno()), str(os.getpid()), str(self._lock)]
+        with listening, self.log.open("a") as log:  # the server has it then; were it open here too, calls to a server that died would wait
+            return subprocess.Popen(
+                command,
+                pass_fds=[listening.fileno()],
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def _watch(self) -> None:
+        for _ in range(_RESTARTS):
+            self.process.wait()
+            if self._stopping.is_set():
+                return
+            try:
+                self.process = self._start(socket.create_server(("127.0.0.1", self.port), backlog=128))
+            except OSError as error:
+                self.log.write_text(f"{self.log.read_text()}it was ended, and cannot be started again on port {self.port}: {error}\n")
+                return
+        self.process.wait()  # the kernel ends a child with the thread that started it
+
+    def ended(self) -> int | None:
+        """The exit status of a server that is no more, which may take a moment to be known; None of one that runs."""
         try:
-            process.wait(timeout=5)
+            return self.process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            return None
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 def main() -> None:

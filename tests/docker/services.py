@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,4 +166,6 @@ class Stack:
                     for service in [name for name in self.running if name != "postgres"]:
                         self.stop(service)
         finally:
+            reset = urllib.request.Request(f"http://127.0.0.1:{self.ports['s3']}/moto-api/reset", method="POST")
+            urllib.request.urlopen(reset, timeout=30).close()  # all servers of this process have the same buckets
             bucket_server.stop()

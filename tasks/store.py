@@ -93,10 +93,14 @@ class Store:
         if not home.exists() and not self._finish_commit(identity):
             return None
         try:
-            return open_entry(home, identity)
+            entry = open_entry(home, identity)
         except (OSError, ValueError, KeyError, TypeError):
             self.set_aside(home)
             return None
+        workplace = self.root / "work" / identity
+        if not (workplace / "out").exists():  # a commit took it over, and was killed before it had swept up
+            shutil.rmtree(workplace, ignore_errors=True)
+        return entry
 
     def set_aside(self, path: Path) -> None:
         """Move a damaged entry, record or journal to `damaged/`, for people to look at."""

@@ -25,6 +25,7 @@ STRATA: tuple[tuple[Where, Whom], ...] = (
 TRAINING = ("distill", "finetune", "prune.rigl", "prune.lottery")
 CALIBRATION = ("quantize.gptq", "quantize.awq", "quantize.smoothquant", "prune.unstructured")
 PATIENCE = 900.0  # seconds within which a command ends or is struck
+LATE = 5  # further runs at most, once all is done, for moments that were missed
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Report:
     undisturbed_seconds: float
     kills: list[tuple[Moment, str]] = field(default_factory=list)  # with the process that was struck
     stray: int = 0  # blows that fell beside their moment
+    late: int = 0  # runs of what was done already, for moments that were missed
     commands: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     largest_scratch: float = 0.0  # MB
@@ -82,10 +84,18 @@ class Drill:
                 )
                 break
             if code == 0:
-                break
+                if not self.left or self.report.late == LATE:
+                    break
+                self._strike_what_is_done()
             arguments = self.random.choice([["resume"], self.place.arguments]) if self._has_journal() else self.place.arguments
         self.report.seconds = time.monotonic() - begun
         self.report.faults += [f"no kill landed {moment}" for moment in self.left]
+
+    def _strike_what_is_done(self) -> None:
+        """Moments whose stages all went by: strike while a run finds everything done."""
+        self.report.late += 1
+        for moment in self.left:
+            moment.where, moment.share = "starting", moment.share / 2
 
     def _has_journal(self) -> bool:
         return any((self.place.folder / ".edgepress" / "runs").glob("[!.]*.json"))

@@ -103,6 +103,21 @@ def test_a_commit_killed_before_its_last_rename_is_finished(store: Store, monkey
     assert found is not None and (found.path / "model.safetensors").read_text() == "weightz"
     (old,) = (store.root / "damaged").iterdir()
     assert (old / "content" / "model.safetensors").read_text() == "weights"
+    assert not list((store.root / "work").iterdir())
+
+
+def test_what_a_commit_left_that_was_killed_in_sweeping_up_is_swept_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    (store.workplace(A) / "out" / "weights").touch()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tasks.store.shutil.rmtree", kill)
+        store.commit(A, document_of("a"), **KNOWN)
+    assert store.has(A) and (store.root / "work" / A / "work").is_dir()
+    assert store.get(A) is not None and not list((store.root / "work").iterdir())
+    (store.workplace(A) / "work" / "checkpoint-2").mkdir()  # it is made again, and that was killed: this one is gone on with
+    assert store.get(A) is not None and (store.root / "work" / A / "work" / "checkpoint-2").is_dir()
 
 
 def flip(entry: Entry) -> None:

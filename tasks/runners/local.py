@@ -66,7 +66,10 @@ class LocalChildren:
             with self._starting:
                 if stopped():
                     raise Stopped()
-                process.start()
+                try:
+                    process.start()
+                except (EOFError, OSError) as error:  # the next start brings up another one
+                    raise JobFailed(f"the fork server ended while it began this stage ({error})", transient=True) from None
                 self._running.add(process)
             memory = MemoryWatch(_pid(process))
             try:

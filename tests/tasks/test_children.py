@@ -101,6 +101,17 @@ def test_a_lost_process_is_told_from_a_wrong_one(children: Children, tmp_path: P
     assert "killed by exit status" not in str(caught.value)
 
 
+def test_a_fork_server_that_is_killed_while_it_begins_a_job_can_be_tried_again(children: Children, tmp_path: Path) -> None:
+    children.run(job("succeed", folder=str(tmp_path)), tmp_path, silent)  # it has loaded what it preloads
+    (server,) = (p for p in psutil.Process().children() if any("multiprocessing.forkserver" in word for word in p.cmdline()))
+    server.suspend()
+    threading.Timer(0.5, server.kill).start()
+    with pytest.raises(JobFailed, match="the fork server ended") as caught:
+        children.run(job("succeed", folder=str(tmp_path)), tmp_path, silent)
+    assert caught.value.transient
+    assert children.run(job("succeed", folder=str(tmp_path)), tmp_path, silent).metrics["asked"] == 1
+
+
 def test_the_result_of_a_run_before_is_never_taken_for_this_one(children: Children, tmp_path: Path) -> None:
     children.run(job("succeed", folder=str(tmp_path)), tmp_path, silent)
     with pytest.raises(JobFailed, match="SIGKILL"):

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flows.figures import Figure, measured
 from flows.matrix import short_names
+from tasks.figures import Figure, measured
 
 
 @dataclass

@@ -21,13 +21,13 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
 from compression.errors import EdgepressError
-from flows.figures import measured
 from flows.options import find_recipe
 from flows.pipeline import Progress, run_pipeline
 from flows.planning import Plan, make_plan, select
 from flows.recipe import load_recipe
 from flows.report import render_report
 from flows.resuming import plan_again
+from tasks.figures import measured
 from tasks.journal import Run, last_of, read_runs
 from tasks.owner import owner_tag
 from tasks.store import Store

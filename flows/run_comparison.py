@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flows.figures import Figure, measured, within_noise
 from flows.report.rows import MANY, Row, leaves
+from tasks.figures import Figure, measured, within_noise
 
 Judgement = Literal["better", "worse", "noise", "same", "unlike"]
 _OF_THE_MACHINE = ("tokens_per_second", "prefill_tokens_per_second", "peak_memory_mb")

@@ -9,9 +9,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from flows.comparison import compare
-from flows.figures import measured
 from flows.planning import Plan, estimate
 from flows.run_comparison import RunComparison
+from tasks.figures import measured
 from tasks.store import Store
 
 _JUDGED = {"better": "bold green", "worse": "bold red", "noise": "dim", "same": "dim", "unlike": "dim"}

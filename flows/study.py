@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from flows.figures import BETTER
 from flows.yaml_lines import KeyPath
+from tasks.figures import BETTER
 
 STAGE = "stage"  # as a key of an axis: the name of the stage that the result is of
 _SEED = "seed"

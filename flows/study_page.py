@@ -10,9 +10,9 @@ from rich.markup import escape as plain
 from rich.table import Table
 
 from flows.charts import COLOURS, HEIGHT, PALETTE, WIDTH, Point, lines
-from flows.figures import BETTER, FIGURES
 from flows.study import Study
 from flows.study_results import AGREES, DISAGREES, UNDECIDED, Difference, Metrics, Results, results
+from tasks.figures import BETTER, FIGURES
 
 _HEAD, _LEGEND, _GAP = 26, 22, 20
 _PAPER = (  # on light and on dark paper

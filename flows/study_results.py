@@ -8,8 +8,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from compression.errors import EdgepressError
-from flows.figures import BETTER
 from flows.study import Claim, Study, axis_of
+from tasks.figures import BETTER
 
 AGREES, DISAGREES, UNDECIDED = "agrees", "disagrees", "undecided"
 Metrics = Mapping[str, float]

@@ -12,7 +12,7 @@ from typing import Any
 from flows.graph import BASE
 from flows.planning import Plan, estimate
 from flows.registering import register_results
-from tasks.descriptions import CHARTED, sentence, steps_table, table
+from tasks.descriptions import charted, sentence, steps_table, table
 from tasks.measure import machine_fingerprint
 from tasks.perform import Pipeline
 from tasks.store import Store
@@ -144,7 +144,7 @@ def end_cells(pipeline: Pipeline, summary: dict[str, Any], plan: Plan, finished:
         for leaf, name in cell["leaves"].items():
             suffix = f"/{leaf}" if len(cell["leaves"]) > 1 else ""
             for stage in (*plan.by_name[name].ancestors, name):
-                values = {metric + suffix: rows[stage]["metrics"][metric] for metric in CHARTED if metric in rows[stage]["metrics"]}
+                values = {metric + suffix: value for metric, value in charted(rows[stage]["metrics"]).items()}
                 points.append((plan.by_name[stage].index, values))
         tracking.log_curve(run, points, again=bool(pipeline.superseded))
         results = {leaf: rows[name]["metrics"] for leaf, name in cell["leaves"].items()}

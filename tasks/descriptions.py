@@ -5,20 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from compression.checkpoint import Checkpoint
+from tasks.figures import Figure, Metrics, measured
 from tasks.stage import Artifact, Planned
 
-FIGURES = (  # (metric, heading, format)
-    ("accuracy", "accuracy", "{:.3f}"),
-    ("perplexity", "perplexity", "{:.3f}"),
-    ("kl_to_base", "KL to base", "{:.2g}"),
-    ("top1_agreement", "top-1 agreement", "{:.3f}"),
-    ("size_mb", "size (MB)", "{:.2f}"),
-    ("tokens_per_second", "decode (tokens/s)", "{:.0f}"),
-    ("prefill_tokens_per_second", "prefill (tokens/s)", "{:.0f}"),
-    ("peak_memory_mb", "memory (MB)", "{:.0f}"),
-    ("energy_joules", "energy (J)", "{:.2f}"),
-)
-CHARTED = (*(metric for metric, _, _ in FIGURES), "seconds")  # what the parent run has a series of
+SENTENCE = ("accuracy", "perplexity", "kl_to_base", "top1_agreement", "size_mb", "tokens_per_second")
+_BESIDE = "accuracy_stderr"  # a column of tables; here it would be a row and a chart of its own
 
 
 class Judged(Protocol):
@@ -61,20 +52,16 @@ def sentence(columns: Mapping[str, Mapping[str, float]]) -> str:
     """The first column's figures in one line, each with what the others have: MLflow folds away what comes after."""
     (_, own), *others = columns.items()
     words = []
-    for metric, heading, form in FIGURES[:6]:
-        if metric in own:
-            beside = [f"{name} {form.format(values[metric])}" for name, values in others if metric in values]
-            words.append(f"{heading} **{form.format(own[metric])}**" + (f" ({', '.join(beside)})" if beside else ""))
+    for figure in measured([own]):
+        if figure.metric in SENTENCE:
+            beside = [f"{name} {figure.text(values)}" for name, values in others if figure.metric in values]
+            words.append(f"{figure.heading} **{figure.text(own)}**" + (f" ({', '.join(beside)})" if beside else ""))
     return ", ".join(words)
 
 
 def table(columns: Mapping[str, Mapping[str, float]], first: str = "") -> str:
     """Figures down, columns across, as Markdown; a figure that nobody has is left out."""
-    rows = [
-        f"| {heading} | " + " | ".join(form.format(values[metric]) if metric in values else "" for values in columns.values()) + " |"
-        for metric, heading, form in FIGURES
-        if any(metric in values for values in columns.values())
-    ]
+    rows = [f"| {figure.heading} | " + " | ".join(map(figure.text, columns.values())) + " |" for figure in _shown(columns.values())]
     if not rows:
         return ""
     return "\n".join([f"| {first} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns), *rows])
@@ -83,12 +70,22 @@ def table(columns: Mapping[str, Mapping[str, float]], first: str = "") -> str:
 def steps_table(stages: Iterable[tuple[int, str, str, str, Mapping[str, float]]], link: str) -> str:
     """The stages of a pipeline as Markdown: step in the charts, name, run, state, figures. `link` begins the address of a run."""
     known = list(stages)
-    shown = [figure for figure in FIGURES if any(figure[0] in metrics for *_, metrics in known)]
+    shown = _shown(metrics for *_, metrics in known)
     lines = [
-        "| step | stage | state | " + " | ".join(heading for _, heading, _ in shown) + " |",
+        "| step | stage | state | " + " | ".join(figure.heading for figure in shown) + " |",
         "|---:|---|---|" + "---:|" * len(shown),
     ]
     for step, name, run, state, metrics in known:
-        figures = [form.format(metrics[metric]) if metric in metrics else "" for metric, _, form in shown]
+        figures = [figure.text(metrics) for figure in shown]
         lines.append(f"| {step} | " + " | ".join([f"[{name}]({link}{run})" if run else name, state.lower(), *figures]) + " |")
     return "\n".join(lines)
+
+
+def charted(metrics: Metrics) -> dict[str, float]:
+    """Of a stage's metrics, those that its pipeline's run has a series of."""
+    names = [*(figure.metric for figure in _shown([metrics])), "seconds"]
+    return {name: metrics[name] for name in names if name in metrics}
+
+
+def _shown(metrics: Iterable[Metrics]) -> list[Figure]:
+    return [figure for figure in measured(metrics) if figure.metric != _BESIDE]

@@ -14,7 +14,7 @@ from export.runtimes import runtime_name
 from tasks.artifact import CARRIED, complete_artifact
 from tasks.base import Base
 from tasks.children import Children, Job, Stopped
-from tasks.descriptions import CHARTED, describe_stage, properties
+from tasks.descriptions import charted, describe_stage, properties
 from tasks.gates import Bound, Figures, Verdict, judge
 from tasks.identity import Machine, seed_of
 from tasks.kinds._training import TrainingStage
@@ -369,8 +369,8 @@ def _log(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     }  # fmt: skip
     tracking = pipeline.tracking
     tracking.log(result.run, result.metrics, tags=tags)
-    shown = {metric: result.metrics[metric] for metric in CHARTED if metric in result.metrics}
-    series = {metric + suffix: value for suffix in pipeline.series.get(task.name, ()) for metric, value in shown.items()}
+    suffixes = pipeline.series.get(task.name, ())
+    series = {metric + suffix: value for metric, value in charted(result.metrics).items() for suffix in suffixes}
     if series:  # what a stage of another identity left at this step is not true any more
         tracking.log(pipeline.run, series, step=task.index, again=task.name in pipeline.superseded)
     if task.stage is not None and result.state == "Cached":

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flows.charts import Dot, front
-from flows.figures import FIGURES, Figure, noise
+from tasks.figures import FIGURES, Figure, noise
 
 Row = dict[str, Any]
 MANY = 40  # stages: from here on a page shows the best of a sweep, and folds the rest away

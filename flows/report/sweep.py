@@ -7,10 +7,10 @@ from typing import Any
 
 from flows.charts import COLOURS, Point, legend, lines
 from flows.comparison import Comparison, Line, compare
-from flows.figures import Metrics, noise
 from flows.report.rows import MANY
 from flows.report.style import folded, plots, state_class
 from flows.report.table import cell
+from tasks.figures import Metrics, noise
 
 _DRAWN = (
     ("accuracy", "accuracy"),

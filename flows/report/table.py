@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from html import escape
 
-from flows.figures import Figure, Metrics, measured, noise_text
 from flows.report.rows import MANY, Row
 from flows.report.style import folded, state_class
+from tasks.figures import Figure, Metrics, measured, noise_text
 
 
 def table_section(rows: Sequence[Row]) -> str:

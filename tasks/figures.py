@@ -50,6 +50,7 @@ FIGURES = (
     Figure("prefill_tokens_per_second", "prefill t/s", "{:.0f}", 1),
     Figure("peak_memory_mb", "memory MB", "{:.0f}", -1),
     Figure("token_seconds_p95", "p95 ms", "{:.1f}", -1, scale=1e-3),
+    Figure("energy_joules", "energy J", "{:.2f}", -1),
     Figure("energy_joules_per_token", "J/token", "{:.2g}", -1),
     Figure("energy_joules_per_token_estimated", "J/token (estimate)", "{:.2g}", -1),
 )

@@ -1,6 +1,6 @@
 import pytest
 
-from flows.figures import FIGURES, measured, noise, noise_text, within_noise
+from tasks.figures import FIGURES, measured, noise, noise_text, within_noise
 
 ACCURACY = next(figure for figure in FIGURES if figure.metric == "accuracy")
 

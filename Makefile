@@ -37,7 +37,7 @@ bench-compression: $(READY)
 bench-recovery: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_recovery
 
-# About an hour on two cores.
+# About 40 minutes on two cores.
 bench-studies: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_studies
 

@@ -1,5 +1,5 @@
 """What came of the shipped studies: `python -m tests.benchmarks.bench_studies` runs them one after another, and writes their parts of
-docs/studies.md and the plots beside it. Each takes 5 to 15 minutes on two quiet cores.
+docs/studies.md and the plots beside it. Each takes 4 to 10 minutes on two cores.
 """
 
 import argparse

@@ -12,7 +12,7 @@ DATA = (
 )
 STAGES = """\
   pruned: {uses: prune.width, keep: 0.5}
-  distilled: {uses: distill, steps: 6, batch_size: 2, save_every: 2}
+  distilled: {uses: distill, steps: 120, batch_size: 2, save_every: 10}
   gptq: {uses: quantize.gptq, group_size: 32}
   gguf: {uses: export.gguf, type: carry}
   onnx: {uses: export.onnx, needs: distilled}

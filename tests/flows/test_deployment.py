@@ -39,7 +39,7 @@ device: cpu
 threads: 1
 stages:
   pruned: {uses: prune.width, keep: 0.5}
-  distilled: {uses: distill, steps: 6, batch_size: 2, save_every: 2}
+  distilled: {uses: distill, steps: 120, batch_size: 2, save_every: 10}
   rtn: {uses: quantize.rtn, group_size: 32}
 """
 PREFECT = [sys.executable, "-P", "-m", "prefect"]
@@ -55,12 +55,12 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def until(moment: Callable[[], Any], what: str) -> Any:
+def until(moment: Callable[[], Any], what: str, log: Path | None = None) -> Any:
     """Wait for a moment and return what it brought."""
     deadline = time.monotonic() + WAIT
     while not (found := moment()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
+        assert time.monotonic() < deadline, (what, log and log.read_text())
+        time.sleep(0.05)
     return found
 
 
@@ -195,11 +195,11 @@ def test_a_deployment_has_schedule_parameters_and_directory(place: Deployed, dep
 def crashed(place: Deployed, deployed: str) -> dict[str, Any]:
     """A run whose process is killed while it trains."""
     flow_run = place.trigger()
-    until(place.has_trained, (place.folder.parent / "worker.log").read_text)
+    log = place.folder.parent / "worker.log"
+    until(place.has_trained, "no training", log)
     pid = int(place.journal("micro-1").owner.split("/")[1])
     os.kill(pid, signal.SIGKILL)
-    log = place.folder.parent / "worker.log"
-    until(lambda: log.read_text().count("Check whether the flow run") == 2, "the worker's two parts have not both reported it")
+    until(lambda: log.read_text().count("Check whether the flow run") == 2, "the worker's two parts have not both reported it", log)
     return place.ended(flow_run)
 
 
@@ -380,12 +380,12 @@ def test_serve_runs_on_a_server_of_its_own_and_ends_what_runs(tmp_path: Path, ch
     serving = made.background(*command, log="serve.log", PREFECT_RUNNER_POLL_FREQUENCY="1")
     log = tmp_path / "serve.log"
     try:
-        until(lambda: serving.poll() is not None or "deployment: edgepress/micro" in log.read_text(), "no deployment")
+        until(lambda: serving.poll() is not None or "deployment: edgepress/micro" in log.read_text(), "no deployment", log)
         until(lambda: made.answers() and made.scheduled(), "nothing was scheduled")
         with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as page:
             assert b"<html" in page.read().lower()
         made.trigger()
-        until(lambda: serving.poll() is not None or made.has_trained(), "no training")
+        until(lambda: serving.poll() is not None or made.has_trained(), "no training", log)
         family = psutil.Process(serving.pid).children(recursive=True)
         serving.send_signal(signal.SIGTERM)
         assert serving.wait(timeout=120) == 0, log.read_text()

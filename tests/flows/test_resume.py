@@ -23,7 +23,7 @@ from tests.flows.test_pipeline import SAFE, Finished, Interrupted, Workshop
 
 SWEPT = """\
   pruned: {uses: prune.width, keep: 0.5}
-  distilled: {uses: distill, steps: 6, batch_size: 2, save_every: 2}
+  distilled: {uses: distill, steps: 120, batch_size: 2, save_every: 10}
   rtn: {uses: quantize.rtn, group_size: 32}
 """
 MATRIX = "matrix: {rtn.bits: [2, 8]}\n"

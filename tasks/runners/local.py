@@ -3,8 +3,10 @@
 import json
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import signal
+import tempfile
 import threading
 import time
 from multiprocessing.process import BaseProcess
@@ -36,6 +38,7 @@ class LocalChildren:
         os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")  # of killed children's semaphores
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOAD))
+        _sockets_that_fit()
         multiprocessing.forkserver.ensure_running()
 
     def run(self, job: Job, folder: Path, sink: EventSink) -> Done:
@@ -89,6 +92,17 @@ class LocalChildren:
             for process in list(self._running):
                 _end_group(process)
         self._budget.wake()
+
+
+def _sockets_that_fit() -> None:
+    """Where TMPDIR is too deep for the path of a socket, which holds 107 bytes, have multiprocessing keep its own in /tmp, as Python 3.14 does itself."""
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) + len("/pymp-12345678/listener-12345678") > 107:
+        tempfile.tempdir = "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()  # made once for the life of the process
+    finally:
+        tempfile.tempdir = usual
 
 
 def _watch(

@@ -112,6 +112,18 @@ def test_a_fork_server_that_is_killed_while_it_begins_a_job_can_be_tried_again(c
     assert children.run(job("succeed", folder=str(tmp_path)), tmp_path, silent).metrics["asked"] == 1
 
 
+def test_a_temporary_directory_too_deep_for_a_socket(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    code = (
+        "import tempfile; from tasks.runners.budget import Budget; from tasks.runners.local import LocalChildren\n"
+        "LocalChildren(Budget(cores=1)).preload(); print(tempfile.gettempdir())"
+    )
+    environment = {**os.environ, "TMPDIR": str(deep)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, text=True, capture_output=True, check=True)
+    assert done.stdout.strip() == str(deep)
+
+
 def test_the_result_of_a_run_before_is_never_taken_for_this_one(children: Children, tmp_path: Path) -> None:
     children.run(job("succeed", folder=str(tmp_path)), tmp_path, silent)
     with pytest.raises(JobFailed, match="SIGKILL"):

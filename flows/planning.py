@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from compression.checkpoint import Checkpoint
-from compression.data import check_data, fingerprint
+from compression.data import check_data, fingerprint, pinned
 from compression.errors import EdgepressError, Incompatible
 from compression.evaluation.checks import check_evaluation, extras
 from compression.quantization.settings import linear_bits
@@ -66,10 +66,12 @@ def make_plan(parsed: ParsedRecipe, store: Store) -> Plan:
     except EdgepressError as error:
         raise parsed.error(("model",), str(error)) from None
     try:
+        recipe = recipe.model_copy(update={"data": pinned(recipe.data)})
         check_data(recipe.data)
         data_digest = fingerprint(recipe.data)
     except EdgepressError as error:
         raise parsed.error(("data", error.key) if error.key else ("data",), str(error)) from None
+    parsed = parsed.model_copy(update={"recipe": recipe})
     if recipe.data.length > base.checkpoint.max_length:
         raise parsed.error(
             ("data", "length"), f"{recipe.data.length} tokens are more than the model's {base.checkpoint.max_length} positions"
@@ -101,7 +103,7 @@ def _check_evaluation(parsed: ParsedRecipe, base: Base) -> None:
     try:
         for extra, key in extras(spec).items():
             require(extra, f"evaluation.{key}")
-        check_evaluation(spec, base.checkpoint.max_length)
+        check_evaluation(spec, base.checkpoint.path, base.checkpoint.max_length)
     except EdgepressError as error:
         raise parsed.error(("evaluation", error.key or key), str(error)) from None
 

@@ -72,7 +72,7 @@ def run_harness(*, target: str, tokenizer: str, evaluation: dict[str, Any], thre
     tasks = find_tasks(spec.harness)
     with closing(open_runtime(Path(target), device=context.device, threads=threads)) as runtime:
         model = HarnessModel(runtime, load_tokenizer(Path(tokenizer)), open_text(Path(target), runtime), context)
-        return evaluate_tasks(model, tasks, limit=spec.limit, num_fewshot=spec.num_fewshot)
+        return evaluate_tasks(model, tasks, limit=spec.limit, num_fewshot=spec.num_fewshot, chat=spec.harness_chat)
 
 
 def measure_latency(

@@ -55,20 +55,30 @@ FIGURES = (
     Figure("energy_joules_per_token_estimated", "J/token (estimate)", "{:.2g}", -1),
 )
 BETTER = {figure.metric: figure.better for figure in FIGURES if figure.better}
-_HARNESS = re.compile(r"harness\.(?P<task>.+)\.(?P<metric>[^.]+)")
+_HARNESS = "harness."
+_LOWER = re.compile(r"perplexity|bits_per_byte|brier|(^|_)(ter|wer|cer)$")  # metrics of the harness of which less is better,
+_HIGHER = re.compile(
+    r"(^|_)(acc|exact_match|em$|f1|mcc|matthews|bleu|chrf|rouge|pass@|precision|recall|score)"
+)  # more; of others nobody knows
 _BESIDE = ("count", "_stderr", "_low", "_high", "_delta", "_ratio")  # how metrics end that stand beside another
 
 
 def measured(metrics: Iterable[Metrics]) -> list[Figure]:
     """The figures that at least one of these has; those of the harness's tasks come last."""
     names = {name: None for one in metrics for name in one}
-    tasks = [_of_a_task(found) for found in map(_HARNESS.fullmatch, names) if found and not found[0].endswith(_BESIDE)]
+    tasks = [_of_a_task(name) for name in names if name.startswith(_HARNESS) and not name.endswith(_BESIDE)]
     return [figure for figure in FIGURES if figure.metric in names] + tasks
 
 
-def _of_a_task(found: re.Match[str]) -> Figure:
-    better = -1 if any(word in found["metric"] for word in ("perplexity", "bits_per_byte", "brier")) else 1
-    return Figure(found[0], f"{found['task']} {found['metric']}", "{:.3f}", better)
+def _of_a_task(name: str) -> Figure:
+    """That of harness.{task}.{metric} or harness.{task}.{metric}.{filter}."""
+    words = name.removeprefix(_HARNESS).split(".")
+    at = len(words) - 2 if len(words) > 2 and _direction(words[-2]) else len(words) - 1
+    return Figure(name, " ".join([".".join(words[:at]), *words[at:]]), "{:.3f}", _direction(words[at]))
+
+
+def _direction(metric: str) -> int:
+    return -1 if _LOWER.search(metric) else 1 if _HIGHER.search(metric) else 0
 
 
 def noise(metrics: Metrics, metric: str) -> tuple[float, float] | None:

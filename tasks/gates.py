@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from compression.evaluation.findings import Items
+from tasks.figures import noise
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 Relation = Literal["at least", "at most"]
@@ -112,9 +113,8 @@ class Figures:
     items: Mapping[str, Items] = field(default_factory=dict)
 
     def interval(self, metric: str) -> tuple[float, float]:
-        """That of the metric; of one that has none, the value twice."""
-        value = self.metrics[metric]
-        return self.metrics.get(f"{metric}_low", value), self.metrics.get(f"{metric}_high", value)
+        """How far the metric's noise reaches; where that is not known, the value twice."""
+        return noise(self.metrics, metric) or (self.metrics[metric], self.metrics[metric])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Records: what was measured about a checkpoint or artifact, when, and under which key. Imports no torch.
 
-Every record depends on the bytes, the runtime's version, the device and the threads, and on what its measurement names
+Every record depends on the bytes, the runtime's version (and torch's), the device and the threads, and on what its measurement names
 (tasks/measurements); one that is taken alone on the machine depends on the machine too. Comparisons with the base are records as well, computed
 from two others without another measurement.
 """
@@ -9,8 +9,9 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,20 @@ from tasks.store import Store
 
 @lru_cache(maxsize=1)
 def machine_fingerprint() -> dict[str, Any]:
-    """What speed depends on: the processor, its cores, the memory, the host's name."""
+    """What speed depends on: the processor, its cores, the memory, the graphics cards, the host's name."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         model = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), model)
+    cards = sorted(
+        line.split(":", 1)[1].strip()
+        for card in Path("/proc/driver/nvidia/gpus").glob("*/information")
+        for line in card.read_text().splitlines()
+        if line.startswith("Model:")
+    )
     return {
         "host": platform.node(), "processor": model, "cores": os.cpu_count(), "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        **({"cards": cards} if cards else {}),
     }  # fmt: skip
 
 
@@ -43,7 +51,7 @@ class Measured:
 
     metrics  by name, with the intervals of those that have items
     items    of metrics, by name
-    keys     of the records, by the name of the measurement
+    keys     of the records, by the names of the measurements' parts
     details  what measurements keep besides (texts, per-item results), by its own keys
     seconds  that children worked for it now: 0 when every record was there already
     """
@@ -59,12 +67,13 @@ def measure(subject: Subject, store: Store, children: Children, folder: Path, si
     """Every record that the recipe asks for about a target: from the store, or made now and kept."""
     found = Measured()
     for measurement in measurements():
-        if measurement.applies(subject.asked):
-            key, record, seconds = _record(measurement, subject, store, children, folder / measurement.name, sink)
+        parts = measurement.parts(subject.asked) if measurement.applies(subject.asked) else {}
+        for name, asked in parts.items():
+            key, record, seconds = _record(measurement, replace(subject, asked=asked), store, children, folder / measurement.name, sink)
             found.metrics |= record["metrics"]
             found.items |= {metric: Items.read(items) for metric, items in record["items"].items()}
             found.details |= record["details"]
-            found.keys[measurement.name] = key
+            found.keys[name] = key
             found.seconds += seconds
     return found
 
@@ -79,7 +88,8 @@ def _record(
     document = {
         "record": measurement.name, "version": measurement.version, "content": subject.target.content, "runtime": name,
         "runtime_version": installed_runtimes()[name], "device": subject.machine.device, "threads": subject.machine.threads,
-        "bootstrap": BOOTSTRAP_VERSION, **({"machine": machine_fingerprint()} if measurement.alone else {}), **measurement.document(subject),
+        **({"torch": version("torch")} if name == "transformers" else {}), "bootstrap": BOOTSTRAP_VERSION,
+        **({"machine": machine_fingerprint()} if measurement.alone else {}), **measurement.document(subject),
     }  # fmt: skip
 
     def made() -> tuple[dict[str, Any], float]:

@@ -72,6 +72,10 @@ class Measurement(ABC):
         """Whether it is made of this checkpoint or artifact, in a recipe with these settings. Never asked of a corpus, which no runtime opens."""
         return True
 
+    def parts(self, asked: Asked) -> Mapping[str, Asked]:
+        """What gets a record of its own each, by a name of it: one more that is asked for computes only that. Default: all of it is one."""
+        return {self.name: asked}
+
     @abstractmethod
     def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
         """Every metric it may give, by name (`*` stands for what only the result tells), with the transform of its items or None without items.

@@ -4,10 +4,10 @@
 """
 
 from compression.data.rows import calibration_windows, encode_choices, evaluation_windows, prompt, question_rows, training_rows
-from compression.data.sources import check_data, documents, fingerprint, questions
+from compression.data.sources import check_data, documents, fingerprint, pinned, questions
 from compression.data.spec import DataSpec, QuestionSource, TextSource
 
 __all__ = [
     "DataSpec", "QuestionSource", "TextSource", "calibration_windows", "check_data", "documents", "encode_choices",
-    "evaluation_windows", "fingerprint", "prompt", "question_rows", "questions", "training_rows",
+    "evaluation_windows", "fingerprint", "pinned", "prompt", "question_rows", "questions", "training_rows",
 ]  # fmt: skip

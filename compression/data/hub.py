@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +19,49 @@ def is_hub_id(path: str) -> bool:
 
 
 def resolve_commit(path: str, revision: str | None) -> str:
-    """The commit that `revision` (default: main) of a hub data set stands for; offline, the one last seen on this machine.
+    """The commit that `revision` (default: main) of a hub data set stands for: the hub is asked once in a process, so that a run reads one commit
+    throughout. Offline, the one last seen on this machine.
 
     Raises UnusableData: no such data set or revision, or offline and never seen.
     """
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub import constants
 
     name = revision or "main"
-    if constants.is_offline_mode():
-        seen = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=path, repo_type="dataset") / "refs" / name
-        if not seen.is_file():
-            raise UnusableData(
-                f"there is no file or directory {path}; as a hub data set it cannot be reached: HF_HUB_OFFLINE is set", key="path"
-            )
-        return seen.read_text().strip()
+    if not constants.is_offline_mode():
+        return _asked(path, name)
+    seen = _seen(path, name)
+    if not seen.is_file():
+        raise UnusableData(
+            f"there is no file or directory {path}; as a hub data set it cannot be reached: HF_HUB_OFFLINE is set", key="path"
+        )
+    return seen.read_text().strip()
+
+
+@cache
+def _asked(path: str, name: str) -> str:
+    import huggingface_hub
+    from huggingface_hub import errors
+
     try:
         commit = huggingface_hub.HfApi().dataset_info(path, revision=name).sha
     except (OSError, errors.HTTPError) as error:  # not found, refused, or not reachable
+        hint = "; HF_HUB_OFFLINE=1 takes what was last seen on this machine" if _seen(path, name).is_file() else ""
         raise UnusableData(
-            f"there is no file or directory {path}, and the hub gives no data set of that name at {name}: {error}", key="path"
+            f"there is no file or directory {path}, and the hub gives no data set of that name at {name}: {error}{hint}", key="path"
         ) from None
     if commit is None:
         raise UnusableData(f"the hub tells no commit for the data set {path} at {name}; give one with revision:", key="revision")
     return commit
+
+
+def _seen(path: str, name: str) -> Path:
+    """Where huggingface_hub keeps the commit that a revision stood for when it was last asked."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=path, repo_type="dataset") / "refs" / name
 
 
 def records(source: Source, split: Split, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:

@@ -94,6 +94,19 @@ def check_data(spec: DataSpec) -> None:
                 raise UnusableData(f"{spec.questions.path}: the split {split!r} holds no questions", key="questions")
 
 
+def pinned(spec: DataSpec) -> DataSpec:
+    """The same with the commits that its hub data sets stand for now: what a run reads, whatever the hub has meanwhile.
+
+    Raises UnusableData for a data set or revision out of reach.
+    """
+    commits = {
+        name: source.model_copy(update={"revision": hub.resolve_commit(source.path, source.revision)})
+        for name, source in (("text", spec.text), ("questions", spec.questions))
+        if isinstance(source, Source) and hub.is_hub_id(source.path)
+    }
+    return spec.model_copy(update=commits)
+
+
 def fingerprint(spec: DataSpec, use: Use | None = None) -> str:
     """sha256 of what the data says, wherever it lies: file contents, the hub commit, the generator's version and a sample of it.
 

@@ -1,6 +1,8 @@
 """Whether an `evaluation:` section can work, before any work starts. Imports no torch."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from compression.errors import Incompatible, UnusableData
@@ -10,10 +12,11 @@ from compression.evaluation.spec import EvaluationSpec
 from compression.evaluation.summaries import articles
 
 
-def check_evaluation(spec: EvaluationSpec, max_length: int) -> None:
+def check_evaluation(spec: EvaluationSpec, model: Path, max_length: int) -> None:
     """Read every file that the section names, whole, and look up every task.
 
-    max_length  positions of the base model
+    model       the base model's directory
+    max_length  its positions
     Raises UnusableData with file and line for what is missing or of another shape, and Incompatible for generations that do not fit into the model.
     The packages that it needs are checked before (`extras`).
     """
@@ -27,10 +30,19 @@ def check_evaluation(spec: EvaluationSpec, max_length: int) -> None:
         _read("summarization", spec.summarization, articles(spec.summarization, spec.limit))
     if spec.red_team_set:
         _read("red_team", spec.red_team_set, probes(spec.red_team_set))
+    if spec.harness_chat and not _templated(model):
+        raise Incompatible("the model has no chat template", key="harness_chat")
     if spec.harness:
         from compression.evaluation.harness_tasks import check_tasks
 
-        check_tasks(spec.harness)
+        check_tasks(spec.harness, max_length)
+
+
+def _templated(model: Path) -> bool:
+    """Whether the tokenizer of a model's directory has a chat template, told without loading it."""
+    config = model / "tokenizer_config.json"
+    within = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    return bool(within) or (model / "chat_template.jinja").is_file()
 
 
 def _read(key: str, source: str, items: Iterator[Any]) -> None:

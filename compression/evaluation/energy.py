@@ -115,9 +115,10 @@ def nvml_counters(device: str) -> list[NvmlCounter]:
     return [counter]
 
 
-def may_count() -> bool:
-    """Whether this machine may have counters, told without asking a card: what costs no time while planning."""
-    return bool(rapl_counters()) or (Path("/dev/nvidiactl").exists() and find_spec("pynvml") is not None)
+def readable() -> list[str]:
+    """The counters that this machine may have, told without asking a card: what costs no time while planning."""
+    cards = Path("/dev/nvidiactl").exists() and find_spec("pynvml") is not None
+    return [counter.name for counter in rapl_counters()] + (["NVML"] if cards else [])
 
 
 def counters(device: str) -> list[Counter]:
@@ -166,7 +167,7 @@ def measure_energy(
             joules, rounds = _counted(work, meters)
             suffix, source = "", ", ".join(meter.name for meter in meters)
         else:
-            joules, rounds = _estimated(work)
+            joules, rounds = _estimated(work, device)
             suffix, source = "_estimated", f"codecarbon {version('codecarbon')}, an estimate"
     finally:
         runtime.close()
@@ -183,12 +184,16 @@ def _counted(work: Callable[[], int], meters: Sequence[Counter]) -> tuple[float,
     return sum(meter.joules(since) for meter, since in zip(meters, before, strict=True)), rounds
 
 
-def _estimated(work: Callable[[], int]) -> tuple[float, int]:
-    """codecarbon's estimate: the processor's load times its rated power, and a rule of thumb for memory. Nothing is sent, nothing is written."""
+def _estimated(work: Callable[[], int], device: str) -> tuple[float, int]:
+    """codecarbon's estimate: the processor's load times its rated power, a rule of thumb for memory, and cards where the model runs on one.
+
+    Nothing is sent, nothing is written.
+    """
     with _codecarbon() as tracker:
         rounds = work()
     data = tracker.final_emissions_data
-    return data.energy_consumed * JOULES_PER_KWH, rounds
+    cards = data.gpu_energy if device.startswith("cuda") else 0.0  # codecarbon reads every card of the machine
+    return (data.cpu_energy + data.ram_energy + cards) * JOULES_PER_KWH, rounds
 
 
 @contextmanager

@@ -1,25 +1,27 @@
 """lm-evaluation-harness on any of our runtimes: one adapter, and what it found as metrics.
 
-A task decides its prompts, metrics and few-shot examples; texts are encoded as the harness encodes them for Hugging Face models, and no chat
-template is put around them, which is its default too. Few-shot examples are drawn with the harness's own fixed seed.
+A task decides its prompts, metrics and few-shot examples; texts are encoded as the harness encodes them for Hugging Face models. Few-shot examples are
+drawn with the harness's own fixed seed.
 """
 
 import os
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, set_torch_seed
 
 from compression.context import Context
 from compression.errors import Incompatible, UnusableData
 from compression.evaluation.findings import Findings, Items
-from compression.evaluation.harness_tasks import Task
+from compression.evaluation.harness_tasks import Task, metric_name, new_tokens, refuse_sampling
 from compression.evaluation.likelihood import Likelihood, continuation_likelihoods
 from compression.evaluation.runtime import Runtime
 from compression.evaluation.text import Text
@@ -28,7 +30,6 @@ from compression.evaluation.writing import Writer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NEW_TOKENS = 256  # of a task that says nothing, as in the harness
 BOOTSTRAP_DRAWS = 1000  # of the harness's standard errors that have no formula (f1, mcc, perplexity)
 
 
@@ -45,6 +46,23 @@ class HarnessModel(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         return self.tokenizer.eos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """A part of the harness's keys for prompts that it keeps; it keeps none here."""
+        return self.tokenizer.name_or_path
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text. Raises Incompatible where the template refuses it."""
+        from jinja2 import TemplateError
+
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+            )
+        except TemplateError as error:
+            raise Incompatible(f"the model's chat template refuses a prompt of the harness: {error}", key="harness_chat") from None
+        return str(rendered)
 
     @property
     def prefix_token_id(self) -> int:
@@ -94,12 +112,11 @@ class HarnessModel(TemplateLM):
         texts = []
         for request in requests:
             prompt, settings = request.args
-            if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
-                raise Incompatible("this task samples its answers (do_sample); generation is greedy here", key="harness")
+            refuse_sampling(request.task_name or "", settings)
             until = settings.get("until") or []
-            new_tokens = settings.get("max_gen_toks") or settings.get("max_new_tokens") or NEW_TOKENS
-            writer = Writer(self.runtime, self.text, new_tokens)
-            texts.append(writer.go_on(self.tok_encode(prompt), [until] if isinstance(until, str) else until).text)
+            stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+            writer = Writer(self.runtime, self.text, new_tokens(settings))
+            texts.append(writer.go_on(self.tok_encode(prompt), stops).text)
             self.context.progress(len(texts), len(requests), "answers")
         return texts
 
@@ -107,24 +124,38 @@ class HarnessModel(TemplateLM):
         return continuation_likelihoods(self.runtime, pairs, len(self.tokenizer), self.context)
 
 
-def evaluate_tasks(model: HarnessModel, tasks: Sequence[Task], *, limit: int | None, num_fewshot: int | None) -> Findings:
+def evaluate_tasks(
+    model: HarnessModel, tasks: Sequence[Task], *, limit: int | None, num_fewshot: int | None, chat: bool = False
+) -> Findings:  # fmt: skip
     """Run tasks of the harness.
 
     limit        items of each task, counted from the first; None takes all
     num_fewshot  examples in front of each item; None leaves it to the task, and a task that says 0 keeps 0
+    chat         put prompts into the model's chat template, few-shot examples as turns before them
 
     Returns for each task and group harness.{task}.{metric}, harness.{task}.{metric}_stderr where there is one, and harness.{task}.count. A metric behind
-    a filter other than `none` has its name at the end. Where a metric is the mean of a value for each item, these are its items. In `details` harness: by
-    task its version, number of items and few-shot examples.
+    a filter other than `none` has its name behind it. Where a metric is the mean of a value for each item, these are its items. In `details`
+    by harness.{task} its version, number of items and few-shot examples.
     Raises UnusableData: a data set that cannot be reached. Incompatible: a task that this adapter, or the harness without further leave, does not run.
     """
     named = [task for task in tasks if task.file is None]
     manager = TaskManager(include_defaults=bool(named))  # the index of all tasks takes seconds
+    random.seed(DEFAULT_RANDOM_SEED)  # as lm_eval.simple_evaluate: some tasks shuffle their choices with these
+    np.random.seed(DEFAULT_OTHER_SEED)
+    set_torch_seed(DEFAULT_OTHER_SEED)
     with _told():
         loaded = manager.load([str(task.file) if task.file else task.name for task in tasks])
         for task in loaded["tasks"].values():
             _set_fewshot(task, num_fewshot)
-        results = evaluate(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP_DRAWS, log_samples=True)
+        results = evaluate(
+            model,
+            loaded,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP_DRAWS,
+            log_samples=True,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+        )
     assert results is not None  # of the first process, which this is
     return _findings(results)
 
@@ -160,22 +191,21 @@ def _findings(results: Mapping[str, Any]) -> Findings:
     for task, found in results["results"].items():
         for key, value in found.items():
             if isinstance(value, float | int) and "," in key:
-                metrics[_metric(task, key)] = float(value)
+                metric, _, chosen = key.partition(",")
+                metrics[metric_name(task, metric, chosen)] = float(value)
         if task in results["n-samples"]:
-            metrics[f"harness.{task}.count"] = float(results["n-samples"][task]["effective"])
+            metrics[metric_name(task, "count")] = float(results["n-samples"][task]["effective"])
     for task, samples in (results.get("samples") or {}).items():
         items |= _items(task, samples, metrics)
     details = {
-        task: {"version": version, "count": results["n-samples"].get(task, {}).get("effective"), "num_fewshot": results["n-shot"].get(task)}
+        f"harness.{task}": {
+            "version": version,
+            "count": results["n-samples"].get(task, {}).get("effective"),
+            "num_fewshot": results["n-shot"].get(task),
+        }
         for task, version in results["versions"].items()
     }
-    return Findings(metrics, items, {"harness": details})
-
-
-def _metric(task: str, key: str) -> str:
-    """harness.hellaswag.acc_norm_stderr of hellaswag and `acc_norm_stderr,none`."""
-    metric, _, chosen = key.partition(",")
-    return f"harness.{task}.{metric}" if chosen == "none" else f"harness.{task}.{metric}.{chosen}"
+    return Findings(metrics, items, details)
 
 
 def _items(task: str, samples: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -> dict[str, Items]:
@@ -184,7 +214,7 @@ def _items(task: str, samples: Sequence[Mapping[str, Any]], metrics: Mapping[str
     for sample in samples:
         for metric in sample["metrics"]:
             if isinstance(sample[metric], float | int):
-                columns.setdefault(_metric(task, f"{metric},{sample['filter']}"), []).append(float(sample[metric]))
+                columns.setdefault(metric_name(task, metric, sample["filter"]), []).append(float(sample[metric]))
     return {
         name: Items(tuple(values), (1.0,) * len(values))
         for name, values in columns.items()

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -20,7 +20,11 @@ from typing import Any
 
 from compression.checkpoint import digest_file
 from compression.data import hub
-from compression.errors import EdgepressError, UnusableData
+from compression.errors import EdgepressError, Incompatible, UnusableData
+from compression.evaluation.findings import Transform
+
+NEW_TOKENS = 256  # of a task that says nothing, as in the harness
+_TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one thing; the first holds
 
 _READERS = ("json", "csv", "parquet", "text", "arrow")  # of the package datasets, for files
 _TASK = re.compile(rb"^task:[ \t]*[\"']?([\w.-]+)", re.MULTILINE)
@@ -43,19 +47,72 @@ def find_tasks(asked: tuple[str, ...]) -> list[Task]:
     return [_own(Path(name)) if name.endswith((".yaml", ".yml")) else _installed(name) for name in asked]
 
 
-def check_tasks(asked: tuple[str, ...]) -> None:
-    """Find every task, and its data as far as its file tells where it is. Raises UnusableData for what is missing or out of reach."""
+def check_tasks(asked: tuple[str, ...], max_length: int) -> None:
+    """Find every task, those of groups too, and its data, as far as its file tells where they are.
+
+    max_length  positions of the model
+    Raises UnusableData for what is missing or out of reach, Incompatible for a task that samples its answers or writes more than the model has room for.
+    """
     for task in find_tasks(asked):
-        _data(task)
+        for name, config in single_tasks(task).items():
+            _data(name, config)
+            if config.get("output_type") == "generate_until":
+                settings = config.get("generation_kwargs") or {}
+                refuse_sampling(name, settings)
+                if new_tokens(settings) >= max_length:
+                    raise Incompatible(
+                        f"the task {name} writes up to {new_tokens(settings)} tokens, which leaves no room for a prompt in the model's "
+                        f"{max_length}; a task file of your own may include it and set generation_kwargs", key="harness",
+                    )  # fmt: skip
 
 
-def fingerprint_tasks(asked: tuple[str, ...]) -> list[Any]:
-    """What decides the items of tasks besides the harness's version: own task files with their code and data, the commits of data sets on the hub."""
-    return [[task.name, _definition(task), _data(task)] for task in find_tasks(asked)]
+def refuse_sampling(task: str, settings: Mapping[str, Any]) -> None:
+    """Raises Incompatible for generation settings under which the harness draws tokens at random."""
+    drawn = settings.get("do_sample")
+    if (drawn or drawn is None) and float(settings.get("temperature", 1.0 if drawn else 0.0)) > 0:
+        raise Incompatible(f"the task {task} samples its answers (do_sample, temperature); generation is greedy here", key="harness")
 
 
-def task_names(asked: tuple[str, ...]) -> list[str]:
-    return [task.name for task in find_tasks(asked)]
+def new_tokens(settings: Mapping[str, Any]) -> int:
+    """How much a task lets a model write."""
+    return int(next((settings[name] for name in _TOKEN_LIMITS if settings.get(name) is not None), NEW_TOKENS))
+
+
+def fingerprint_task(asked: str) -> list[Any]:
+    """What decides the items of a task or group besides the harness's version: an own task file with its code, the data of every single task."""
+    (task,) = find_tasks((asked,))
+    data = [_data(name, config) for name, config in sorted(single_tasks(task).items())]
+    return [task.name, _definition(task), list({json.dumps(each): each for each in data}.values())]
+
+
+def metric_name(task: str, metric: str, chosen: str = "none") -> str:
+    """harness.gsm8k.exact_match.strict-match_stderr of gsm8k, `exact_match_stderr` and the filter `strict-match`."""
+    end = "_stderr" if metric.endswith("_stderr") else ""
+    return f"harness.{task}.{metric.removesuffix(end)}{'' if chosen == 'none' else f'.{chosen}'}{end}"
+
+
+def task_metrics(asked: str) -> dict[str, Transform | None]:
+    """Metrics of a task, or of a group with all that is below it, with the transform of those that may have items.
+
+    A task that filters answers, or judges them with code, has metrics that only it knows: `harness.{task}.*`. So has a group.
+    """
+    (task,) = find_tasks((asked,))
+    found: dict[str, Transform | None] = {}
+    for name, config in single_tasks(task).items():
+        listed = config.get("metric_list")
+        names = [each.get("metric") for each in listed] if isinstance(listed, list) else []
+        if not names or any(config.get(key) for key in ("process_results", "filter_list", "class")) or not all(map(_plain, names)):
+            found[f"harness.{name}.*"] = None
+            continue
+        for metric in names:
+            found |= {metric_name(name, metric): "mean", metric_name(name, f"{metric}_stderr"): None}
+        found[metric_name(name, "count")] = None
+    return found | {f"harness.{group}.*": None for group in _groups(task)}
+
+
+def _plain(metric: Any) -> bool:
+    """Whether a metric is the name of one, and not code."""
+    return isinstance(metric, str) and metric.isidentifier()
 
 
 def _own(file: Path) -> Task:
@@ -83,19 +140,54 @@ def _glance() -> dict[str, Path]:
     return files
 
 
-@cache
 def _looked_up(name: str) -> Task:
     """A group, a tag, or a task whose name its file does not say at a glance, by the harness's own index."""
-    from lm_eval.tasks import TaskManager
-
-    index = TaskManager().task_index
-    if name not in index:
-        close = difflib.get_close_matches(name, index, n=3, cutoff=0.6)
+    if name not in _index():
+        close = difflib.get_close_matches(name, _index(), n=3, cutoff=0.6)
         hint = f"; did you mean {' or '.join(close)}?" if close else "."
         raise UnusableData(
             f"lm-evaluation-harness has no task {name!r}{hint} A task of your own is a file: path/to/{name}.yaml", key="harness"
         )
     return Task(name, None)
+
+
+@cache
+def _index() -> Mapping[str, Any]:
+    """Every task, group and tag of the harness by name: what takes it many seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager().task_index
+
+
+def single_tasks(task: Task) -> dict[str, dict[str, Any]]:
+    """The configurations of all tasks that one stands for, by name; functions are told as paths."""
+    if task.file is not None:
+        return {task.name: _config(task.file)}
+    return {name: config for name, config in _below(task.name) if config is not None}
+
+
+def _groups(task: Task) -> list[str]:
+    return [] if task.file is not None else [name for name, config in _below(task.name) if config is None]
+
+
+def _below(entry: str | dict[str, Any]) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """An entry of a group's list, and all that is below it: single tasks with their configuration, groups without.
+
+    An entry is a name, or a mapping that says more of the name it has, or defines what has no entry in the index.
+    """
+    more = {} if isinstance(entry, str) else entry
+    name = entry if isinstance(entry, str) else more.get("group") or more["task"]
+    known = _index().get(name)
+    if known and known.cfg is None:  # a tag
+        below = sorted(known.tags)
+    elif "group" in (own := known.cfg if known else more):
+        yield name, None
+        below = own["task"] if isinstance(own.get("task"), list) else []
+    else:
+        yield name, {**own, **more}
+        return
+    for each in below:
+        yield from _below(each)
 
 
 def _home() -> Path:
@@ -125,39 +217,36 @@ def _definition(task: Task) -> Any:
     return [hashlib.sha256(text.encode()).hexdigest(), code]
 
 
-def _data(task: Task) -> Any:
-    """Digests of a task's files, or the commit of its data set on the hub; None for groups, tags and tasks made by code, which do not tell.
+def _data(name: str, config: Mapping[str, Any]) -> Any:
+    """Digests of a task's files, or the commit of its data set on the hub; None for tasks made by code, which do not tell.
 
     Raises UnusableData for files that are missing, and for a data set out of reach.
     """
-    if task.file is None:
-        return None
-    config = _config(task.file)
     path, arguments = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     if not isinstance(path, str):
         return None
     if path in _READERS:
-        return [[file.name, digest_file(file)] for file in _files(task, arguments)]
+        return [[file.name, digest_file(file)] for file in _files(name, arguments)]
     if Path(path).exists():
         return [[str(f.relative_to(path)), digest_file(f)] for f in sorted(Path(path).rglob("*")) if f.is_file()]
     try:
         return [path, config.get("dataset_name"), hub.resolve_commit(path, arguments.get("revision"))]
     except EdgepressError as error:
-        raise UnusableData(f"the data of the task {task.name} cannot be reached: {error}", key="harness") from None
+        raise UnusableData(f"the data of the task {name} cannot be reached: {error}", key="harness") from None
 
 
-def _files(task: Task, arguments: dict[str, Any]) -> Iterator[Path]:
+def _files(task: str, arguments: dict[str, Any]) -> Iterator[Path]:
     named = arguments.get("data_files")
     groups = named.values() if isinstance(named, dict) else [named]
     for pattern in (p for group in groups for p in (group if isinstance(group, list) else [group])):
         if not isinstance(pattern, str):
-            raise UnusableData(f"{task.file}: dataset_kwargs needs data_files, the files of the task", key="harness")
+            raise UnusableData(f"the task {task}: dataset_kwargs needs data_files, the files of the task", key="harness")
         if "://" in pattern:
             raise UnusableData(
-                f"{task.file}: {pattern} is not on this machine; download it first, so that its content can be told", key="harness"
+                f"the task {task}: {pattern} is not on this machine; download it first, so that its content can be told", key="harness"
             )
         folder = Path(arguments.get("data_dir") or "")
         found = sorted(Path().glob(str(folder / pattern))) if not Path(pattern).is_absolute() else [Path(pattern)]
         if not found or not all(file.is_file() for file in found):
-            raise UnusableData(f"{task.file}: there is no file {(folder / pattern).resolve()}, which the task names", key="harness")
+            raise UnusableData(f"the task {task}: there is no file {(folder / pattern).resolve()}, which it names", key="harness")
         yield from found

@@ -25,8 +25,10 @@ def empty(written: Written) -> bool:
 
 
 def invalid_utf8(written: Written) -> bool:
-    """Bytes that are no characters. A character at the very end may be unfinished where the text was cut off."""
-    return INCOMPLETE in (written.text if written.ended else written.text.rstrip(INCOMPLETE))
+    """Bytes that are no characters. One character at the very end may be unfinished where the text was cut off: up to three bytes of it."""
+    text = written.text
+    unfinished = 0 if written.ended else min(3, len(text) - len(text.rstrip(INCOMPLETE)))
+    return INCOMPLETE in text[: len(text) - unfinished]
 
 
 def sanity(texts: Sequence[Written]) -> dict[str, Items]:

@@ -40,6 +40,10 @@ class EvaluationSpec(BaseModel):
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Examples in front of each item of the harness's tasks. Default: as the task says."
     )
+    harness_chat: bool = Field(
+        False,
+        description="Put the harness's prompts into the model's chat template, with examples as turns of their own, as its `--apply_chat_template`.",
+    )
     question_answering: str | None = Field(
         None, min_length=1, description="Questions for exact match and F1: `embedded`, or a .jsonl file with question, answers and context."
     )

@@ -1,11 +1,12 @@
 """Energy: joules of a generation, read or estimated."""
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 from compression.checkpoint import Checkpoint
 from compression.data import fingerprint
-from compression.evaluation.energy import NAMES, may_count
+from compression.evaluation.energy import NAMES, readable
 from compression.evaluation.findings import Transform
 from tasks.measurement import Asked, Measurement, Subject
 
@@ -14,14 +15,14 @@ class Energy(Measurement):
     """Where the machine tells, or where an estimate was asked for. As with speed, not of quantized checkpoints, which run dequantized."""
 
     name: ClassVar[str] = "energy"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     alone: ClassVar[bool] = True
 
     def applies(self, asked: Asked) -> bool:
         if asked.settings is None or (isinstance(asked.planned, Checkpoint) and asked.planned.layout != "dense"):
             return False
         source = asked.settings.energy_source
-        return source == "estimate" or (source == "counters" and may_count())
+        return source == "estimate" or (source == "counters" and bool(readable()))
 
     def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
         names = dict.fromkeys(NAMES)
@@ -29,7 +30,11 @@ class Energy(Measurement):
 
     def document(self, subject: Subject) -> dict[str, Any]:
         settings = subject.asked.settings
-        return {"data": fingerprint(subject.asked.data, "evaluation"), "new_tokens": settings.new_tokens, "source": settings.energy_source}
+        estimate = settings.energy_source == "estimate"
+        return {
+            "data": fingerprint(subject.asked.data, "evaluation"), "new_tokens": settings.new_tokens, "counters": readable(),
+            "estimated_by": f"codecarbon {version('codecarbon')}" if estimate else None,
+        }  # fmt: skip
 
     def job(self, subject: Subject) -> tuple[str, dict[str, Any]]:
         return "tasks.evaluation_jobs:measure_energy", {

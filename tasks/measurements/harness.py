@@ -1,30 +1,38 @@
 """Tasks of lm-evaluation-harness."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, ClassVar
 
 from compression.evaluation.findings import Transform
-from compression.evaluation.harness_tasks import fingerprint_tasks
+from compression.evaluation.harness_tasks import fingerprint_task, task_metrics
 from tasks.measurement import Asked, Measurement, Subject
 
 
 class Harness(Measurement):
-    """Whatever tasks a recipe names, in the runtime that will run the model."""
+    """Whatever tasks a recipe names, in the runtime that will run the model; each has a record of its own."""
 
     name: ClassVar[str] = "harness"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def applies(self, asked: Asked) -> bool:
         return asked.settings is not None and len(asked.settings.harness) > 0
 
+    def parts(self, asked: Asked) -> Mapping[str, Asked]:
+        settings = asked.settings
+        return {
+            f"{self.name} {task}": replace(asked, settings=settings.model_copy(update={"harness": (task,)})) for task in settings.harness
+        }
+
     def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
-        return {"harness.*": None}  # which of them have items, only the tasks know
+        return {metric: transform for task in asked.settings.harness for metric, transform in task_metrics(task).items()}
 
     def document(self, subject: Subject) -> dict[str, Any]:
         settings = subject.asked.settings
+        (task,) = settings.harness
         return {
-            "tasks": fingerprint_tasks(settings.harness), "limit": settings.limit, "num_fewshot": settings.num_fewshot,
+            "task": fingerprint_task(task), "limit": settings.limit, "num_fewshot": settings.num_fewshot, "chat": settings.harness_chat,
             "lm_eval": version("lm-eval"),
         }  # fmt: skip
 

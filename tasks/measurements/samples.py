@@ -12,7 +12,7 @@ class Samples(Measurement):
     """Greedy continuations of the beginnings of evaluation windows."""
 
     name: ClassVar[str] = "samples"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def applies(self, asked: Asked) -> bool:
         return asked.settings is not None and asked.settings.generations > 0

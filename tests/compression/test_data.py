@@ -15,12 +15,15 @@ from pydantic import ValidationError
 
 from compression.data import (
     DataSpec,
+    QuestionSource,
+    TextSource,
     calibration_windows,
     check_data,
     documents,
     encode_choices,
     evaluation_windows,
     fingerprint,
+    pinned,
     prompt,
     question_rows,
     questions,
@@ -346,3 +349,12 @@ def test_an_instruction_model_is_calibrated_on_conversations_too() -> None:
     text = "".join(tokenizer.batch_decode(calibration_windows(spec, tokenizer, 0)))
     assert "[assistant]" in text
     assert "<s><s>" not in text
+
+
+def test_hub_data_are_pinned_to_the_commits_they_stand_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compression.data.hub.resolve_commit", lambda path, revision: f"{path} at {revision}")
+    spec = DataSpec.model_validate({"text": {"path": "owner/text", "revision": "v1"}, "questions": {"path": "owner/questions"}})
+    found = pinned(spec)
+    assert isinstance(found.text, TextSource) and found.text == TextSource(path="owner/text", revision="owner/text at v1")
+    assert found.questions == QuestionSource(path="owner/questions", revision="owner/questions at None")
+    assert pinned(DataSpec.model_validate("embedded")) == DataSpec.model_validate("embedded")

@@ -29,9 +29,9 @@ def report(folder: Path, checkpoint: Path) -> Report:
 
 def test_three_kills_leave_nothing_behind_and_the_same_bytes(report: Report) -> None:
     assert report.faults == []
-    assert [(moment.where, moment.whom) for moment, _ in sorted(report.kills, key=lambda kill: kill[0].where)] == [
-        ("committing", "command"), ("measuring", "child"), ("training", "command"),
-    ]  # fmt: skip
+    assert sorted(moment.whom for moment, _ in report.kills) == ["child", "command", "command"]
+    missed = {"committing", "measuring", "training"} - {moment.where for moment, _ in report.kills}
+    assert len(missed) == sum(moment.where == "starting" for moment, _ in report.kills) and bool(missed) == bool(report.late)
     assert sum(report.commands.values()) >= 3 and len(report.checks) == 9
 
 

@@ -52,7 +52,7 @@ def test_overrides_go_over_the_recipe(tmp_path: Path) -> None:
         "stages.late={uses: prune.width, keep: 1, needs: base}", "name=other",
     )  # fmt: skip
     nodes = {node.name: node for node in parsed.nodes}
-    assert nodes["distilled"].stage.temperature == 4 and nodes["distilled"].stage.steps == 6
+    assert nodes["distilled"].stage.temperature == 4 and nodes["distilled"].stage.steps == 120
     assert nodes["pruned"].stage.keep == 0.25 and nodes["late"].parent == "base"
     assert parsed.recipe.seed == 7 and parsed.recipe.name == "other"
     assert parsed.recipe.gates["pruned"]["perplexity"].max == 9

@@ -32,6 +32,20 @@ def test_tasks_of_the_harness_are_figures_too() -> None:
     assert [(f.heading, f.better) for f in found] == [("arc.easy acc", 1), ("arc.easy word_perplexity", -1)]
 
 
+def test_filters_of_the_harness_and_metrics_of_which_nobody_knows_the_better_end() -> None:
+    names = [
+        "gsm8k.exact_match.strict-match",
+        "gsm8k.exact_match.strict-match_stderr",
+        "x.word_perplexity.first",
+        "crows.likelihood_diff",
+        "wmt.ter",
+    ]
+    found = measured([{f"harness.{name}": 1.0 for name in names}])
+    assert [(f.heading, f.better) for f in found] == [
+        ("gsm8k exact_match strict-match", 1), ("x word_perplexity first", -1), ("crows likelihood_diff", 0), ("wmt ter", -1),
+    ]  # fmt: skip
+
+
 def test_only_what_was_measured_has_a_column() -> None:
     assert [f.metric for f in measured([{"size_mb": 1.0}, {"accuracy": 0.5, "other": 1.0}])] == ["accuracy", "size_mb"]
     assert next(f for f in FIGURES if f.metric == "parameters").text({"parameters": 2.5e6}) == "2.50"

@@ -99,6 +99,15 @@ def test_no_number_passes_no_bound(bound: Bound) -> None:
     assert outcomes(bound, math.nan) == ["FAIL"]
 
 
+def test_a_standard_error_is_noise_too() -> None:
+    """Groups of the harness tell one, and no items."""
+    mine = Figures({"harness.mmlu.acc": 0.485, "harness.mmlu.acc_stderr": 0.004})
+    base = Figures({"harness.mmlu.acc": 0.4952, "harness.mmlu.acc_stderr": 0.004})
+    (verdict,) = judge({"harness.mmlu.acc": Bound(max_drop=0.01)}, mine, {"base": base})
+    assert verdict.outcome == "INCONCLUSIVE"
+    assert (verdict.low, verdict.high) == pytest.approx((0.485 - 1.96 * 0.004 * 2**0.5, 0.485 + 1.96 * 0.004 * 2**0.5))
+
+
 @settings(deadline=None)
 @given(values, values, st.floats(0, 100), st.floats(0, 100), st.booleans())
 def test_one_rule_for_every_interval(figure: float, limit: float, below: float, above: float, strict: bool) -> None:

@@ -107,6 +107,37 @@ def test_other_bytes_device_or_threads_are_measured_anew(found: list[Measurement
     assert len(children.jobs) == 2
 
 
+def test_another_torch_is_another_runtime(
+    found: list[Measurement], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = FakeChildren()
+    take(subject, children, tmp_path)
+    monkeypatch.setattr(module, "version", lambda package: f"another {package}")
+    take(subject, children, tmp_path)
+    assert len(children.jobs) == 2
+
+
+class Parted(Graded):
+    name: ClassVar[str] = "parted"
+
+    def parts(self, asked: Asked) -> Mapping[str, Asked]:
+        return {f"parted {part}": dataclasses.replace(asked, settings=part) for part in asked.settings}
+
+    def applies(self, asked: Asked) -> bool:
+        return True
+
+    def document(self, subject: Subject) -> dict[str, Any]:
+        return {"part": subject.asked.settings}
+
+
+def test_one_more_part_computes_only_that(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
+    found[:] = [Parted()]
+    children = FakeChildren()
+    take(dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings="ab")), children, tmp_path)
+    keys = take(dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings="cab")), children, tmp_path).keys
+    assert len(children.jobs) == 3 and list(keys) == ["parted c", "parted a", "parted b"]
+
+
 def test_only_what_is_taken_alone_depends_on_the_machine(
     found: list[Measurement], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,7 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 
 def test_each_setting_turns_on_its_measurement(checkpoint: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.measurements.energy.may_count", lambda: False)
+    monkeypatch.setattr("tasks.measurements.energy.readable", list)
     assert applying(asked(checkpoint)) == {"samples"}
     assert applying(asked(checkpoint, samples=0)) == set()
     for key in ("question_answering", "summarization", "red_team"):
@@ -81,7 +81,7 @@ def test_each_setting_turns_on_its_measurement(checkpoint: Path, files: dict[str
 
 
 def test_energy_is_measured_where_the_machine_tells(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.measurements.energy.may_count", lambda: True)
+    monkeypatch.setattr("tasks.measurements.energy.readable", lambda: ["RAPL"])
     assert applying(asked(checkpoint)) == {"samples", "energy"}
     assert applying(asked(checkpoint, energy="off")) == {"samples"}
 
@@ -118,7 +118,7 @@ def test_a_job_gives_the_metrics_that_its_measurement_announces(
     for metric in found.metrics:
         assert any(fnmatchcase(metric, pattern) for pattern in announced)
     with_items = {metric for metric, transform in announced.items() if transform is not None}
-    assert with_items == found.items.keys() or name == "harness"
+    assert with_items == found.items.keys()
     json.dumps(found.document())
 
 
@@ -137,3 +137,22 @@ def test_keys_follow_what_the_files_say_and_not_where_they_lie(checkpoint: Path,
     assert before["lm_eval"]
     assert harness.document(subject(checkpoint, harness=[files["harness"]], limit=1)) != before
     assert harness.document(subject(checkpoint, harness=[files["harness"]], num_fewshot=1)) != before
+    assert harness.document(subject(checkpoint, harness=[files["harness"]], harness_chat=True)) != before
+
+
+def test_each_task_of_the_harness_has_a_record_of_its_own(checkpoint: Path, files: dict[str, str]) -> None:
+    harness = by_name("harness")
+    parts = harness.parts(asked(checkpoint, harness=["arc_easy", files["harness"]]))
+    assert [(name, part.settings.harness) for name, part in parts.items()] == [
+        ("harness arc_easy", ("arc_easy",)), (f"harness {files['harness']}", (files["harness"],))
+    ]  # fmt: skip
+    assert parts["harness arc_easy"] == harness.parts(asked(checkpoint, harness=["arc_easy"]))["harness arc_easy"]
+
+
+def test_energy_is_measured_anew_where_others_can_tell(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    energy, of = by_name("energy"), subject(checkpoint, energy="estimate")
+    monkeypatch.setattr("tasks.measurements.energy.readable", list)
+    estimated = energy.document(of)
+    assert estimated["estimated_by"].startswith("codecarbon ")
+    monkeypatch.setattr("tasks.measurements.energy.readable", lambda: ["RAPL package-0"])
+    assert energy.document(of) != estimated

@@ -11,7 +11,7 @@ from compression.evaluation.spec import EvaluationSpec
 def test_the_default_shows_a_few_samples_and_needs_nothing() -> None:
     spec = EvaluationSpec()
     assert (spec.generations, spec.red_team_set, spec.energy_source, extras(spec)) == (3, None, "counters", {})
-    check_evaluation(spec, 128)
+    check_evaluation(spec, Path(), 128)
 
 
 def test_the_release_suite_turns_on_what_a_release_is_judged_by() -> None:
@@ -37,17 +37,29 @@ def test_files_are_read_whole_before_any_work(key: str, tmp_path: Path) -> None:
     file = tmp_path / "items.jsonl"
     file.write_text(f"{good}\n" * 300 + "not json\n")
     with pytest.raises(UnusableData, match=r"items\.jsonl:301: not JSON") as caught:
-        check_evaluation(EvaluationSpec.model_validate({key: str(file)}), 128)
+        check_evaluation(EvaluationSpec.model_validate({key: str(file)}), Path(), 128)
     assert caught.value.key == key
     file.write_text("\n")
     with pytest.raises(UnusableData, match="holds nothing"):
-        check_evaluation(EvaluationSpec.model_validate({key: str(file)}), 128)
+        check_evaluation(EvaluationSpec.model_validate({key: str(file)}), Path(), 128)
     file.write_text(good)
-    check_evaluation(EvaluationSpec.model_validate({key: str(file)}), 128)
+    check_evaluation(EvaluationSpec.model_validate({key: str(file)}), Path(), 128)
+
+
+def test_chat_prompts_need_a_chat_template(checkpoint: Path, tmp_path: Path) -> None:
+    spec = EvaluationSpec(harness_chat=True)
+    with pytest.raises(Incompatible, match="no chat template") as caught:
+        check_evaluation(spec, checkpoint, 128)
+    assert caught.value.key == "harness_chat"
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    check_evaluation(spec, tmp_path, 128)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    check_evaluation(spec, tmp_path, 128)
 
 
 def test_generations_must_fit_into_the_model() -> None:
     with pytest.raises(Incompatible, match="128 new tokens leave no room"):
-        check_evaluation(EvaluationSpec(new_tokens=128), 128)
+        check_evaluation(EvaluationSpec(new_tokens=128), Path(), 128)
     with pytest.raises(ValidationError):
         EvaluationSpec.model_validate({"suite": "relase"})

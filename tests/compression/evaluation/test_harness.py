@@ -1,17 +1,23 @@
 """lm-evaluation-harness over our runtimes, judged by the harness's own Hugging Face model, and our multiple-choice scorer by the harness."""
 
 import json
+import random
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from lm_eval.api.instance import Instance
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from compression.context import Context
 from compression.errors import Incompatible, UnusableData
+from compression.evaluation import harness_tasks
 from compression.evaluation.harness import HarnessModel, evaluate_tasks
-from compression.evaluation.harness_tasks import Task, check_tasks, find_tasks, fingerprint_tasks
+from compression.evaluation.harness_tasks import Task, check_tasks, find_tasks, fingerprint_task, metric_name, task_metrics
 from compression.evaluation.likelihood import continuation_likelihoods
 from compression.evaluation.scorers import multiple_choice
 from compression.evaluation.transformers_runtime import TransformersRuntime
@@ -79,9 +85,32 @@ def test_generated_text_is_that_of_the_harness_own_model(ours: HarnessModel, the
     assert judged[:4] != free
 
 
-def test_a_task_that_samples_is_refused(ours: HarnessModel) -> None:
+@pytest.mark.parametrize("settings", [{"do_sample": True, "temperature": 0.7}, {"do_sample": True}, {"temperature": 0.7}])
+def test_a_task_that_samples_is_refused(ours: HarnessModel, tmp_path: Path, settings: dict[str, object]) -> None:
     with pytest.raises(Incompatible, match="samples its answers"):
-        ours.generate_until(requests("generate_until", [("x", {"do_sample": True, "temperature": 0.7})]))
+        ours.generate_until(requests("generate_until", [("x", settings)]))
+    with pytest.raises(Incompatible, match="the task village samples its answers"):
+        check_tasks((str(own_task(tmp_path, output_type="generate_until", generation_kwargs=settings)),), 512)
+
+
+def test_a_task_that_writes_more_than_fits_is_refused_before_any_work(tmp_path: Path) -> None:
+    task = str(own_task(tmp_path, output_type="generate_until"))  # says nothing: the harness's 256
+    check_tasks((task,), 512)
+    with pytest.raises(Incompatible, match="the task village writes up to 256 tokens"):
+        check_tasks((task,), 256)
+    own_task(tmp_path, output_type="generate_until", generation_kwargs={"max_tokens": 600, "until": []})
+    with pytest.raises(Incompatible, match="up to 600 tokens"):
+        check_tasks((task,), 512)
+
+
+def test_all_names_of_the_token_limit_count_and_an_empty_stop_stops_nothing(ours: HarnessModel, theirs: HFLM) -> None:
+    asked = requests(
+        "generate_until", [("Dalo owns", {name: tokens}) for name, tokens in (("max_tokens", 5), ("max_completion_tokens", 7))]
+    )
+    written = ours.generate_until(asked)
+    assert written == theirs.generate_until(asked, disable_tqdm=True)
+    assert 0 < len(written[0]) < len(written[1])
+    assert ours.generate_until(requests("generate_until", [("Dalo owns", {"max_gen_toks": 7, "until": [""]})])) == written[1:]
 
 
 def test_a_row_serves_all_continuations_of_one_token(ours: HarnessModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +157,7 @@ def test_results_have_counts_versions_and_standard_errors(ours: HarnessModel, tm
     assert findings.metrics["harness.village.count"] == 4
     share = findings.metrics["harness.village.acc"]
     assert findings.metrics["harness.village.acc_stderr"] == pytest.approx((share * (1 - share) / 3) ** 0.5)
-    assert findings.details == {"harness": {"village": {"version": 3, "count": 4, "num_fewshot": 0}}}
+    assert findings.details == {"harness.village": {"version": 3, "count": 4, "num_fewshot": 0}}
 
 
 def test_few_shot_examples_change_the_prompt(ours: HarnessModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,15 +169,94 @@ def test_few_shot_examples_change_the_prompt(ours: HarnessModel, tmp_path: Path,
     zero = max(longest)
     findings = evaluate_tasks(ours, tasks, limit=2, num_fewshot=1)
     assert max(longest) > zero
-    assert findings.details["harness"]["village"]["num_fewshot"] == 1
+    assert findings.details["harness.village"]["num_fewshot"] == 1
+
+
+def test_a_task_that_shuffles_is_what_the_harness_makes_of_it(
+    ours: HarnessModel, theirs: HFLM, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some tasks (GPQA's) draw the order of their choices from the global generators, which lm_eval.simple_evaluate seeds."""
+    shuffle = """
+import random
+
+def shuffled(data):
+    def one(row):
+        choices = list(row["choices"])
+        random.shuffle(choices)
+        return {**row, "choices": choices, "answer": choices.index(row["choices"][row["answer"]])}
+    return data.map(one)
+"""
+    (tmp_path / "utils.py").write_text(shuffle)
+    file = own_task(tmp_path)
+    file.write_text(file.read_text() + "process_docs: !function utils.shuffled\n")
+    seen = []
+    for run in range(2):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("fresh"))
+        random.seed(run)
+        seen.append(evaluate_tasks(ours, find_tasks((str(file),)), limit=None, num_fewshot=None))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("fresh"))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    judged = simple_evaluate(theirs, tasks=["village"], task_manager=manager)
+    assert judged is not None
+    answers = [sample["doc"]["answer"] for sample in judged["samples"]["village"]]
+    assert answers != [q.answer for q in QUESTIONS]  # it did shuffle
+    columns = [findings.items["harness.village.acc_bytes"].sums for findings in seen]
+    assert columns[0] == columns[1] == tuple(sample["acc_bytes"] for sample in judged["samples"]["village"])
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def test_chat_prompts_are_those_of_the_harness(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    runtime = TransformersRuntime(tmp_path / "model", threads=1)
+    chatty = HarnessModel(runtime, tokenizer, open_text(tmp_path / "model", runtime), Context())
+    theirs = HFLM(pretrained=load_model(checkpoint), tokenizer=tokenizer, batch_size=4, max_length=128, device="cpu")
+    file = own_task(tmp_path, fewshot_split="test", doc_to_text="{{question}}")
+    found = evaluate_tasks(chatty, find_tasks((str(file),)), limit=None, num_fewshot=1, chat=True)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    judged = simple_evaluate(theirs, tasks=["village"], task_manager=manager, num_fewshot=1, apply_chat_template=True)
+    assert judged is not None
+    samples = judged["samples"]["village"]
+    assert samples[0]["arguments"][0][0].startswith("<user>") and samples[0]["arguments"][0][0].count("<assistant>") == 2
+    for metric in ("acc", "acc_norm", "acc_bytes"):
+        assert found.items[f"harness.village.{metric}"].sums == tuple(sample[metric] for sample in samples)
+
+
+def test_a_group_is_all_that_is_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {
+        "all": {"group": "all", "task": ["some", {"task": "plain", "num_fewshot": 2}, {"group": "inline", "task": ["coded"]}]},
+        "some": None,
+        "plain": {"task": "plain", "dataset_path": "owner/one", "metric_list": [{"metric": "acc"}]},
+        "tagged": {"task": "tagged", "dataset_path": "owner/two", "metric_list": [{"metric": "f1"}], "filter_list": [{"name": "x"}]},
+        "coded": {"task": "coded", "class": "somewhere.Task"},
+    }
+    index = {name: SimpleNamespace(cfg=cfg, tags={"tagged"} if name == "some" else set()) for name, cfg in entries.items()}
+    monkeypatch.setattr(harness_tasks, "_index", lambda: index)
+    monkeypatch.setattr("compression.data.hub.resolve_commit", lambda path, _: f"commit of {path}")
+    assert fingerprint_task("all") == [
+        "all",
+        "installed",
+        [None, ["owner/one", None, "commit of owner/one"], ["owner/two", None, "commit of owner/two"]],
+    ]
+    assert task_metrics("all") == {
+        "harness.tagged.*": None, "harness.plain.acc": "mean", "harness.plain.acc_stderr": None, "harness.plain.count": None,
+        "harness.coded.*": None, "harness.all.*": None, "harness.inline.*": None,
+    }  # fmt: skip
+
+
+def test_standard_errors_end_names_and_filters_stand_before_them() -> None:
+    assert metric_name("gsm8k", "exact_match_stderr", "strict-match") == "harness.gsm8k.exact_match.strict-match_stderr"
+    assert metric_name("gsm8k", "exact_match", "none") == "harness.gsm8k.exact_match"
 
 
 def test_names_are_found_and_unknown_ones_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (hellaswag,) = find_tasks(("hellaswag",))
     assert hellaswag.file is not None
     assert hellaswag.file.name == "hellaswag.yaml"
-    index = {"hellaswag_de": None, "mmlu": None}
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: type("Index", (), {"task_index": index}))
+    monkeypatch.setattr(harness_tasks, "_index", lambda: {"hellaswag_de": None, "mmlu": None})
     assert find_tasks(("mmlu",)) == [Task("mmlu", None)]
     with pytest.raises(UnusableData, match="no task 'hellaswag_d'; did you mean hellaswag_de"):
         find_tasks(("hellaswag_d",))
@@ -165,14 +273,14 @@ def test_files_of_tasks_are_checked(tmp_path: Path) -> None:
         find_tasks((str(tmp_path / "nameless.yaml"),))
     gone = own_task(tmp_path, dataset_kwargs={"data_files": {"test": "gone.jsonl"}})
     with pytest.raises(UnusableData, match=r"there is no file .*gone\.jsonl"):
-        check_tasks((str(gone),))
+        check_tasks((str(gone),), 128)
 
 
 def test_a_hub_task_is_refused_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
     with pytest.raises(UnusableData, match="the data of the task hellaswag cannot be reached.*HF_HUB_OFFLINE"):
-        check_tasks(("hellaswag",))
+        check_tasks(("hellaswag",), 128)
 
 
 def test_the_fingerprint_covers_task_data_and_code_but_no_place(tmp_path: Path) -> None:
@@ -180,12 +288,12 @@ def test_the_fingerprint_covers_task_data_and_code_but_no_place(tmp_path: Path) 
     for folder in (one, two):
         folder.mkdir()
         own_task(folder, dataset_kwargs={"data_files": {"test": str(folder / "village.jsonl")}})
-    first = fingerprint_tasks((str(one / "village.yaml"),))
-    assert fingerprint_tasks((str(two / "village.yaml"),)) == first
+    first = fingerprint_task(str(one / "village.yaml"))
+    assert fingerprint_task(str(two / "village.yaml")) == first
     (two / "utils.py").write_text("x = 1\n")
-    with_code = fingerprint_tasks((str(two / "village.yaml"),))
+    with_code = fingerprint_task(str(two / "village.yaml"))
     with (two / "village.jsonl").open("a") as stream:
         stream.write("{}\n")
-    with_data = fingerprint_tasks((str(two / "village.yaml"),))
+    with_data = fingerprint_task(str(two / "village.yaml"))
     own_task(one, doc_to_text="{{question}}")
-    assert len({json.dumps(f) for f in (first, with_code, with_data, fingerprint_tasks((str(one / "village.yaml"),)))}) == 4
+    assert len({json.dumps(f) for f in (first, with_code, with_data, fingerprint_task(str(one / "village.yaml")))}) == 4

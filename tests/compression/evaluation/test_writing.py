@@ -61,6 +61,7 @@ def test_silence_and_broken_characters_are_seen() -> None:
     assert invalid_utf8(write("né".encode()[:-1]))
     assert not invalid_utf8(write("né 日本語 🙂"))
     assert not invalid_utf8(write("né", new_tokens=2))  # cut off within the character
+    assert invalid_utf8(write(b"\xff" * 32, new_tokens=8))  # nothing but broken bytes, cut off among them
 
 
 def test_samples_continue_the_windows_and_are_counted() -> None:

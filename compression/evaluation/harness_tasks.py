@@ -55,7 +55,6 @@ def check_tasks(asked: tuple[str, ...], max_length: int) -> None:
     """
     for task in find_tasks(asked):
         for name, config in single_tasks(task).items():
-            _data(name, config)
             if config.get("output_type") == "generate_until":
                 settings = config.get("generation_kwargs") or {}
                 refuse_sampling(name, settings)
@@ -64,6 +63,7 @@ def check_tasks(asked: tuple[str, ...], max_length: int) -> None:
                         f"the task {name} writes up to {new_tokens(settings)} tokens, which leaves no room for a prompt in the model's "
                         f"{max_length}; a task file of your own may include it and set generation_kwargs", key="harness",
                     )  # fmt: skip
+            _data(name, config)
 
 
 def refuse_sampling(task: str, settings: Mapping[str, Any]) -> None:

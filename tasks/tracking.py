@@ -57,7 +57,7 @@ class Tracking:
         self._outbox: Outbox | None = None
         self._guard = threading.RLock()
         self._wake, self._closed = threading.Event(), False
-        self.refused = 0  # calls that MLflow answered, and refused
+        self.refused = 0  # calls of this process that MLflow answered, and refused
         self._curves: dict[str, tuple[float, list[Point]]] = {}  # of each run: when points were last sent, and those since
         self.client, self.experiment = _connect(self.uri)
         self._sender = Sender(self.client, self.experiment)
@@ -296,7 +296,8 @@ class Tracking:
         before = box.refused
         count = box.send(sender)
         if box.refused > before:
-            self.refused += box.refused - before
+            if box is self._outbox:
+                self.refused += box.refused - before
             self._say(f"MLflow at {self.uri} refused {box.refused - before} calls that waited; they are in {self._folder}/refused.jsonl")
         return count
 

@@ -177,6 +177,7 @@ def test_what_mlflow_refuses_is_set_aside_and_holds_nothing_up(uri: str, connect
     assert points(uri, run, "perplexity") == [(0, 3.5)]
     refused = json.loads((tmp_path / "outbox" / "refused.jsonl").read_text())
     assert refused["arguments"]["run"] == deleted and refused["error"] and any("refused 1 calls" in text for text in said)
+    assert tracking.refused == 1
     tracking.close()
 
 

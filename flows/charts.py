@@ -246,14 +246,16 @@ def legend(series: Collection[str]) -> str:
 
 
 def axis(values: Sequence[float], *, zero: bool) -> list[float]:
-    """Round numbers that enclose the values, about five of them."""
+    """Round numbers that enclose the values, about five of them. Values that differ by less than the numbers can tell count as one."""
     low, high = (0.0 if zero else min(values)), max(values)
-    span = (high - low) or abs(high) or 1.0
-    raw = span / 4
-    power = 10.0 ** (len(f"{int(raw)}") - 1) if raw >= 1 else 10.0 ** -(next(i for i in range(1, 20) if raw * 10**i >= 1))
+    size = max(abs(low), abs(high))
+    span = high - low if high - low > 1e-5 * size else size
+    raw = (span if span > 1e-300 else 1.0) / 4
+    power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw)
     first, last = int(low // step), int(-(-high // step))
-    return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
+    digits = 2 - math.floor(math.log10(step))
+    return [round(i * step, digits) for i in range(first, max(last, first + 1) + 1)]
 
 
 def _decades(values: Sequence[float]) -> list[float]:

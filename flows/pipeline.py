@@ -95,12 +95,13 @@ def run_pipeline(
             for result in pipeline.results.values():
                 result.run = tracking.id_of(result.run)
             summary = summarize(pipeline, plan, started, journaled.run.run)
+            write_summary(store, journaled.run.run, summary)  # before anything is asked of MLflow
+            files = _write(pipeline, summary, render) if finished else []
             end_cells(pipeline, summary, plan, finished)
-            if not finished:
-                close_interrupted(pipeline, summary, plan)
+            if finished:
+                end_parent(pipeline, summary, plan, files)
             else:
-                _finish(pipeline, plan, summary, render)
-            write_summary(store, journaled.run.run, summary)
+                close_interrupted(pipeline, summary, plan)
             settle(tracking, store.root / "outbox", warn)
         succeeded = all(row["state"] in {"Completed", "Cached"} for row in summary["rows"])
         journaled.stages({row["stage"]: Told(row["state"], row["reason"], row["seconds"]) for row in summary["rows"]})
@@ -233,9 +234,9 @@ def _end_orphans() -> None:
             client.set_flow_run_state(flow_run.id, crashed, force=True)
 
 
-def _finish(pipeline: Pipeline, plan: Plan, summary: dict[str, Any], render: Callable[[dict[str, Any]], str]) -> None:
-    """Write the summary and the report, and end the parent run with both."""
+def _write(pipeline: Pipeline, summary: dict[str, Any], render: Callable[[dict[str, Any]], str]) -> list[Path]:
+    """Write the summary and the report beside the results; returns the files."""
     folder = pipeline.outputs / pipeline.name
     write_json(folder / "run.json", summary)
     (folder / "report.html").write_text(render(summary))
-    end_parent(pipeline, summary, plan, [folder / "run.json", folder / "report.html"])
+    return [folder / "run.json", folder / "report.html"]

@@ -12,7 +12,7 @@ from typing import Any
 from flows.graph import BASE
 from flows.planning import Plan, estimate
 from flows.registering import register_results
-from tasks.descriptions import charted, sentence, steps_table, table
+from tasks.descriptions import charted, fitted, sentence, steps_table, table
 from tasks.measure import machine_fingerprint
 from tasks.perform import Pipeline
 from tasks.store import Store
@@ -198,14 +198,12 @@ def describe_parent(pipeline: Pipeline, summary: dict[str, Any], plan: Plan, end
     points = [f"- **{verdict['outcome']}** {row['stage']}: {verdict['message']}" for row in rows for verdict in row["verdicts"]]
     points += [f"- warning {row['stage']}: {warning}" for row in rows for warning in row["warnings"]]
     link = f"#/experiments/{tracking.experiment}/runs/"
-    tracking.describe(
-        pipeline.run,
-        "\n\n".join(filter(None, [*lines, end, "\n".join([*results, *more]), steps_table(stages[:50], link), "\n".join(points[:50])])),
-    )
+    above = [*lines, end, "\n".join([*results, *more])]
+    tracking.describe(pipeline.run, fitted(above, steps_table(stages, link), points))
 
 
 def settle(tracking: Tracking, outbox: Path, warn: Callable[[str], None]) -> None:
-    """Wait a while for an MLflow that is away, say what it still lacks, and let go."""
+    """Wait a while for an MLflow that is away, say what it still lacks and what it refused, and let go."""
     if tracking.waiting:
         warn(f"waiting up to {_PATIENCE:.0f} s for MLflow at {tracking.uri}, which lacks {tracking.waiting} calls")
         if left := tracking.settle(_PATIENCE):
@@ -213,4 +211,6 @@ def settle(tracking: Tracking, outbox: Path, warn: Callable[[str], None]) -> Non
                 f"MLflow at {tracking.uri} still lacks {left} calls; they are kept in {outbox}, and `edgepress sync`, the next `edgepress run` "
                 "or `edgepress resume` sends them"
             )
+    if tracking.refused:
+        warn(f"MLflow at {tracking.uri} refused {tracking.refused} calls; they are in {outbox}/refused.jsonl, each with the reason")
     tracking.close()

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from compression.checkpoint import Checkpoint
 from tasks.figures import Figure, Metrics, measured
+from tasks.mlflow_calls import LONGEST
 from tasks.stage import Artifact, Planned
 
 SENTENCE = ("accuracy", "perplexity", "kl_to_base", "top1_agreement", "size_mb", "tokens_per_second")
@@ -45,7 +46,27 @@ def describe_stage(
         lines.append(known + (f", measured in {runtime}." if runtime else "."))
     points = [f"- **{verdict.outcome}** {verdict.message}" for verdict in verdicts]
     points += [f"- warning: {warning}" for warning in warnings]
-    return "\n\n".join([*lines, table(columns), "\n".join(points)]).strip()
+    return fitted(lines, table(columns), points)
+
+
+def fitted(paragraphs: Sequence[str], rows: str, points: Sequence[str]) -> str:
+    """Paragraphs, a table's rows and a list as one description that MLflow takes. Of what is too long the last rows give way, whole ones, before points."""
+    most = LONGEST // 4
+    above = [text if len(text) <= most else f"{text[: most - 1]}…" for text in paragraphs if text]
+    room = LONGEST - sum(len(text) + 2 for text in above) - 2
+    listed = _whole(points, max(room // 2, room - len(rows) - 1))
+    return "\n\n".join(filter(None, [*above, _whole(rows.splitlines(), room - len(listed)), listed]))
+
+
+def _whole(lines: Sequence[str], room: int) -> str:
+    """As many of the lines as have room, and after them how many there are more."""
+    if sum(len(line) + 1 for line in lines) <= room:
+        return "\n".join(lines)
+    left, kept = room - len("\n\nand 10000 more"), 0
+    while kept < len(lines) and len(lines[kept]) < left:
+        left -= len(lines[kept]) + 1
+        kept += 1
+    return "\n".join(lines[:kept]) + f"\n\nand {len(lines) - kept} more"
 
 
 def sentence(columns: Mapping[str, Mapping[str, float]]) -> str:

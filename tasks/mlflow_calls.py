@@ -3,23 +3,25 @@
 A run that was opened while MLflow did not answer has a name of ours, which stands in calls in place of MLflow's id until that is known.
 """
 
+import errno
 import os
-import tempfile
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
-from filelock import FileLock
+from tasks.runners.machine import one_at_a_time
 
 OWNER = "edgepress.owner"
 KEY = "edgepress.key"  # tag with our name of a run
 REASON = "edgepress.reason"
 NOTE = "mlflow.note.content"
-COMPUTED = "edgepress.computed"  # tag of a stage's run that computed it, also after it was gone on with and found it in the store
+COMPUTED = "edgepress.computed"  # tag of a stage's run that computed it, also where that failed later, or was gone on with and found it in the store
+LONGEST = 7500  # characters of a description; a tag holds 8,000, and a link may follow
 SYSTEM = "system/"  # MLflow's page of a run shows metrics that begin so apart
 _BATCH = 900  # points; MLflow takes 1,000
+_CARRIERS = ("botocore.", "boto3.", "azure.", "google.api_core.", "google.auth.", "google.resumable_media.", "urllib3.")  # of artifacts
 _AT_ONCE = 4  # calls; MLflow opens 15 connections to a database, and gives up on a sixteenth that waits for long, as in a wide sweep
 
 Point = tuple[str, int, float, int]  # metric, step, value, Unix time in milliseconds
@@ -68,17 +70,46 @@ def prepare_mlflow() -> None:
 
 def translate(error: Exception) -> NoReturn:
     """Raise what an exception of MLflow, or of what carries artifacts, means: Away or Refused; anything else as it is."""
-    from mlflow.exceptions import MlflowException
+    kind = _meaning(error)
+    if kind is None:
+        raise error
+    raise kind(f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__) from error
 
-    message = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
+
+def _meaning(error: BaseException | None) -> type[Away] | type[Refused] | None:
+    """What an exception says of the call, by the status of an answer where there was one; None where it is neither of MLflow nor of a carrier."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import OperationalError
+    from sqlalchemy.exc import TimeoutError as NoConnection
+
+    if error is None:
+        return None
+    if status := _status(error):
+        return Refused if 400 <= status < 500 and status not in (408, 429) else Away
+    if isinstance(error, FileNotFoundError | PermissionError | ImportError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+        return Refused
+    if isinstance(error, OSError | OperationalError | NoConnection):
+        return Away
+    # the client's own words for what it met on the way, or for an address or a setting that is wrong; boto3's for what botocore was answered
+    own = Refused if isinstance(error, MlflowException) else Away if type(error).__module__.startswith(_CARRIERS) else None
+    return own and (_meaning(error.__cause__ or error.__context__) or own)
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that was answered, by the names that MLflow, requests, botocore, azure.core and google.api_core give it."""
+    from mlflow.exceptions import MlflowException, RestException
+
     if isinstance(error, MlflowException):
-        kind = Away if error.get_http_status_code() >= 500 or error.get_http_status_code() in (408, 429) else Refused
-        raise kind(message) from error
-    if isinstance(error, FileNotFoundError):
-        raise Refused(message) from error
-    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("botocore", "boto3"):
-        raise Away(message) from error
-    raise error
+        if said := re.search(r"failed with error code (\d{3})", f"{error}"):  # of a status that it has no name for it makes 500
+            return int(said[1])
+        told = isinstance(error, RestException) or error.error_code != "INTERNAL_ERROR"  # which is what exceptions without a code have
+        return error.get_http_status_code() if told else None
+    answer = getattr(error, "response", None)
+    if isinstance(answer, dict):  # botocore; S3 answers 400 when a connection was too slow
+        late = answer.get("Error", {}).get("Code") == "RequestTimeout"
+        return 408 if late else answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    known = (getattr(answer, "status_code", None), getattr(error, "status_code", None), getattr(error, "code", None))
+    return next((int(status) for status in known if isinstance(status, int)), None)
 
 
 class Sender:
@@ -156,7 +187,7 @@ class Sender:
 
     def describe(self, run: str, text: str, identity: str | None) -> None:
         """The run's description. With `identity` the run that computed it is named: a link, and a tag."""
-        text, links = text[:7500], {}  # of 8,000 that a tag holds
+        text, links = text[:LONGEST], {}
         if identity:
             computed = self.found("edgepress.identity", identity, f"tags.`{COMPUTED}` = 'true'")
             if computed and computed != run:
@@ -169,7 +200,7 @@ class Sender:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         data = Dataset(name=name, digest=digest[:36], source_type="edgepress", source=source)
-        with FileLock(Path(tempfile.gettempdir()) / "edgepress-tracking.lock"):  # MLflow's stores fail when two writers bring one data set
+        with one_at_a_time("edgepress-tracking.lock"):  # MLflow's stores fail when two writers bring one data set
             self.client.log_inputs(run, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
 
     def log_file(self, run: str, file: str, folder: str | None) -> None:

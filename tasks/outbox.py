@@ -4,7 +4,7 @@
     <folder>/<name>.sent      how many of them were sent, and MLflow's ids of the runs that were opened without it
     <folder>/<name>.files/    copies of files to send
     <folder>/<name>.lock      held by the process that writes and sends it, and free once that is dead
-    <folder>/refused.jsonl    calls that MLflow answered, and refused: nothing is thrown away
+    <folder>/refused.jsonl    calls that MLflow answered, and refused, at once or later (but no copies of files)
 
 A line that a crash broke off was no call yet: nobody went on before it was whole. A call may be sent twice (the answer got lost, or the process
 died before it noted it), so every call is one that changes nothing the second time (tasks/mlflow_calls.py). Imports no torch.
@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Outbox:
         self._lock = FileLock(self._beside(".lock"), timeout=0, thread_local=False)
         self._lock.acquire()
         if name is None:
-            self._append(self._file, {"uri": uri})
+            _append(self._file, {"uri": uri})
 
     @classmethod
     def left(cls, folder: Path) -> Iterator["Outbox"]:
@@ -66,15 +66,18 @@ class Outbox:
         return len(self._calls)
 
     def add(self, call: Call) -> None:
-        """Keep a call, on disk when this returns. A file that it sends is copied, for its owner may change it."""
+        """Keep a call, on disk when this returns. A file that it sends is copied, for its owner may change it. Raises Refused where that is gone."""
         with self._guard:
             if "file" in call.arguments:
                 kept = self._beside(".files") / uuid.uuid4().hex[:8] / Path(call.arguments["file"]).name
                 kept.parent.mkdir(parents=True)
-                shutil.copyfile(call.arguments["file"], kept)
+                try:
+                    shutil.copyfile(call.arguments["file"], kept)
+                except FileNotFoundError as gone:
+                    raise Refused(str(gone)) from gone
                 fsync(kept)
                 call = Call(call.what, {**call.arguments, "file": str(kept)})
-            self._append(self._file, call.document())
+            _append(self._file, call.document())
             self._calls.append(call)
 
     def send(self, sender: Sender) -> int:
@@ -86,12 +89,10 @@ class Outbox:
                     sender.send(self._calls[0], perhaps_sent=True)
                 except Refused as refusal:
                     self.refused += 1
-                    self._append(
-                        self._file.with_name(_REFUSED), {"uri": self.uri, "error": str(refusal), **self._calls[0].document(), **sender.ids}
-                    )
+                    set_aside(self._file.parent, self.uri, self._calls[0], refusal, sender.ids)
                 with self._guard:
                     self._sent += 1
-                    self._append(self._beside(".sent"), {"sent": self._sent, "ids": sender.ids})
+                    _append(self._beside(".sent"), {"sent": self._sent, "ids": sender.ids})
                     self._calls.popleft()
                 count += 1
         return count
@@ -130,15 +131,11 @@ class Outbox:
     def _beside(self, suffix: str) -> Path:
         return self._file.with_suffix(suffix)
 
-    @staticmethod
-    def _append(file: Path, document: dict[str, Any]) -> None:
-        new = not file.exists()
-        with file.open("a") as stream:
-            stream.write(json.dumps(document) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        if new:
-            fsync(file.parent)
+
+def set_aside(folder: Path, uri: str, call: Call, refusal: Refused, ids: Mapping[str, str]) -> None:
+    """Keep a call that MLflow at `uri` refused, with the reason. `ids`: MLflow's of runs that it may name by ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _append(folder / _REFUSED, {"uri": uri, "error": str(refusal), **call.document(), "ids": dict(ids)})
 
 
 def addresses(folder: Path) -> list[str]:
@@ -149,6 +146,17 @@ def addresses(folder: Path) -> list[str]:
 def waiting(folder: Path) -> int:
     """How many calls wait in a folder, whoever they belong to."""
     return sum(max(0, len(_lines(file)) - 1 - len(_lines(file.with_suffix(".sent")))) for file in folder.glob(_NAMES))
+
+
+def _append(file: Path, document: dict[str, Any]) -> None:
+    """Add a line, on disk when this returns."""
+    new, line = not file.exists(), json.dumps(document).encode() + b"\n"
+    with file.open("ab", buffering=len(line)) as stream:  # whole in one write: several processes may add to refused.jsonl at once
+        stream.write(line)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if new:
+        fsync(file.parent)
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

@@ -200,6 +200,7 @@ def _compute(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result,
         if entry is None:
             result.computed = True
             entry = _run_child(pipeline, task, stage, result)
+            pipeline.tracking.log(result.run, {}, tags={COMPUTED: "true"})  # so it stays, whatever comes of measuring and of gates
     result.state = "Cached" if cached else "Completed"  # not before: the journal of a run that is killed says how far it came
     result.path, result.content = str(entry.path), entry.content
     result.metrics |= entry.manifest["metrics"] | {"seconds": entry.manifest["seconds"]}
@@ -318,6 +319,7 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
         result.metrics |= compare(measured, pipeline.measured["base"], result.content, pipeline.store)
     elif measured.seconds:
         result.state = "Completed"
+        pipeline.tracking.log(result.run, {}, tags={COMPUTED: "true"})
     if parent:
         _compare_speed(result, pipeline.results[parent])
 
@@ -365,7 +367,6 @@ def _log(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     tags = {
         "edgepress.state": result.state, "edgepress.cached": str(result.state == "Cached").lower(), "edgepress.path": result.path,
         "edgepress.content": result.content, "edgepress.final": str(task.name in pipeline.leaves and passed).lower(),
-        **({COMPUTED: "true"} if result.state == "Completed" else {}),
     }  # fmt: skip
     tracking = pipeline.tracking
     tracking.log(result.run, result.metrics, tags=tags)

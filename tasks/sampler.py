@@ -63,18 +63,18 @@ def figures(before: dict[str, float], now: dict[str, float]) -> dict[str, float]
 
 
 def _gpus() -> dict[str, float]:
-    """Utilization and memory of every GPU, where NVML is there."""
+    """Utilization and memory of every GPU, where NVML is there, and each that it tells."""
     try:
         import pynvml
     except ImportError:
         return {}
-    try:
+    found: dict[str, float] = {}
+    with suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return {}
-    found = {}
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        found[f"gpu_{index}_percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-        found[f"gpu_{index}_memory_mb"] = pynvml.nvmlDeviceGetMemoryInfo(handle).used / 1e6
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            with suppress(pynvml.NVMLError):  # a GPU that was lost, or is another's
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                with suppress(pynvml.NVMLError):  # a part of a GPU (MIG) tells no utilization
+                    found[f"gpu_{index}_percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+                found[f"gpu_{index}_memory_mb"] = pynvml.nvmlDeviceGetMemoryInfo(handle).used / 1e6
     return found

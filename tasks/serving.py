@@ -3,8 +3,11 @@
 MLflow finds this module by its name, so edgepress must be installed where the model is opened. Imports no runtime until then.
 """
 
+import math
 import os
 import threading
+from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +35,14 @@ class EdgeModel:
         self._turn = threading.Lock()  # a runtime has one state
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
-        """model_input: a table with the column `prompt`; returns one with the column `text`, the continuations. Of `params` see PARAMETERS.
+        """model_input: a table with the column `prompt`; returns one with the column `text`, the continuations. Of `params` see PARAMETERS;
+        None is the default.
 
         Raises EdgepressError for parameters out of bounds, and Incompatible for a prompt that leaves no room in the model's context.
         """
         import pandas
 
-        chosen = {name: default for name, (_, default) in PARAMETERS.items()} | (params or {})
+        chosen = _chosen(params or {})
         with self._turn:
             texts = [self._continue(prompt, chosen) for prompt in model_input["prompt"]]
         return pandas.DataFrame({"text": texts})
@@ -46,8 +50,6 @@ class EdgeModel:
     def _continue(self, prompt: str, chosen: dict[str, Any]) -> str:
         if not isinstance(prompt, str):
             raise EdgepressError(f"a prompt is one text, not {prompt!r}; give a row for each", key="prompt")
-        if chosen["max_new_tokens"] < 1:
-            raise EdgepressError(f"max_new_tokens {chosen['max_new_tokens']} must be 1 or more", key="max_new_tokens")
         choose = sampler(chosen["temperature"], chosen["top_p"], chosen["seed"])
         tokens = self._text.encode_chat(prompt) if chosen["chat"] else self._text.encode(prompt)
         tokens = tokens or sorted(self._text.ends)[:1]  # nothing at all: what follows a text that ended
@@ -56,6 +58,18 @@ class EdgeModel:
             raise Incompatible(f"the prompt's {len(tokens)} tokens leave no room in the model's {self._runtime.max_length}", key="prompt")
         count = min(chosen["max_new_tokens"], room)
         return "".join(stream_text(self._text, tokens, stream(self._runtime, tokens, count, choose)))
+
+
+def _chosen(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A value for each of PARAMETERS. Raises EdgepressError for one of another kind, or out of bounds; the sampler judges the rest."""
+    chosen = {name: default if params.get(name) is None else params[name] for name, (_, default) in PARAMETERS.items()}
+    for name, least in (("max_new_tokens", 1), ("seed", 0)):
+        if not isinstance(chosen[name], Integral) or chosen[name] < least:
+            raise EdgepressError(f"{name} {chosen[name]!r} must be a whole number, {least} or more", key=name)
+    for name in ("temperature", "top_p"):
+        if not isinstance(chosen[name], Real) or not math.isfinite(chosen[name]):
+            raise EdgepressError(f"{name} {chosen[name]!r} must be a number", key=name)
+    return chosen
 
 
 def _load_pyfunc(path: str) -> EdgeModel:

@@ -1,7 +1,8 @@
 """MLflow: one run a pipeline, one child run a stage, the same metric names on all of them. Imports no torch.
 
 Run ids are passed explicitly: MLflow's stack of active runs belongs to a thread, and stages run in several. What MLflow misses while it does
-not answer waits in an outbox on disk (tasks/outbox.py), and everything after it too, so that it arrives in order.
+not answer waits in an outbox on disk (tasks/outbox.py), and everything after it too, so that it arrives in order. What it answers and refuses
+is set aside there, and said: a run ends as its stages do, whatever MLflow makes of it.
 """
 
 import getpass
@@ -18,7 +19,7 @@ from typing import Any
 from compression.errors import EdgepressError
 from tasks.mlflow_calls import KEY, OWNER, Away, Call, Point, Refused, Sender, prepare_mlflow, translate
 from tasks.mlflow_database import make_database
-from tasks.outbox import Outbox
+from tasks.outbox import Outbox, set_aside
 from tasks.owner import is_dead, owner_tag
 
 EXPERIMENT = "edgepress"
@@ -46,8 +47,8 @@ class Tracking:
 
     def __init__(self, uri: str | None = None, outbox: Path | None = None, say: Callable[[str], None] = lambda _: None):
         """
-        outbox  folder for what MLflow misses; without one a call that cannot be sent raises Away
-        say     gets a word for people when MLflow goes away and comes back
+        outbox  folder for what MLflow misses or refuses; without one such a call raises Away or Refused
+        say     gets a word for people when MLflow goes away and comes back, and when it first refuses something
         Raises EdgepressError where MLflow does not answer now.
         """
         prepare_mlflow()
@@ -56,6 +57,7 @@ class Tracking:
         self._outbox: Outbox | None = None
         self._guard = threading.RLock()
         self._wake, self._closed = threading.Event(), False
+        self.refused = 0  # calls of this process that MLflow answered, and refused
         self._curves: dict[str, tuple[float, list[Point]]] = {}  # of each run: when points were last sent, and those since
         self.client, self.experiment = _connect(self.uri)
         self._sender = Sender(self.client, self.experiment)
@@ -108,22 +110,22 @@ class Tracking:
     ) -> str:  # fmt: skip
         """Start a run (below `parent`), or go on with the `known` one that has this name, tags and parameters.
 
-        Returns its id: MLflow's, or a name of ours while MLflow does not answer (`id_of`).
+        Returns its id: MLflow's, or a name of ours while MLflow does not answer (`id_of`). Raises EdgepressError where MLflow refuses a run that is
+        below none: then nothing has begun.
         """
         if known is not None:
             self.reopen(known)
             return known
         key = f"{_PENDING}{uuid.uuid4().hex}"
         texts = {name: str(value)[:6000] for name, value in (params or {}).items()}
-        self._send(
-            "create",
-            key=key,
-            name=name,
-            parent=parent,
-            tags={OWNER: owner_tag(), "mlflow.user": _user(), **(tags or {})},
-            params=texts,
-            time=_now(),
-        )
+        said = {OWNER: owner_tag(), "mlflow.user": _user(), **(tags or {})}
+        call = Call("create", {"key": key, "name": name, "parent": parent, "tags": said, "params": texts, "time": _now()})
+        try:
+            self._attempt(call)
+        except Refused as refusal:
+            if parent is None:
+                raise EdgepressError(f"MLflow at {self.uri} refuses to open a run: {refusal}; nothing was run") from refusal
+            self._refuse(call, refusal)
         return self.id_of(key)
 
     def id_of(self, run: str) -> str:
@@ -185,7 +187,9 @@ class Tracking:
         self._send("register", run=run, **what)
 
     def end(self, run: str, status: str, reason: str | None = None) -> None:
-        """End a run: FINISHED, FAILED or KILLED."""
+        """End a run: FINISHED, FAILED or KILLED. Points of its curves that are held still go first."""
+        if held := self._curves.pop(run, (0.0, []))[1]:
+            self._send("log", run=run, points=held, tags={})
         self._send("end", run=run, status=status, time=_now(), reason=reason)
 
     # --- while MLflow is away ---
@@ -228,20 +232,38 @@ class Tracking:
                 self._outbox = None
 
     def _send(self, what: str, **arguments: Any) -> None:
-        """Send a call now, or behind those that wait. Raises RuntimeError where MLflow refuses it: a mistake of ours, or the run was deleted."""
+        """Send a call now, or behind those that wait. One that MLflow refuses (its run was deleted) is set aside."""
         call = Call(what, arguments)
+        try:
+            self._attempt(call)
+        except Refused as refusal:
+            self._refuse(call, refusal)
+
+    def _attempt(self, call: Call) -> None:
+        """Send a call now, or behind those that wait. Raises Refused."""
         with self._guard:
             if self._outbox is not None:
                 self._outbox.add(call)
                 return
         try:
             self._sender.send(call)
-        except Refused as refusal:
-            raise RuntimeError(f"MLflow at {self.uri} refuses {what}: {refusal}") from refusal
         except Away as away:
             if self._folder is None:
                 raise
             self._keep(call, str(away))
+
+    def _refuse(self, call: Call, refusal: Refused) -> None:
+        """Keep what MLflow refused, and say so the first time: what is wrong with one call is likely wrong with the next thousand."""
+        if self._folder is None:
+            raise refusal
+        with self._guard:
+            set_aside(self._folder, absolute_uri(self.uri), call, refusal, self._sender.ids)
+            self.refused += 1
+            if self.refused == 1:
+                self._say(
+                    f"MLflow at {self.uri} refuses `{call.what}` ({refusal}); the run goes on, and what MLflow refuses is kept in "
+                    f"{self._folder}/refused.jsonl"
+                )
 
     def _keep(self, call: Call, reason: str) -> None:
         with self._guard:
@@ -274,6 +296,8 @@ class Tracking:
         before = box.refused
         count = box.send(sender)
         if box.refused > before:
+            if box is self._outbox:
+                self.refused += box.refused - before
             self._say(f"MLflow at {self.uri} refused {box.refused - before} calls that waited; they are in {self._folder}/refused.jsonl")
         return count
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 
 from flows.charts import BOTTOM, TOP, Frame, Scale, scale, shortened
 from flows.report.rows import Row, beside, parent, quality, shown
@@ -104,7 +105,7 @@ def _bar(frame: Frame, steps: Sequence[_Step], number: int, figure: Figure, ends
     better = (value - before) * figure.better > 0
     colour = "var(--dim)" if value == before else "var(--Completed)" if better else "var(--Failed)"
     x, width = min(start, here), max(abs(here - start), 2)
-    title = f"{step.row['stage']}: {figure.value(before)} to {figure.value(value)}"
+    title = escape(f"{step.row['stage']}: {figure.value(before)} to {figure.value(value)}")
     frame.parts.append(
         f'<rect x="{x:.1f}" y="{y - 8:.1f}" width="{width:.1f}" height="16" fill="{colour}" fill-opacity="0.75"><title>{title}</title></rect>'
     )

@@ -76,13 +76,22 @@ def _held(name: str, held: ExitStack) -> bool:
 
 
 @contextmanager
+def one_at_a_time(name: str) -> Iterator[None]:
+    """Wait for the lock file `name` and hold it alone, among all threads and edgepress processes of all users. For what is short."""
+    with _lock_file(name) as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def _lock_file(name: str) -> Iterator[int]:
     """An open lock file of the machine. Closing it lets its lock go."""
     path = Path(tempfile.gettempdir()) / name
     try:
         handle = os.open(path, os.O_RDONLY)  # another user's file can be locked, but neither written nor opened with O_CREAT
     except FileNotFoundError:
-        handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+        handle = os.open(path, os.O_RDONLY | os.O_CREAT)
+        os.fchmod(handle, 0o644)  # whatever the umask: others must be able to open it
     try:
         yield handle
     finally:

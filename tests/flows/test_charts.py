@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from flows.charts import COLOURS, Dot, Point, axis, curves, front, legend, lines, scatter
 
 
-@pytest.mark.parametrize("values", [[0.9, 0.9], [0.2, 0.95], [1e-5, 3e-5], [58.7, 59.3], [3.0, 4000.0], [0.0, 0.0], [7.0]])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.9, 0.9], [0.2, 0.95], [1e-5, 3e-5], [58.7, 59.3], [3.0, 4000.0], [0.0, 0.0], [7.0], [1.719, 1.719 + 1e-11], [1e-12, 3e-12],
+        [0.0, 2e-11], [1e-25, 2e-25], [5e-324, 5e-324], [1e18, 1e18 + 4096],
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("zero", [True, False])
 def test_axes_enclose_their_values(values: list[float], zero: bool) -> None:
     marks = axis(values, zero=zero)

@@ -137,6 +137,13 @@ def test_each_bar_of_the_waterfall_reaches_from_its_parent_to_itself() -> None:
     assert prune.get("fill") == "var(--Failed)"
 
 
+def test_any_name_and_any_difference_can_be_drawn() -> None:
+    rows = [row("base", [], metrics={"perplexity": 1.719}), row("a<b>&", ["base"], metrics={"perplexity": 1.719 + 4e-11})]
+    (chart,) = svgs(waterfall_section(rows))
+    (title,) = [title.text for bar in chart.findall("rect") for title in bar.findall("title")]
+    assert title == "a<b>&: 1.719 to 1.719"
+
+
 def test_no_whisker_of_an_accuracy_leaves_0_to_1() -> None:
     paired = {"accuracy": 0.1, "accuracy_delta": -0.2, "accuracy_delta_low": -0.5, "accuracy_delta_high": 0.1}
     html = waterfall_section([row("base", [], metrics={"accuracy": 0.3}), row("a", ["base"], metrics=paired)])

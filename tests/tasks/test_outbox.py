@@ -1,22 +1,37 @@
 """What MLflow missed: kept on disk, sent in order when it answers, nothing lost and nothing twice."""
 
+import errno
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
+from boto3.exceptions import S3UploadFailedError
+from botocore.exceptions import ClientError, EndpointConnectionError
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
+from sqlalchemy.exc import OperationalError
 
 from compression.errors import EdgepressError
 from tasks import tracking as tracking_module
-from tasks.mlflow_calls import Away, Call, Sender
-from tasks.outbox import Outbox, addresses, waiting
+from tasks.mlflow_calls import Away, Call, Refused, Sender, translate
+from tasks.outbox import Outbox, _append, addresses, waiting
 from tasks.tracking import EXPERIMENT, Tracking
 
-GONE = MlflowException("API request to http://tracking failed with exception: connection refused")
+
+def raised(error: Exception, cause: Exception | None = None) -> Exception:
+    """An exception as it is when another made a library raise it."""
+    error.__context__ = cause
+    return error
+
+
+GONE = raised(MlflowException("API request to http://tracking failed with exception: refused"), requests.ConnectionError("refused"))
 
 
 class Flaky:
@@ -136,7 +151,7 @@ def test_what_a_process_left_is_sent_by_the_next_from_where_it_stopped(uri: str,
     for _ in range(2):  # as if it had been killed when it had sent these, and noted one
         sender.send(box._calls[0], perhaps_sent=True)
         sender.send(box._calls[1], perhaps_sent=True)
-    box._append(box._beside(".sent"), {"sent": 1, "ids": sender.ids})
+    _append(box._beside(".sent"), {"sent": 1, "ids": sender.ids})
     with box._file.open("a") as stream:
         stream.write('{"call": "log", "argum')
     assert list(Outbox.left(tmp_path / "outbox")) == []  # its process lives
@@ -162,9 +177,123 @@ def test_what_mlflow_refuses_is_set_aside_and_holds_nothing_up(uri: str, connect
     assert points(uri, run, "perplexity") == [(0, 3.5)]
     refused = json.loads((tmp_path / "outbox" / "refused.jsonl").read_text())
     assert refused["arguments"]["run"] == deleted and refused["error"] and any("refused 1 calls" in text for text in said)
-    with pytest.raises(RuntimeError, match="refuses log"):
-        tracking.log(deleted, {"perplexity": 3.5})
+    assert tracking.refused == 1
     tracking.close()
+
+
+def test_what_mlflow_refuses_at_once_is_set_aside_and_said_once(uri: str, connect: Any, tmp_path: Path) -> None:
+    tracking, _, said = connect()
+    parent = tracking.open_run("deleted")
+    MlflowClient(uri).delete_run(parent)
+    for step in range(1000, 1003):
+        tracking.log(parent, {"perplexity": 3.5}, step=step)
+    run = a_stage(tracking, parent)
+    tracking.log_file(run, tmp_path / "gone")
+    tracking.end(parent, "FINISHED")
+    assert MlflowClient(uri).get_run(run).info.status == "FINISHED" and points(uri, run, "perplexity") == [(0, 3.5)]
+    refused = [json.loads(line) for line in (tmp_path / "outbox" / "refused.jsonl").read_text().splitlines()]
+    assert [call["call"] for call in refused] == [*["log"] * 4, "log_file", "end"] and tracking.refused == 6 and tracking.waiting == 0
+    assert refused[0]["uri"] == uri and "deleted" in refused[0]["error"]
+    assert refused[1]["arguments"]["points"][0][:3] == ["perplexity", 1001, 3.5]
+    (told,) = said
+    assert "refuses `log`" in told and "the run goes on" in told and "refused.jsonl" in told
+    tracking.close()
+
+
+def test_a_run_that_mlflow_does_not_open_does_not_begin(uri: str, connect: Any, tmp_path: Path) -> None:
+    tracking, _, said = connect()
+    tracking._sender.experiment = "12345"
+    with pytest.raises(EdgepressError, match=r"refuses to open a run: .*12345.*nothing was run"):
+        tracking.open_run("micro")
+    assert said == [] and not (tmp_path / "outbox").exists()
+    tracking.open_run("pruned", parent="0" * 32)  # of a pipeline that has begun
+    assert len(said) == 1 and tracking.refused == 1
+    tracking.close()
+
+
+def answered(status: int) -> requests.HTTPError:
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError(f"{status} Client Error", response=response)
+
+
+def of_aws(status: int, code: str) -> ClientError:
+    return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")  # type: ignore[typeddict-item]
+
+
+def of_module(module: str, **attributes: object) -> Exception:
+    """An exception of a library that is not installed, with the attributes by which that tells statuses."""
+    error = type("Trouble", (Exception,), {"__module__": module})("trouble")
+    vars(error).update(attributes)
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        answered(413), answered(403), of_aws(403, "AccessDenied"), raised(S3UploadFailedError("failed"), of_aws(403, "AccessDenied")),
+        PermissionError(errno.EACCES, "Permission denied", "/mlruns"), OSError(errno.EROFS, "Read-only file system"),
+        FileNotFoundError("gone"), ModuleNotFoundError("No module named 'boto3'"),
+        MlflowException("the tracking URI must be a valid http or https URI"),
+        raised(MlflowException("no such scheme"), KeyError("scheme")),
+        MlflowException("API request to endpoint /api failed with error code 413 != 200. Response body: '<html>'"),
+        RestException({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no run"}),
+        of_module("azure.core.exceptions", status_code=403), of_module("google.api_core.exceptions", code=404),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_can_never_succeed_is_refused(error: Exception) -> None:
+    with pytest.raises(Refused):
+        translate(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        GONE, answered(503), answered(429), answered(408), of_aws(503, "SlowDown"), of_aws(400, "RequestTimeout"),
+        EndpointConnectionError(endpoint_url="http://s3"), raised(S3UploadFailedError("failed"), of_aws(500, "InternalError")),
+        requests.ConnectionError("refused"), OSError(errno.ENOSPC, "No space left on device"), TimeoutError("slow"),
+        raised(MlflowException("(sqlite3.OperationalError) database is locked"), OperationalError("x", {}, Exception("database is locked"))),
+        MlflowException("API request to endpoint /api failed with error code 502 != 200. Response body: '<html>'"),
+        RestException({"error_code": "INTERNAL_ERROR", "message": "trouble"}),
+        of_module("azure.core.exceptions"), of_module("google.auth.exceptions"), of_module("google.api_core.exceptions", code=503),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_may_succeed_later_waits(error: Exception) -> None:
+    with pytest.raises(Away):
+        translate(error)
+
+
+def test_a_mistake_of_ours_stays_one() -> None:
+    with pytest.raises(TypeError):
+        translate(TypeError("log_batch() got an unexpected argument"))
+
+
+def test_users_of_a_machine_log_data_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of others can neither be written nor, in a sticky directory, opened with O_CREAT."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    sent: list[str] = []
+    sender = Sender(SimpleNamespace(log_inputs=lambda run, _: sent.append(run)), "1")
+    call = Call("log_data", {"run": "1", "name": "data", "digest": "0123", "source": "{}", "context": "training"})
+    before = os.umask(0o077)
+    try:
+        sender.send(call)
+    finally:
+        os.umask(before)
+    (lock,) = tmp_path.iterdir()
+    assert lock.stat().st_mode & 0o777 == 0o644  # others can open it
+    opened: list[int] = []
+    original = os.open
+
+    def recording(path: Any, flags: int, *rest: Any) -> int:
+        if Path(path) == lock:
+            opened.append(flags)
+        return original(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", recording)
+    sender.send(call)
+    assert opened == [os.O_RDONLY] and sent == ["1", "1"]
 
 
 def test_a_file_is_sent_as_it_was(uri: str, connect: Any, tmp_path: Path) -> None:
@@ -174,6 +303,8 @@ def test_a_file_is_sent_as_it_was(uri: str, connect: Any, tmp_path: Path) -> Non
     flaky.away = True
     tracking.log_file(run, file)
     file.write_text("another run's")
+    tracking.log_file(run, tmp_path / "gone")
+    assert tracking.refused == 1 and "No such file" in (tmp_path / "outbox" / "refused.jsonl").read_text()
     flaky.away = False
     assert tracking.settle(20) == 0
     assert Path(MlflowClient(uri).download_artifacts(run, "run.json", str(tmp_path))).read_text() == "first"

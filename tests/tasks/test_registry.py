@@ -1,5 +1,6 @@
 """Artifacts in MLflow's model registry, and what opens them."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,15 +87,22 @@ def test_files_are_copied_not_linked(tracking: Tracking, first: str) -> None:
 
 
 def test_an_artifact_that_is_gone_is_told(tracking: Tracking, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="is not there any more"):
-        put(tracking, tmp_path / "absent", "cccc", "candidate")
+    put(tracking, tmp_path / "absent", "cccc", "candidate")
+    assert tracking.refused == 1 and "cccc" not in versions(tracking).values()
+    refused = json.loads((Path(tracking.uri.removeprefix("sqlite:///")).parent / "outbox" / "refused.jsonl").read_text())
+    assert refused["call"] == "register" and "is not there any more" in refused["error"]
 
 
 @pytest.mark.parametrize(
     ("prompt", "params", "error"),
     [
         ("x", {"max_new_tokens": 0}, EdgepressError),
+        ("x", {"max_new_tokens": 2.5}, EdgepressError),
         ("x", {"temperature": -1.0}, EdgepressError),
+        ("x", {"temperature": float("nan")}, EdgepressError),
+        ("x", {"temperature": "warm"}, EdgepressError),
+        ("x", {"temperature": 1.0, "top_p": float("nan")}, EdgepressError),
+        ("x", {"temperature": 1.0, "seed": -1}, EdgepressError),
         (["x", "y"], {}, EdgepressError),
         ("lamp " * 200, {}, Incompatible),
         ("x", {"chat": True}, Incompatible),
@@ -103,3 +111,10 @@ def test_an_artifact_that_is_gone_is_told(tracking: Tracking, tmp_path: Path) ->
 def test_what_cannot_be_answered_is_refused(checkpoint: Path, prompt: object, params: dict[str, object], error: type[Exception]) -> None:
     with pytest.raises(error):
         EdgeModel(checkpoint).predict(pandas.DataFrame({"prompt": [prompt]}), params)
+
+
+def test_a_parameter_that_is_none_is_its_default(checkpoint: Path) -> None:
+    model, prompts = EdgeModel(checkpoint), pandas.DataFrame({"prompt": PROMPTS})
+    few: dict[str, object] = {"max_new_tokens": 4}
+    of_none, of_defaults = (model.predict(prompts, {**few, **more}) for more in ({"temperature": None, "seed": None}, {}))
+    assert of_none["text"].tolist() == of_defaults["text"].tolist()

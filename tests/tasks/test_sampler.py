@@ -1,6 +1,8 @@
 """What a stage takes of its machine, sampled while it works."""
 
+import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,3 +33,41 @@ def test_a_busy_block_is_seen_to_be_busy_and_nothing_is_told_after_it(monkeypatc
     assert 1 <= count == len(told)
     assert max(event["system"]["cpu_percent"] for event in told) > 5 and all(event["system"]["memory_mb"] > 10 for event in told)
     assert abs(told[-1]["time"] - time.time()) < 60
+
+
+class NVMLError(Exception):
+    pass
+
+
+def of_gpu(figure: str) -> Any:
+    """What a GPU of NVML tells: number 1 is lost, and number 2 a part that tells no utilization."""
+
+    def told(handle: int) -> Any:
+        if handle == 2 and figure == "gpu":
+            raise NVMLError("Not Supported")
+        return SimpleNamespace(**{figure: 50_000_000 if figure == "used" else 50})
+
+    return told
+
+
+def handle_of(index: int) -> int:
+    if index == 1:
+        raise NVMLError("GPU is lost")
+    return index
+
+
+@pytest.mark.parametrize("count", [3, None])
+def test_what_a_gpu_does_not_tell_ends_nothing_else(count: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted() -> int:
+        if count is None:
+            raise NVMLError("Unknown Error")
+        return count
+
+    library = SimpleNamespace(
+        NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetCount=counted, nvmlDeviceGetHandleByIndex=handle_of,
+        nvmlDeviceGetUtilizationRates=of_gpu("gpu"), nvmlDeviceGetMemoryInfo=of_gpu("used"),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    look = {"at": 1.0, "cpu": 0.0, "rss": 0.0, "read": 0.0, "written": 0.0}
+    found = {name: value for name, value in figures(look, look).items() if name.startswith("gpu")}
+    assert found == ({"gpu_0_percent": 50.0, "gpu_0_memory_mb": 50.0, "gpu_2_memory_mb": 50.0} if count else {})

@@ -116,6 +116,22 @@ def test_a_curve_is_seen_while_it_is_made_and_is_there_once(uri: str, monkeypatc
     assert points(tracking, run, "loss") == [(step, 1.0 / step) for step in (1, 2, 3, 4)] and points(tracking, run, "bad") == []
 
 
+def test_a_curve_that_broke_off_is_there_to_its_last_point(uri: str) -> None:
+    tracking = Tracking(uri)
+    run = tracking.open_run("distilled")
+    for step in range(1, 41):
+        tracking.log_live(run, step, {"loss": 3.0 / step})
+    tracking.log(run, {}, tags={"edgepress.state": "Failed"})
+    tracking.end(run, "FAILED", "the loss is nan at step 41")
+    assert points(tracking, run, "loss") == [(step, 3.0 / step) for step in range(1, 41)]
+    tracking.reopen(run)  # tried again
+    for step in range(1, 42):
+        tracking.log_live(run, step, {"loss": 3.0 / step})
+    tracking.log_curve(run, [(step, {"loss": 3.0 / step}) for step in range(1, 43)])
+    tracking.end(run, "FINISHED")
+    assert points(tracking, run, "loss") == [(step, 3.0 / step) for step in range(1, 43)]
+
+
 def test_figures_of_the_machine_go_on_in_a_reopened_run(uri: str) -> None:
     first = Tracking(uri)
     run = first.open_run("distilled")

@@ -1,0 +1,60 @@
+"""MLflow that answers, and refuses: the run ends as its stages do, and what was refused is kept with the reason."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.flows.recipes import recipe
+from tests.flows.test_pipeline import Workshop
+from tests.kinds import installed
+
+STAGES = "  one: {uses: test.trivial, seconds: 3}\n  two: {uses: test.trivial, number: 2, needs: base}\n"
+CORES = "execution: {cores: 1}\n"  # one stage after the other
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Workshop:
+    made = Workshop(tmp_path_factory.mktemp("refused") / "work", checkpoint)
+    (made.folder / "micro.yaml").write_text(recipe(checkpoint, STAGES, CORES))
+    made.environment["PYTHONPATH"] = installed(made.folder / "kinds")
+    return made
+
+
+def test_a_run_whose_mlflow_run_was_deleted_goes_on_to_its_end(shop: Workshop) -> None:
+    process = shop.start()
+    try:
+        deadline = time.monotonic() + 200
+        while not shop.computing("test.trivial")():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.05)
+        parent, _ = shop.latest()
+        client = MlflowClient(f"sqlite:///{shop.folder / 'mlflow.db'}")
+        client.delete_run(parent.info.run_id)
+        out, err = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == 0, out + err
+    told = " ".join(out.split())
+    assert told.count("MLflow refuses is kept") == 1 and "refused.jsonl" in told and "Traceback" not in out + err
+    summary = json.loads((shop.folder / "outputs" / "micro" / "run.json").read_text())
+    assert {row["stage"]: row["state"] for row in summary["rows"]} == dict.fromkeys(["base", "one", "two"], "Completed")
+    assert (shop.folder / ".edgepress" / "runs" / "micro-1.summary.json").exists()
+    refused = [json.loads(line) for line in (shop.folder / ".edgepress" / "outbox" / "refused.jsonl").read_text().splitlines()]
+    assert {call["arguments"]["run"] for call in refused} == {parent.info.run_id} and all(call["error"] for call in refused)
+    assert refused[-1]["call"] == "end" and f"MLflow at sqlite:///mlflow.db refused {len(refused)} calls" in told
+    below = {run.info.run_name: run.info.status for run in shop.runs()}  # the deleted run is not among them
+    assert below == dict.fromkeys(["base", "one", "two"], "FINISHED")
+
+
+def test_a_stage_that_only_missed_its_gate_is_known_as_the_one_that_computed(shop: Workshop) -> None:
+    broken = shop.run("gates.two.size_mb={max: 1.0e-9}", "stages.two.number=3")
+    assert broken.code == 1 and broken.states()["two"] == "Failed" and broken.rows["two"]["computed"]
+    _, failed = shop.latest()
+    held = shop.run("gates.two.size_mb={max: 1}", "stages.two.number=3")
+    assert held.code == 0 and held.states()["two"] == "Cached"
+    _, cached = shop.latest()
+    assert cached["two"].data.tags["edgepress.computed_by"] == failed["two"].info.run_id
+    assert [failed["two"].data.tags["edgepress.computed"], "edgepress.computed" in cached["two"].data.tags] == ["true", False]

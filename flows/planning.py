@@ -12,10 +12,11 @@ from compression.errors import EdgepressError, Incompatible
 from compression.evaluation.checks import check_evaluation, extras
 from compression.quantization.settings import linear_bits
 from export.proof import KL_TO_PARENT
-from flows.gate_checks import check_gates
+from flows.gate_checks import check_gates, metrics_of
 from flows.graph import BASE, Node
 from flows.recipe import ParsedRecipe
 from flows.registering import registered
+from flows.study import Mistake, check_metrics
 from flows.yaml_lines import nearest
 from tasks.base import Base, open_base
 from tasks.extras import require
@@ -38,6 +39,7 @@ class Plan:
     machine: Machine
     assignments: tuple[Assignment, ...]
     only: tuple[str, ...] = ()  # what it was cut down to, as it was asked
+    left_out: int = 0  # results of the sweep that it was cut down by
 
     @cached_property
     def by_name(self) -> Mapping[str, Assignment]:
@@ -89,10 +91,24 @@ def make_plan(parsed: ParsedRecipe, store: Store) -> Plan:
         task = _assign(parsed, node, index, done, fingerprints[part], machine, store)
         done[node.name] = replace(task, cell=cells.get(node.name, ""))
     check_gates(parsed, done, recipe.evaluation)
+    _check_study(parsed, done)
     plan = Plan(parsed, base, machine, tuple(done.values()))
     models = registered(parsed, plan.assignments)
     tasks = [replace(task, memory=estimate(task, plan).memory, registered=models.get(task.name, "")) for task in plan.assignments]
     return replace(plan, assignments=tuple(tasks))
+
+
+def _check_study(parsed: ParsedRecipe, tasks: Mapping[str, Assignment]) -> None:
+    """Raises EdgepressError for a metric that the study shows or judges by, and that no result of the sweep will have."""
+    recipe = parsed.recipe
+    if recipe.study is None:
+        return
+    results = dict.fromkeys(branch.stages[leaf] for branch in parsed.branches for leaf in branch.leaves)
+    measured = dict.fromkeys(metric for name in results for metric in metrics_of(tasks[name], recipe.data, recipe.evaluation))
+    try:
+        check_metrics(recipe.study, measured)
+    except Mistake as mistake:
+        raise parsed.error(mistake.path, str(mistake)) from None
 
 
 def _check_evaluation(parsed: ParsedRecipe, base: Base) -> None:
@@ -213,7 +229,8 @@ def select(plan: Plan, *, only: Sequence[str] = (), first: Sequence[str] = (), f
     nodes = tuple(node for node in plan.parsed.nodes if node.name in kept)
     parsed = plan.parsed.model_copy(update={"nodes": nodes, "branches": tuple(branches)})
     assignments = tuple(replace(task, again=task.name in again) for task in plan.assignments if task.name in kept)
-    return replace(plan, parsed=parsed, assignments=assignments, only=tuple(only))
+    left_out = sum(len(branch.leaves) for branch in plan.parsed.branches) - sum(len(branch.leaves) for branch in branches)
+    return replace(plan, parsed=parsed, assignments=assignments, only=tuple(only), left_out=left_out)
 
 
 def _named(plan: Plan, option: str, words: Sequence[str]) -> list[str]:

@@ -48,7 +48,10 @@ def _layers(result: Result) -> dict[str, dict[str, float]]:
 
 
 def _sweep(pipeline: Pipeline, plan: Plan) -> dict[str, Any] | None:
-    """The cells of the matrix: their values, their leaves (from the name in the recipe to the copy's) and their runs in MLflow."""
+    """The cells of the matrix: their values, their leaves (from the name in the recipe to the copy's) and their runs in MLflow.
+
+    left_out  results of the matrix that this run does without, as it was asked for a part
+    """
     branches = plan.parsed.branches
     if not branches:
         return None
@@ -56,4 +59,4 @@ def _sweep(pipeline: Pipeline, plan: Plan) -> dict[str, Any] | None:
         {"name": b.name, "values": dict(b.values), "leaves": {leaf: b.stages[leaf] for leaf in b.leaves}, "run": pipeline.cells[b.name]}
         for b in branches
     ]
-    return {"keys": list(dict.fromkeys(key for b in branches for key in b.values)), "cells": cells}
+    return {"keys": list(dict.fromkeys(key for b in branches for key in b.values)), "cells": cells, "left_out": plan.left_out}

@@ -135,3 +135,32 @@ def test_a_champion_passed_every_gate_before_it(plan: Callable[..., Plan], outco
     ((run, what),) = calls
     assert (run, what["name"], what["aliases"], what["extra"]) == ("gguf", "tiny-gguf", aliases, "llamacpp")
     assert ("not champion: accuracy fell within noise" in said) == (outcome == "INCONCLUSIVE")
+
+
+@pytest.mark.parametrize(
+    ("gate", "verdicts", "unjudged"),
+    [
+        ("tokens_per_second: {min: 100000, if_measured: true}", [], "tokens_per_second at least 100000 (if measured)"),
+        (
+            "perplexity: {max: 9}, tokens_per_second: {max_decrease: 0, if_measured: true}", ["perplexity"],
+            "tokens_per_second at most 0% below base (if measured)",
+        ),
+        (
+            "perplexity: {max: 9, max_increase: 1, if_measured: true}", ["perplexity"],
+            "perplexity at most 9 and at most 100% above base (if measured)",
+        ),
+        ("perplexity: {max: 9, max_increase: 1}", ["perplexity", "perplexity"], ""),
+    ],
+)  # fmt: skip
+def test_a_gate_that_was_not_judged_makes_no_champion(plan: Callable[..., Plan], gate: str, verdicts: list[str], unjudged: str) -> None:
+    stages = "  q: {uses: quantize.rtn, group_size: 32}\n"
+    made = plan(stages, f"gates: {{q: {{{gate}}}}}\nregistry: {{name: tiny, stages: [q], champion: true}}\n")
+    results = {task.name: Result(task.name, "x", [], "Completed", runtime="transformers", run=task.name) for task in made.assignments}
+    results["q"].verdicts = [Verdict(metric, "PASS", "kept") for metric in verdicts]
+    given: list[list[str]] = []
+    pipeline: Any = SimpleNamespace(
+        name="micro", results=results, base=made.base, tracking=SimpleNamespace(register=lambda run, aliases, **_: given.append(aliases))
+    )
+    (said,) = register_results(pipeline, made.assignments, champion=True)
+    assert given == [["candidate"] if unjudged else ["candidate", "champion"]]
+    assert said.endswith(f"not champion: its gate was not judged: {unjudged}" if unjudged else "of tiny")

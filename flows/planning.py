@@ -1,7 +1,7 @@
 """From a recipe to a plan: every stage checked against the configs that will reach it, its identity, its estimated size. Imports no torch."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from compression.quantization.settings import linear_bits
 from export.proof import KL_TO_PARENT
 from flows.gate_checks import check_gates, metrics_of
 from flows.graph import BASE, Node
-from flows.recipe import ParsedRecipe
+from flows.recipe import ParsedRecipe, Recipe
 from flows.registering import registered
 from flows.study import Mistake, check_metrics
 from flows.yaml_lines import nearest
@@ -23,8 +23,9 @@ from tasks.extras import require
 from tasks.gates import Bound
 from tasks.identity import Machine, digest, identity_document
 from tasks.kinds._training import TrainingStage
+from tasks.measurement import Asked, Reference, Subject, measurements
 from tasks.perform import Assignment
-from tasks.stage import Artifact, Planned, Reads, check_accepts
+from tasks.stage import Artifact, Corpus, Planned, Reads, check_accepts
 from tasks.store import Store
 
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -32,12 +33,17 @@ _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe that can run: the base model and its stages in topological order, the base first."""
+    """A recipe that can run: the base model and its stages in topological order, the base first.
+
+    measured_with  by measurement the digest of what decides its figures besides the model: the data by content, the settings; not of those
+                   that are taken alone, whose figures the machine decides
+    """
 
     parsed: ParsedRecipe
     base: Base
     machine: Machine
     assignments: tuple[Assignment, ...]
+    measured_with: Mapping[str, str]
     only: tuple[str, ...] = ()  # what it was cut down to, as it was asked
     left_out: int = 0  # results of the sweep that it was cut down by
 
@@ -92,7 +98,7 @@ def make_plan(parsed: ParsedRecipe, store: Store) -> Plan:
         done[node.name] = replace(task, cell=cells.get(node.name, ""))
     check_gates(parsed, done, recipe.evaluation)
     _check_study(parsed, done)
-    plan = Plan(parsed, base, machine, tuple(done.values()))
+    plan = Plan(parsed, base, machine, tuple(done.values()), _measured_with(recipe, done.values(), machine))
     models = registered(parsed, plan.assignments)
     tasks = [replace(task, memory=estimate(task, plan).memory, registered=models.get(task.name, "")) for task in plan.assignments]
     return replace(plan, assignments=tuple(tasks))
@@ -120,6 +126,20 @@ def _check_evaluation(parsed: ParsedRecipe, base: Base) -> None:
         check_evaluation(spec, base.checkpoint.max_length)
     except EdgepressError as error:
         raise parsed.error(("evaluation", error.key or key), str(error)) from None
+
+
+def _measured_with(recipe: Recipe, tasks: Iterable[Assignment], machine: Machine) -> dict[str, str]:
+    """By measurement that is made of a stage, or of the base, the digest of its version, data and settings."""
+    found: dict[str, str] = {}
+    for task in tasks:
+        if isinstance(task.planned, Corpus):
+            continue
+        asked = Asked(task.planned, task.roles, recipe.data, recipe.evaluation)
+        anything = Subject(asked, Reference(Path(), ""), {}, Path(), machine)
+        for one in measurements():
+            if not one.alone and one.name not in found and one.applies(asked):
+                found[one.name] = digest({"version": one.version, **one.document(anything)})[:12]
+    return found
 
 
 def _assign(

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from flows.graph import BASE
 from flows.planning import Plan
 from tasks.measure import machine_fingerprint
 from tasks.perform import Assignment, Pipeline, Result
@@ -28,6 +29,7 @@ def summarize(pipeline: Pipeline, plan: Plan, started: float, run: str) -> dict[
         "gates": [{"stage": row["stage"], **verdict} for row in rows for verdict in row["verdicts"]],
         "environment": {
             "edgepress": version("edgepress"), "machine": machine_fingerprint(), "device": plan.machine.device, "threads": plan.machine.threads,
+            "data": plan.by_name[BASE].document["data"], "measured_with": dict(plan.measured_with),
             "base": {"source": plan.base.source, "revision": plan.base.revision, "license": plan.base.license, "content": plan.base.content},
         },
     }  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from compression.data import fingerprint
 from flows.planning import Plan, make_plan, select
 from flows.recipe import load_recipe
 from flows.summary import summarize
@@ -41,6 +42,13 @@ def test_stages_that_never_began_say_why(plan: Plan) -> None:
     ]  # fmt: skip
     stopped = rows(plan, result("base", "Cached"), result("a", "Stopped"))
     assert [(stopped[name]["state"], stopped[name]["reason"]) for name in "bc"] == [("Skipped", "the run was interrupted")] * 2
+
+
+def test_what_figures_were_measured_with_is_told(plan: Plan) -> None:
+    pipeline: Any = SimpleNamespace(name="r", run="f00", results={})
+    environment = json.loads(json.dumps(summarize(pipeline, plan, 0.0, "r-1")))["environment"]
+    assert environment["measured_with"] == plan.measured_with and plan.measured_with["quality"]
+    assert environment["data"] == fingerprint(plan.parsed.recipe.data)
 
 
 def test_what_is_known_of_single_layers_comes_from_beside_the_checkpoint(plan: Plan, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """From a recipe to a plan: every stage checked against the configs that will reach it, its identity, its estimated size. Imports no torch."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,18 +12,20 @@ from compression.errors import EdgepressError, Incompatible
 from compression.evaluation.checks import check_evaluation, extras
 from compression.quantization.settings import linear_bits
 from export.proof import KL_TO_PARENT
-from flows.gate_checks import check_gates
+from flows.gate_checks import check_gates, metrics_of
 from flows.graph import BASE, Node
-from flows.recipe import ParsedRecipe
+from flows.recipe import ParsedRecipe, Recipe
 from flows.registering import registered
+from flows.study import Mistake, check_metrics
 from flows.yaml_lines import nearest
 from tasks.base import Base, open_base
 from tasks.extras import require
 from tasks.gates import Bound
 from tasks.identity import Machine, digest, identity_document
 from tasks.kinds._training import TrainingStage
+from tasks.measurement import Asked, Reference, Subject, measurements
 from tasks.perform import Assignment
-from tasks.stage import Artifact, Planned, Reads, check_accepts
+from tasks.stage import Artifact, Corpus, Planned, Reads, check_accepts
 from tasks.store import Store
 
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -31,13 +33,19 @@ _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe that can run: the base model and its stages in topological order, the base first."""
+    """A recipe that can run: the base model and its stages in topological order, the base first.
+
+    measured_with  by measurement the digest of what decides its figures besides the model: the data by content, the settings; not of those
+                   that are taken alone, whose figures the machine decides
+    """
 
     parsed: ParsedRecipe
     base: Base
     machine: Machine
     assignments: tuple[Assignment, ...]
+    measured_with: Mapping[str, str]
     only: tuple[str, ...] = ()  # what it was cut down to, as it was asked
+    left_out: int = 0  # results of the sweep that it was cut down by
 
     @cached_property
     def by_name(self) -> Mapping[str, Assignment]:
@@ -91,10 +99,24 @@ def make_plan(parsed: ParsedRecipe, store: Store) -> Plan:
         task = _assign(parsed, node, index, done, fingerprints[part], machine, store)
         done[node.name] = replace(task, cell=cells.get(node.name, ""))
     check_gates(parsed, done, recipe.evaluation)
-    plan = Plan(parsed, base, machine, tuple(done.values()))
+    _check_study(parsed, done)
+    plan = Plan(parsed, base, machine, tuple(done.values()), _measured_with(recipe, done.values(), machine))
     models = registered(parsed, plan.assignments)
     tasks = [replace(task, memory=estimate(task, plan).memory, registered=models.get(task.name, "")) for task in plan.assignments]
     return replace(plan, assignments=tuple(tasks))
+
+
+def _check_study(parsed: ParsedRecipe, tasks: Mapping[str, Assignment]) -> None:
+    """Raises EdgepressError for a metric that the study shows or judges by, and that no result of the sweep will have."""
+    recipe = parsed.recipe
+    if recipe.study is None:
+        return
+    results = dict.fromkeys(branch.stages[leaf] for branch in parsed.branches for leaf in branch.leaves)
+    measured = dict.fromkeys(metric for name in results for metric in metrics_of(tasks[name], recipe.data, recipe.evaluation))
+    try:
+        check_metrics(recipe.study, measured)
+    except Mistake as mistake:
+        raise parsed.error(mistake.path, str(mistake)) from None
 
 
 def _check_evaluation(parsed: ParsedRecipe, base: Base) -> None:
@@ -106,6 +128,20 @@ def _check_evaluation(parsed: ParsedRecipe, base: Base) -> None:
         check_evaluation(spec, base.checkpoint.path, base.checkpoint.max_length)
     except EdgepressError as error:
         raise parsed.error(("evaluation", error.key or key), str(error)) from None
+
+
+def _measured_with(recipe: Recipe, tasks: Iterable[Assignment], machine: Machine) -> dict[str, str]:
+    """By measurement that is made of a stage, or of the base, the digest of its version, data and settings."""
+    found: dict[str, str] = {}
+    for task in tasks:
+        if isinstance(task.planned, Corpus):
+            continue
+        asked = Asked(task.planned, task.roles, recipe.data, recipe.evaluation)
+        anything = Subject(asked, Reference(Path(), ""), {}, Path(), machine)
+        for one in measurements():
+            if not one.alone and one.name not in found and one.applies(asked):
+                found[one.name] = digest({"version": one.version, **one.document(anything)})[:12]
+    return found
 
 
 def _assign(
@@ -215,7 +251,8 @@ def select(plan: Plan, *, only: Sequence[str] = (), first: Sequence[str] = (), f
     nodes = tuple(node for node in plan.parsed.nodes if node.name in kept)
     parsed = plan.parsed.model_copy(update={"nodes": nodes, "branches": tuple(branches)})
     assignments = tuple(replace(task, again=task.name in again) for task in plan.assignments if task.name in kept)
-    return replace(plan, parsed=parsed, assignments=assignments, only=tuple(only))
+    left_out = sum(len(branch.leaves) for branch in plan.parsed.branches) - sum(len(branch.leaves) for branch in branches)
+    return replace(plan, parsed=parsed, assignments=assignments, only=tuple(only), left_out=left_out)
 
 
 def _named(plan: Plan, option: str, words: Sequence[str]) -> list[str]:

@@ -135,7 +135,7 @@ def _check_study(recipe: Recipe, branches: Sequence[Branch], source: Located) ->
     if recipe.study is not None:
         results = [(branch.values, leaf) for branch in branches if branch.values for leaf in branch.leaves]
         try:
-            check_study(recipe.study, results, list(recipe.stages))
+            check_study(recipe.study, results, list(recipe.stages), recipe.seed)
         except Mistake as mistake:
             raise source.error(mistake.path, str(mistake)) from None
 

@@ -1,11 +1,13 @@
 """Which stages a recipe registers in MLflow's model registry, and doing so at the end of a run. Imports no torch."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from export.runtimes import PACKAGES
 from flows.graph import nearest
 from flows.recipe import ParsedRecipe
 from tasks.descriptions import table
+from tasks.gates import Verdict
 from tasks.perform import Assignment, Pipeline
 from tasks.stage import Artifact, Corpus
 
@@ -45,7 +47,7 @@ def register_results(pipeline: Pipeline, tasks: Sequence[Assignment], champion: 
         if not task.registered or result is None or result.state not in ("Completed", "Cached"):
             continue
         judged = [verdict for name in (*task.ancestors, task.name) for verdict in pipeline.results[name].verdicts]
-        open_ones = [verdict for verdict in judged if verdict.outcome != "PASS"]
+        open_ones = [verdict.message for verdict in judged if verdict.outcome != "PASS"] + _unjudged(task, result.verdicts)
         aliases = ["candidate", *(["champion"] if champion and not open_ones else [])]
         base = pipeline.results["base"].metrics
         pipeline.tracking.register(
@@ -57,6 +59,16 @@ def register_results(pipeline: Pipeline, tasks: Sequence[Assignment], champion: 
             description=f"{task.name} of {pipeline.name}, for {result.runtime}.\n\n{table({task.name: result.metrics, 'base': base})}",
             extra=PACKAGES[result.runtime].extra,
         )  # fmt: skip
-        why = f"; not champion: {'; '.join(verdict.message for verdict in open_ones)}" if champion and open_ones else ""
+        why = f"; not champion: {'; '.join(open_ones)}" if champion and open_ones else ""
         said.append(f"{task.name} is {' and '.join(aliases)} of {task.registered}{why}")
     return said
+
+
+def _unjudged(task: Assignment, verdicts: Sequence[Verdict]) -> list[str]:
+    """What to say of the stage's own gates of which a limit gave no verdict: what they are about was not measured (`if_measured`)."""
+    given = Counter(verdict.metric for verdict in verdicts)
+    return [
+        f"its gate was not judged: {metric} {bound.words()}"
+        for metric, bound in task.gates.items()
+        if given[metric] < sum(len(list(both[metric].limits())) for both in (task.bounds, task.gates) if metric in both)
+    ]

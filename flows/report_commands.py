@@ -54,7 +54,7 @@ def compare(
 ) -> None:  # fmt: skip
     """Show runs side by side: what was asked of them that differs, and what became of every stage.
 
-    Every difference is marked: better, worse, within the noise of both measurements (~), or of other data or another machine (?).
+    Every difference is marked: better, worse, within the noise of both measurements (~), or measured with other data or settings, or on another machine (?).
 
     Example: `edgepress compare demo-3 demo-5`
     """

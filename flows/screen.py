@@ -146,7 +146,7 @@ def print_comparison(console: Console, found: RunComparison) -> None:
         table.add_section()
     console.print(table)
     console.print(
-        "[bold green]✓ better[/] · [bold red]✗ worse[/] · [dim]~ within the noise · ? measured on other data or another machine[/]"
+        "[bold green]✓ better[/] · [bold red]✗ worse[/] · [dim]~ within the noise · ? measured with other data or settings, or on another machine[/]"
     )
 
 

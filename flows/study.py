@@ -5,15 +5,17 @@ whatever the matrix gives beside these and the seed is an error, because it woul
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from flows.yaml_lines import KeyPath
+from flows.yaml_lines import KeyPath, nearest
 from tasks.figures import BETTER
 
 STAGE = "stage"  # as a key of an axis: the name of the stage that the result is of
 _SEED = "seed"
+_MAY_BE_ZERO = ("kl_to_base", "over_refusal_rate")  # of a model that lost nothing, and zero has no logarithm
 
 
 def label(value: Any) -> str:
@@ -81,14 +83,15 @@ class Claim(_Frozen):
     """One thing the literature says that a run can show or refute. Give `better` and `than`, or `compounds`."""
 
     says: str = Field(description="The claim in words.")
-    metric: str = Field(description="What it is judged by.")
+    metric: str = Field(description="What it is judged by. A comparison in which it was not measured is undecided.")
     better: Label | None = Field(default=None, description="A place of either axis that is ahead ...")
     than: list[Label] = Field(default_factory=list, description="... of each of these places of the same axis.")
     at: list[Label] = Field(default_factory=list, description="Only at these places of the other axis. Default: at all.")
     within: float = Field(default=0.0, ge=0, description="How far `better` may be behind and the claim (`matches or exceeds`) still hold.")
     compounds: Reference | None = Field(
         default=None,
-        description="Away from this setting along both axes, the logarithm of the metric rises by more than the rises along each axis add up to.",
+        description="Away from this setting along both axes, the logarithm of the metric rises by more than the rises along each axis add up to. "
+        "Not of one that may be 0, as `kl_to_base`.",
     )
 
     @model_validator(mode="after")
@@ -108,7 +111,7 @@ class Study(_Frozen):
     question: str = Field(description="In one line.")
     paper: str = Field(description="Who asked it before: authors, title, arXiv id.")
     finding: str = Field(description="What was found there, in words.")
-    metrics: list[str] = Field(min_length=1, description="What the table shows; the first two are drawn.")
+    metrics: list[str] = Field(min_length=1, description="Metrics of the results that the table shows; the first two are drawn.")
     x: Axis = Field(description="What is varied.")
     lines: Axis | None = Field(default=None, description="What is varied beside it: a line of the plot each.")
     beside: list[str] = Field(default_factory=list, description="Further stages to show in the table.")
@@ -127,8 +130,11 @@ class Mistake(Exception):
         self.path = path
 
 
-def check_study(study: Study, cells: Cells, stages: Iterable[str]) -> None:
-    """Raise Mistake unless every result of the sweep has its place, and every claim is about places there are."""
+def check_study(study: Study, cells: Cells, stages: Iterable[str], seed: int) -> None:
+    """Raise Mistake unless every result of the sweep has its place, settings share seeds, and every claim is about places there are.
+
+    seed  the recipe's, of cells that the matrix gives none
+    """
     if not cells:
         raise Mistake(("study",), "a study compares the cells of a matrix, and this recipe has none; `--set study=null` runs it without")
     keys = dict.fromkeys(key for values, _ in cells for key in values)
@@ -140,18 +146,40 @@ def check_study(study: Study, cells: Cells, stages: Iterable[str]) -> None:
         if axis.names and len(axis.names) != len(places):
             found = ", ".join(" ".join(place) for place in places)
             raise Mistake(("study", name, "names"), f"{len(axis.names)} names for {len(places)} places: {found}")
-    seen: set[tuple[Any, ...]] = set()
+    seeds: dict[tuple[tuple[str, ...], ...], list[int]] = {}  # of each setting
     for values, stage in cells:
-        setting = (values.get(_SEED), *(axis.value(values, stage) for axis in study.axes().values()))
-        if setting in seen:
+        taken = seeds.setdefault(tuple(axis.value(values, stage) for axis in study.axes().values()), [])
+        if values.get(_SEED, seed) in taken:
             raise Mistake(
                 ("study", "x", "keys"), f"two results stand at one place ({stage}, {dict(values)}): an axis must name what differs"
             )
-        seen.add(setting)
+        taken.append(values.get(_SEED, seed))
+    _check_seeds(seeds)
     for number, name in enumerate(study.beside):
         if name not in stages:
             raise Mistake(("study", "beside", number), f"there is no stage {name!r}; stages: {', '.join(stages)}")
     _check_claims(study, cells)
+
+
+def _check_seeds(seeds: Mapping[tuple[tuple[str, ...], ...], Sequence[int]]) -> None:
+    """What differs between settings must not be their seeds."""
+    if not set.intersection(*map(set, seeds.values())):
+        told = "; ".join(f"{' '.join(word for place in places for word in place)} has {found}" for places, found in list(seeds.items())[:3])
+        raise Mistake(
+            ("matrix", _SEED),
+            f"a study compares settings seed by seed, and no seed is there for all of them: {told}; seeds do not go side by side (`zip`)",
+        )
+
+
+def check_metrics(study: Study, measured: Iterable[str]) -> None:
+    """Raise Mistake for a column or a claim of a metric that no result of the sweep will have. `measured` names may have a `*`."""
+    names = list(measured)
+    asked: list[tuple[KeyPath, str]] = [(("study", "metrics", number), metric) for number, metric in enumerate(study.metrics)]
+    asked += [(("study", "claims", number, "metric"), claim.metric) for number, claim in enumerate(study.claims)]
+    for path, metric in asked:
+        if not any(fnmatchcase(metric, name) for name in names):
+            plain = [name for name in names if not name.endswith(("_low", "_high"))]
+            raise Mistake(path, f"no result of the sweep has a metric {metric!r}{nearest(metric, plain)}; they have {', '.join(plain)}")
 
 
 def _check_claims(study: Study, cells: Cells) -> None:
@@ -159,6 +187,10 @@ def _check_claims(study: Study, cells: Cells) -> None:
     for number, claim in enumerate(study.claims):
         path: KeyPath = ("study", "claims", number)
         if claim.compounds:
+            if claim.metric in _MAY_BE_ZERO:
+                raise Mistake(
+                    (*path, "metric"), f"`compounds` compares logarithms, and {claim.metric} may be 0 where nothing is lost; take another"
+                )
             if "lines" not in places:
                 raise Mistake((*path, "compounds"), "it compares along two axes, and this study has no `lines`")
             wanted = {"x": [claim.compounds.x], "lines": [claim.compounds.line]}

@@ -83,10 +83,13 @@ def markdown(found: Results) -> str:
 
 
 def study_section(summary: dict[str, Any]) -> str:
-    """HTML for the report page; empty for a recipe without a study, and for a run in which a stage failed."""
-    if not summary["recipe"].get("study") or any(row["state"] not in ("Completed", "Cached") for row in summary["rows"]):
+    """HTML for the report page; empty for a recipe without a study. Of a run that has not all results, a note instead of what they would tell."""
+    if not summary["recipe"].get("study"):
         return ""
-    found = results(Study.model_validate(summary["recipe"]["study"]), summary)
+    study = Study.model_validate(summary["recipe"]["study"])
+    if missing := _missing(summary):
+        return f'<p>{escape(study.question)}</p><p class="dim">Nothing is concluded: {missing}.</p>'
+    found = results(study, summary)
     picture = base64.b64encode(svg(found).encode()).decode()  # in an image of its own its style changes nothing on the page
     return (
         f"<p>{escape(found.study.question)} {escape(verdict(found))}</p>"
@@ -94,6 +97,17 @@ def study_section(summary: dict[str, Any]) -> str:
         f'<img alt="{escape(found.study.question)}" style="max-width:100%" src="data:image/svg+xml;base64,{picture}">'
         + "".join(_html(*shown) for shown in ([settings_rows(found), claims_rows(found)] if found.judged else [settings_rows(found)]))
     )
+
+
+def _missing(summary: dict[str, Any]) -> str:
+    """Why a run does not answer its study; empty where it has every result of the sweep."""
+    sweep = summary["sweep"]
+    if sweep is None:
+        return "this run, of a part of the recipe, has no result of the sweep"
+    if left_out := sweep.get("left_out"):
+        return f"this run, of a part of the recipe, lacks {left_out} results of the sweep"
+    broken = sum(row["state"] not in ("Completed", "Cached") for row in summary["rows"])
+    return f"{broken} stage{'s are' if broken > 1 else ' is'} not done" if broken else ""
 
 
 def svg(found: Results) -> str:
@@ -108,7 +122,7 @@ def svg(found: Results) -> str:
         ]
     named = found.lines if len(found.lines) > 1 else []
     step = HEIGHT + _HEAD + _GAP
-    width, height = max(map(len, panels)) * (WIDTH + _GAP) + _GAP, len(panels) * step + _GAP + (_LEGEND if named else 0)
+    width, height = max(map(len, panels), default=0) * (WIDTH + _GAP) + _GAP, len(panels) * step + _GAP + (_LEGEND if named else 0)
     parts = [_legend(found.study.lines.label, named)] if named and found.study.lines else []
     for down, row in enumerate(panels):
         for across, (title, chart) in enumerate(row):
@@ -129,7 +143,9 @@ def svg(found: Results) -> str:
 
 
 def interval(difference: Difference) -> str:
-    """`+0.012 (+0.004…+0.020)`; of a single seed the difference alone."""
+    """`+0.012 (+0.004…+0.020)`; of a single seed the difference alone; `not measured` without any."""
+    if not difference.values:
+        return "not measured"
     mean, reach = difference.mean, difference.reach
     if len(difference.values) == 1:
         return f"{mean:+.4f} (one seed)"

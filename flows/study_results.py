@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from compression.errors import EdgepressError
 from flows.study import Claim, Study, axis_of
 from tasks.figures import BETTER
 
@@ -29,7 +28,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a claim holds at one setting, seed by seed: above 0 it does.
+    """How far a claim holds at one setting, seed by seed: above 0 it does. Without values, what it compares was not measured.
 
     low, high  ends of the 95% interval of the mean over seeds, by Student's t; none of a single seed. It tells what another draw of the
                training rows would change, not what another choice of test questions would
@@ -41,6 +40,7 @@ class Difference:
 
     @property
     def mean(self) -> float:
+        """Not of a difference without values."""
         return fmean(self.values)
 
     @property
@@ -53,6 +53,8 @@ class Difference:
 
     @property
     def outcome(self) -> str:
+        if not self.values:
+            return UNDECIDED
         if self.mean - self.reach > -self.within:
             return AGREES
         return DISAGREES if self.mean + self.reach < -self.within else UNDECIDED
@@ -90,7 +92,7 @@ class Results:
 
 
 def results(study: Study, summary: dict[str, Any]) -> Results:
-    """The results of a finished run; `summary` is what flows/pipeline.py writes into run.json."""
+    """The results of a finished run of the whole recipe; `summary` is what flows/pipeline.py writes into run.json."""
     settings = _settings(study, summary)
     judged = tuple(Judged(claim, tuple(_differences(claim, settings))) for claim in study.claims)
     return Results(study, settings, _beside(study, summary["rows"]), judged)
@@ -151,11 +153,6 @@ def _compounded(claim: Claim, by_place: Mapping[tuple[str, str], Setting]) -> li
 
 
 def _paired(metric: str, *settings: Setting) -> list[tuple[float, ...]]:
-    """The metric's values in all settings, for each seed that all have. Raises EdgepressError where one has not measured it."""
-    shared = [seed for seed in settings[0].seeds if all(seed in other.seeds for other in settings)]
-    for setting in settings:
-        if not shared or any(metric not in setting.seeds[seed] for seed in shared):
-            raise EdgepressError(
-                f"{metric} was not measured at {setting.x} {setting.line}, and a claim of the study is judged by it".replace("  ", " ")
-            )
+    """The metric's values in all settings, for each seed in which all of them have measured it."""
+    shared = [seed for seed in settings[0].seeds if all(metric in setting.seeds.get(seed, {}) for setting in settings)]
     return [tuple(setting.seeds[seed][metric] for setting in settings) for seed in shared]

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from flows.graph import BASE
 from flows.planning import Plan
 from tasks.measure import machine_fingerprint
 from tasks.perform import Assignment, Pipeline, Result
@@ -28,6 +29,7 @@ def summarize(pipeline: Pipeline, plan: Plan, started: float, run: str) -> dict[
         "gates": [{"stage": row["stage"], **verdict} for row in rows for verdict in row["verdicts"]],
         "environment": {
             "edgepress": version("edgepress"), "machine": machine_fingerprint(), "device": plan.machine.device, "threads": plan.machine.threads,
+            "data": plan.by_name[BASE].document["data"], "measured_with": dict(plan.measured_with),
             "base": {"source": plan.base.source, "revision": plan.base.revision, "license": plan.base.license, "content": plan.base.content},
         },
     }  # fmt: skip
@@ -48,7 +50,10 @@ def _layers(result: Result) -> dict[str, dict[str, float]]:
 
 
 def _sweep(pipeline: Pipeline, plan: Plan) -> dict[str, Any] | None:
-    """The cells of the matrix: their values, their leaves (from the name in the recipe to the copy's) and their runs in MLflow."""
+    """The cells of the matrix: their values, their leaves (from the name in the recipe to the copy's) and their runs in MLflow.
+
+    left_out  results of the matrix that this run does without, as it was asked for a part
+    """
     branches = plan.parsed.branches
     if not branches:
         return None
@@ -56,4 +61,4 @@ def _sweep(pipeline: Pipeline, plan: Plan) -> dict[str, Any] | None:
         {"name": b.name, "values": dict(b.values), "leaves": {leaf: b.stages[leaf] for leaf in b.leaves}, "run": pipeline.cells[b.name]}
         for b in branches
     ]
-    return {"keys": list(dict.fromkeys(key for b in branches for key in b.values)), "cells": cells}
+    return {"keys": list(dict.fromkeys(key for b in branches for key in b.values)), "cells": cells, "left_out": plan.left_out}

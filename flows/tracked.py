@@ -80,20 +80,37 @@ def leaves(plan: Plan) -> list[str]:
     return [task.name for task in plan.assignments if task.name not in followed]
 
 
-def series(plan: Plan) -> dict[str, list[str]]:
-    """What the names of a stage's metrics end with on the pipeline's run, so that a line of a chart is a road from the base to one leaf.
+def road(plan: Plan, stage: str) -> list[str]:
+    """From the base to a stage, from parent to parent: a teacher or a corpus that helped on the way is not on it."""
+    found = [stage]
+    while parent := plan.by_name[found[-1]].inputs.get("parent"):
+        found.append(parent)
+    return found[::-1]
 
-    One leaf: nothing (`accuracy`). Several: each leaf the stage leads to (`accuracy/gguf`). Of a sweep, whose cells have runs of their own
-    with their roads: nothing, and only stages that all cells share.
+
+def helpers(plan: Plan) -> list[str]:
+    """Stages that others follow, and none as its parent: what only teaches, or is only trained on."""
+    parents, ends = {task.inputs.get("parent") for task in plan.assignments}, leaves(plan)
+    return [task.name for task in plan.assignments if task.name not in parents and task.name not in ends]
+
+
+def series(plan: Plan) -> dict[str, list[str]]:
+    """What the names of a stage's metrics end with on the pipeline's run, so that a line of a chart is a road from the base to its end.
+
+    One leaf: nothing (`accuracy`). Several: each leaf the stage is on the road to (`accuracy/gguf`). Besides, each helper (`accuracy/teacher`). Of a
+    sweep, whose cells have runs of their own with their roads: only stages that all cells share, and nothing for those on all of their roads.
     """
-    tasks, ends = plan.by_name, leaves(plan)
-    roads = [(*tasks[leaf].ancestors, leaf) for leaf in ends]
-    if plan.parsed.branches:
-        return {name: [""] for name in set.intersection(*map(set, roads))}
+    ends, beside = leaves(plan), helpers(plan)
     found: dict[str, list[str]] = {}
-    for leaf, road in zip(ends, roads, strict=True):
-        for name in road:
-            found.setdefault(name, []).append(f"/{leaf}" if len(ends) > 1 else "")
+    if plan.parsed.branches:
+        shared = set.intersection(*(set(branch.stages.values()) for branch in plan.parsed.branches))
+        found = {name: [""] for name in set.intersection(*(set(road(plan, leaf)) for leaf in ends))}
+        roads = {f"/{name}": road(plan, name) for name in beside if name in shared}
+    else:
+        roads = {f"/{leaf}" if len(ends) > 1 else "": road(plan, leaf) for leaf in ends} | {f"/{name}": road(plan, name) for name in beside}
+    for ending, names in roads.items():
+        for name in names:
+            found.setdefault(name, []).append(ending)
     return found
 
 
@@ -139,12 +156,14 @@ def lock() -> str:
 def end_cells(pipeline: Pipeline, summary: dict[str, Any], plan: Plan, finished: bool) -> None:
     """A cell ends as its leaves did, with the metrics of its whole road, step = index of the stage."""
     tracking, rows = pipeline.tracking, {row["stage"]: row for row in summary["rows"]}
-    for cell in summary["sweep"]["cells"] if summary["sweep"] else ():
+    beside = set(helpers(plan))
+    for branch, cell in zip(plan.parsed.branches, summary["sweep"]["cells"] if summary["sweep"] else (), strict=True):
         run, points = pipeline.cells[cell["name"]], []
-        for leaf, name in cell["leaves"].items():
-            suffix = f"/{leaf}" if len(cell["leaves"]) > 1 else ""
-            for stage in (*plan.by_name[name].ancestors, name):
-                values = {metric + suffix: value for metric, value in charted(rows[stage]["metrics"]).items()}
+        ends = {name: f"/{leaf}" if len(cell["leaves"]) > 1 else "" for leaf, name in cell["leaves"].items()}
+        ends |= {name: f"/{helper}" for helper, name in branch.stages.items() if name in beside}
+        for end, ending in ends.items():
+            for stage in road(plan, end):
+                values = {metric + ending: value for metric, value in charted(rows[stage]["metrics"]).items()}
                 points.append((plan.by_name[stage].index, values))
         tracking.log_curve(run, points, again=bool(pipeline.superseded))
         results = {leaf: rows[name]["metrics"] for leaf, name in cell["leaves"].items()}

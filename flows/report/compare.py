@@ -59,6 +59,6 @@ def _table(found: RunComparison) -> str:
     left_out = f" {found.left_out} stages that others follow are left out." if found.left_out else ""
     note = (
         f'<p class="dim">Differences from {escape(found.names[0])}: <span class="better">better ✓</span>, <span class="worse">worse ✗</span>, '
-        f"grey where it is within the noise of both (~), or was measured on other data or another machine (?).{left_out}</p>"
+        f"grey where it is within the noise of both (~), or was measured with other data or settings, or on another machine (?).{left_out}</p>"
     )
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>{note}'

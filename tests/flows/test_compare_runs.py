@@ -5,9 +5,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from compression.data import DataSpec
+from compression.evaluation.spec import EvaluationSpec
 from flows.report.compare import render_comparison
-from flows.run_comparison import RunComparison, compare_runs
+from flows.run_comparison import _GIVES, _OF_THE_MACHINE, RunComparison, _measurement, compare_runs
 from flows.screen import print_comparison
+from tasks.figures import FIGURES
+from tasks.measurement import Asked, measurements
+from tasks.stage import Artifact
 from tests.flows.summaries import Summary, row, summary
 from tests.flows.test_report import read
 
@@ -23,9 +28,9 @@ def run(number: int, metrics: dict[str, float], *more: Summary, bits: int = 4, *
     return made
 
 
-def judged(found: RunComparison, metric: str, stage: str = "q") -> tuple[str, str] | None:
+def judged(found: RunComparison, metric: str, stage: str = "q", number: int = 1) -> tuple[str, str] | None:
     figure = next(figure for figure in found.figures if figure.metric == metric)
-    change = found.change(stage, 1, figure)
+    change = found.change(stage, number, figure)
     return (change.text, change.judgement) if change else None
 
 
@@ -54,6 +59,80 @@ def test_what_was_measured_otherwise_is_not_judged() -> None:
     other["recipe"]["data"]["text"] = "u"
     data = compare_runs([run(1, {}), other])
     assert judged(data, "accuracy") == ("+0.100", "unlike") and judged(data, "size_mb") == ("−1.00", "better")
+
+
+MORE = {
+    "accuracy": 0.5, "exact_match": 0.5, "rouge_l": 0.5, "refusal_rate": 0.5, "harness.towns.acc": 0.5, "tokens_per_second": 100.0,
+    "token_seconds_p95": 0.01, "energy_joules": 20.0, "energy_joules_per_token": 0.5, "size_mb": 5.0,
+}  # fmt: skip
+
+
+def marks(*summaries: Summary, number: int = 1) -> dict[str, list[str]]:
+    """Metrics by what became of each: all of them are half as large again."""
+    for other in summaries[1:]:
+        other["rows"][1]["metrics"] = {metric: 1.5 * value for metric, value in MORE.items()}
+    summaries[0]["rows"][1]["metrics"] = MORE
+    found, by_mark = compare_runs(summaries), dict[str, list[str]]()
+    for metric in MORE:
+        change = judged(found, metric, number=number)
+        assert change
+        by_mark.setdefault(change[1], []).append(metric)
+    return by_mark
+
+
+BETTER = ["accuracy", "exact_match", "rouge_l", "refusal_rate", "harness.towns.acc"]
+COST = ["token_seconds_p95", "energy_joules", "energy_joules_per_token"]
+
+
+@pytest.mark.parametrize("environment", [{"machine": {"host": "other"}}, {"threads": 1}, {"device": "cuda"}])
+def test_what_the_machine_decides_is_not_judged_on_another(environment: dict[str, Any]) -> None:
+    found = marks(run(1, {}), run(2, {}, **environment))
+    assert found == {"better": BETTER, "unlike": ["tokens_per_second", *COST], "worse": ["size_mb"]}
+
+
+def test_prompts_of_another_length_make_other_costs() -> None:
+    longer, more = run(2, {}), run(2, {})
+    longer["recipe"]["data"]["length"] = 64
+    more["recipe"]["evaluation"] = {"new_tokens": 64}
+    assert marks(run(1, {}), longer)["unlike"] == ["accuracy", "tokens_per_second", *COST]
+    assert marks(run(1, {}), more)["unlike"] == [*BETTER[1:], *COST]
+
+
+def test_figures_are_judged_where_they_were_measured_with_the_same() -> None:
+    """By the digests of the measurements, whatever the recipe says of its data."""
+    first = {"quality": "1", "harness": "3", "question_answering": "4", "summarization": "5", "red_team": "6"}
+    trained = run(2, {}, measured_with=first, data="d2")
+    trained["recipe"]["data"]["train_documents"] = 7
+    assert "unlike" not in marks(run(1, {}, measured_with=first, data="d1"), trained)
+    edited = [run(1, {}, measured_with=first, data="d1"), run(2, {}, measured_with={**first, "quality": "9"}, data="d2")]
+    assert marks(*edited)["unlike"] == ["accuracy"]
+    assert compare_runs(edited).differences == {"data": ("d1", "d2"), "measured_with.quality": ("1", "9")}
+    limited = {**first, "harness": "9", "question_answering": "9"}
+    assert marks(run(1, {}, measured_with=first), run(2, {}, measured_with=limited))["unlike"] == ["exact_match", "harness.towns.acc"]
+    third = [run(1, {}, measured_with=first), run(2, {}, measured_with=limited), run(3, {}, measured_with=first)]
+    assert "unlike" not in marks(*third, number=2), "what a run in between was measured with is no matter"
+
+
+def test_summaries_without_digests_are_judged_by_what_the_recipe_says() -> None:
+    asked = run(2, {}, measured_with={"quality": "1", "harness": "3"}, data="d2")
+    asked["recipe"]["evaluation"] = {"limit": 10}
+    found = marks(run(1, {}), asked)
+    assert found["unlike"] == ["exact_match", "rouge_l", "refusal_rate", "harness.towns.acc"]
+    assert compare_runs([run(1, {}), asked]).differences.keys() == {"recipe.evaluation.limit"}
+    data = run(2, {})
+    data["recipe"]["data"]["text"] = "u"
+    assert marks(run(1, {}), data)["unlike"] == ["accuracy"]
+
+
+def test_every_figure_is_known_by_the_measurement_that_gives_it() -> None:
+    settings = EvaluationSpec(suite="release", harness=("x",), question_answering="embedded", summarization="x.jsonl", energy="estimate")
+    data = DataSpec.model_validate({"text": "embedded", "questions": "embedded"})
+    asked = Asked(Artifact("llama.cpp", "carried", 1), ("base", "parent"), data, settings)
+    for one in measurements():
+        given = [f.metric for f in FIGURES if f.metric in one.metrics(asked) and f.better]
+        assert [_measurement(metric) for metric in given] == [one.name] * len(given)
+        assert one.alone == (one.name in _OF_THE_MACHINE)
+    assert {metric for metrics in _GIVES.values() for metric in metrics} <= {figure.metric for figure in FIGURES}
 
 
 def test_what_was_asked_otherwise_is_listed() -> None:

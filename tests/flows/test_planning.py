@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,29 @@ def test_a_disk_that_is_too_small_is_refused(plan: Any, tmp_path: Path, monkeypa
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(EdgepressError, match="free some, or use another --store"):
         check_disk(made, store)
+
+
+def test_the_plan_knows_what_figures_are_measured_with(plan: Any, tmp_path: Path) -> None:
+    lines = ["\n".join(json.dumps({"text": f"{word} {n} and some words"}) for n in range(40)) for word in ("one", "another", "third")]
+    texts, questions = tmp_path / "texts", tmp_path / "q.jsonl"
+    texts.mkdir()
+    (texts / "train.jsonl").write_text(lines[0])
+    (texts / "test.jsonl").write_text(lines[1])
+    questions.write_text('{"question": "Where?", "answers": ["there"]}\n{"question": "Who?", "answers": ["she"]}\n')
+    given = (f"data.text={{path: {texts}}}", f"evaluation.question_answering={questions}")
+
+    def differ(*overrides: str) -> set[str]:
+        after = plan(*given, *overrides).measured_with
+        assert after.keys() == before.keys()
+        return {name for name in before if before[name] != after[name]}
+
+    before = plan(*given).measured_with
+    assert before.keys() == {"quality", "samples", "question_answering"}
+    assert not differ("data.train_documents=7", "data.calibration_windows=2", "stages.gptq.bits=8", "evaluation.num_fewshot=3")
+    assert differ("evaluation.limit=1") == {"question_answering"}
+    (texts / "train.jsonl").write_text(lines[2])
+    assert not differ()
+    (texts / "test.jsonl").write_text(lines[2])
+    assert differ() == {"quality", "samples"}
+    questions.write_text('{"question": "Where?", "answers": ["here"]}\n{"question": "Who?", "answers": ["she"]}\n')
+    assert differ() == before.keys()

@@ -162,10 +162,26 @@ def test_what_compounds_costs_more_than_the_sum(extra: float, outcome: str) -> N
     assert (difference.what, judged.outcome) == ("3 with 0.5", outcome)
 
 
-def test_a_claim_about_what_was_not_measured_is_an_error() -> None:
-    made = study(claim("accuracy", better=2, than=[1]))
-    with pytest.raises(EdgepressError, match="accuracy was not measured at 2"):
-        results(made, summary({(1,): ONE, (2,): TWO}))
+def test_what_was_not_measured_leaves_its_comparison_undecided() -> None:
+    run = summary({(1,): ONE, (2,): TWO, (5,): [13.0, 13.1, 13.1]})
+    for unmeasured in run["rows"][1:4]:
+        unmeasured["metrics"] = {"accuracy": 0.5}
+    run["rows"][4]["metrics"] = {}  # one seed of the second setting
+    found = results(study(claim(better=5, than=[1, 2])), run)
+    nothing, paired = found.judged[0].differences
+    assert (interval(nothing), nothing.outcome) == ("not measured", "undecided")
+    assert paired.values == pytest.approx([1.0, 1.2])
+    assert found.judged[0].outcome == "undecided" and "| not measured | undecided |" in markdown(found)
+    grid = study(claim(compounds={"x": 1, "line": "labels"}), x={"keys": ["d.keep"], "label": "kept"}, lines=LINES)
+    run = summary({place: [2.0] for place in [(1, 0), (1, 1), (2, 0), (2, 1)]}, ("d.keep", "d.alpha"))
+    run["rows"][-1]["metrics"] = {}
+    assert [interval(difference) for difference in results(grid, run).judged[0].differences] == ["not measured"]
+
+
+def test_a_picture_of_what_was_not_measured_is_empty() -> None:
+    published = {"at": [1, 2], "values": {"accuracy": [1.0, 2.0]}}
+    found = results(study(metrics=["accuracy"], published=published), summary({(1,): ONE, (2,): TWO}))
+    assert not list(ElementTree.fromstring(svg(found)).iter(f"{SVG}svg"))[1:]
 
 
 # --- how it is shown ---
@@ -214,7 +230,7 @@ def test_the_plot_of_a_study_without_published_figures_has_a_line_for_each_choic
     assert {"labels", "teacher"} <= {text.text for text in picture.findall(f"{SVG}text")}
 
 
-def test_the_report_has_a_section_where_every_stage_succeeded() -> None:
+def test_the_report_has_a_section_where_every_result_is_there() -> None:
     made = study(claim(better=2, than=[1]))
     run = summary({(1,): ONE, (2,): TWO})
     run["recipe"]["study"] = made.model_dump()
@@ -224,7 +240,19 @@ def test_the_report_has_a_section_where_every_stage_succeeded() -> None:
     assert picture == svg(results(made, run))
     assert study_section({**run, "recipe": {"seed": 0, "study": None}}) == ""
     run["rows"][1]["state"] = "Failed"
-    assert study_section(run) == ""
+    assert "Nothing is concluded: 1 stage is not done." in study_section(run)
+
+
+def test_a_part_of_a_study_concludes_nothing_and_says_so() -> None:
+    names = {"keys": ["d.temperature"], "label": "temperature", "names": ["cold", "warm"]}
+    run = summary({(1,): ONE, (2,): TWO})
+    run["recipe"]["study"] = study(claim(better="warm", than=["cold"]), x=names).model_dump()
+    sweep = run["sweep"]
+    assert "Of 1 claim" in study_section(run)
+    run["sweep"] = {**sweep, "cells": sweep["cells"][:3], "left_out": 3}
+    assert "Which?" in study_section(run) and "lacks 3 results of the sweep" in study_section(run)
+    run["sweep"] = None  # only of stages that all cells share
+    assert "has no result of the sweep" in study_section(run) and "<img" not in study_section(run)
 
 
 # --- what may stand in a recipe ---
@@ -251,7 +279,7 @@ def refused(tmp_path: Path, checkpoint: Path) -> Callable[[str], str]:
         file = tmp_path / "tried.yaml"
         file.write_text(recipe(checkpoint, STAGES, rest))
         with pytest.raises(EdgepressError) as caught:
-            load_recipe(file)
+            make_plan(load_recipe(file), Store(tmp_path / "store"))
         return str(caught.value)
 
     return message
@@ -272,6 +300,19 @@ def refused(tmp_path: Path, checkpoint: Path) -> Callable[[str], str]:
         ("  paper: nobody\n", "", "study.paper: this key is missing"),
         ("  paper: nobody\n", "  paper: nobody\n  beside: [prunde]\n", "study.beside.0: there is no stage 'prunde'"),
         ("matrix: {seed: [0, 1], pruned.keep: [1, 0.5]}\n", "", "this recipe has none"),
+        (
+            "[1, 0.5]}\nstudy:\n",
+            "[1, 0.5], zip: true}\nstudy:\n",
+            r"tried.yaml:\d+: matrix.seed: .*no seed is there for all of them: 1 has \[0\]; 0.5 has \[1\]",
+        ),
+        ("metrics: [perplexity]", "metrics: [size_mb, perplexty]", r"tried.yaml:\d+: study.metrics.1: no result .* 'perplexty'; did you mean 'perplexity'"),
+        ("metrics: [perplexity]", "metrics: [rouge_l]", "study.metrics.0: no result of the sweep has a metric 'rouge_l'"),
+        ("metric: perplexity", "metric: f1", r"tried.yaml:\d+: study.claims.0.metric: no result of the sweep has a metric 'f1'"),
+        (
+            "label: kept}\n  claims:\n    - {says: what is whole is better, metric: perplexity, better: 1, than: [0.5]",
+            "label: kept}\n  lines: {keys: [stage], label: stage}\n  claims:\n    - {says: both, metric: kl_to_base, compounds: {x: 1, line: pruned}",
+            r"tried.yaml:\d+: study.claims.0.metric: `compounds` compares logarithms, and kl_to_base may be 0",
+        ),
     ],
 )  # fmt: skip
 def test_a_study_that_does_not_fit_its_recipe_is_refused(refused: Callable[[str], str], old: str, new: str, words: str) -> None:

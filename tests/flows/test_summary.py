@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from flows.planning import Plan, make_plan
+from compression.data import fingerprint
+from flows.planning import Plan, make_plan, select
 from flows.recipe import load_recipe
 from flows.summary import summarize
 from tasks.perform import Result
@@ -43,9 +44,25 @@ def test_stages_that_never_began_say_why(plan: Plan) -> None:
     assert [(stopped[name]["state"], stopped[name]["reason"]) for name in "bc"] == [("Skipped", "the run was interrupted")] * 2
 
 
+def test_what_figures_were_measured_with_is_told(plan: Plan) -> None:
+    pipeline: Any = SimpleNamespace(name="r", run="f00", results={})
+    environment = json.loads(json.dumps(summarize(pipeline, plan, 0.0, "r-1")))["environment"]
+    assert environment["measured_with"] == plan.measured_with and plan.measured_with["quality"]
+    assert environment["data"] == fingerprint(plan.parsed.recipe.data)
+
+
 def test_what_is_known_of_single_layers_comes_from_beside_the_checkpoint(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "layers.json").write_text('{"model.layers.0.mlp.up_proj": {"relative_error": 0.25}}')
     found = rows(
         plan, result("base", "Cached"), result("a", "Completed", path=str(tmp_path)), result("b", "Completed", path=str(tmp_path / "store"))
     )
     assert found["a"]["layers"] == {"model.layers.0.mlp.up_proj": {"relative_error": 0.25}} and found["b"]["layers"] == {}
+
+
+def test_a_part_of_a_sweep_says_what_is_left_out(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "r.yaml").write_text(recipe(checkpoint, STAGES, "matrix: {b.bits: [2, 4, 8]}\n"))
+    whole = make_plan(load_recipe(tmp_path / "r.yaml"), Store(tmp_path / "store"))
+    pipeline: Any = SimpleNamespace(name="r", run="f00", results={}, cells={branch.name: "" for branch in whole.parsed.branches})
+    for only, left_out in ([], 0), (["b@bits=4"], 2), (["b"], 0):
+        made = summarize(pipeline, select(whole, only=only), 0.0, "r-1")["sweep"]
+        assert (len(made["cells"]), made["left_out"]) == (3 - left_out, left_out)

@@ -13,7 +13,8 @@ from flows.pipeline import _begun
 from flows.planning import Plan, make_plan, select
 from flows.recipe import load_recipe
 from flows.registering import register_results
-from flows.tracked import git_commit, known_stages, leaves, lock, planned_stages, series
+from flows.summary import summarize
+from flows.tracked import end_cells, git_commit, helpers, known_stages, leaves, lock, planned_stages, series
 from tasks.gates import Verdict
 from tasks.perform import Result
 from tasks.store import Store
@@ -42,6 +43,48 @@ def test_a_line_of_the_chart_is_a_road_to_a_leaf(plan: Callable[..., Plan]) -> N
     assert series(cut) == {name: [""] for name in ("base", "pruned", "distilled", "gptq")} and leaves(cut) == ["gptq"]
     swept = plan(rest="matrix: {gptq.bits: [4, 8]}\n")
     assert series(swept).keys() == {"base", "pruned", "distilled"}  # a cell's run has its road
+
+
+TAUGHT = """\
+  teacher: {uses: finetune, steps: 2}
+  pruned: {uses: prune.width, needs: base, keep: 0.5}
+  distilled: {uses: distill, teacher: teacher, steps: 2}
+"""
+
+
+def test_a_teacher_is_on_no_road_but_its_own(plan: Callable[..., Plan]) -> None:
+    made = plan(TAUGHT)
+    assert series(made) == {"base": ["", "/teacher"], "pruned": [""], "distilled": [""], "teacher": ["/teacher"]}
+    tuned = plan(TAUGHT + "  tuned: {uses: quantize.rtn, group_size: 32, needs: teacher}\n")  # the teacher is on a road too
+    assert series(tuned) == {
+        "base": ["/distilled", "/tuned"], "pruned": ["/distilled"], "distilled": ["/distilled"], "teacher": ["/tuned"], "tuned": ["/tuned"],
+    }  # fmt: skip
+    swept = plan(TAUGHT, "matrix: {distilled.temperature: [1, 2]}\n")
+    assert series(swept) == {"base": ["", "/teacher"], "pruned": [""], "teacher": ["/teacher"]}
+    every = plan(TAUGHT, "matrix: {seed: [0, 1]}\n")
+    assert series(every) == {"base": [""]} and helpers(every) == ["teacher@seed=0", "teacher@seed=1"]
+
+
+def test_a_cell_has_the_roads_to_its_leaves_and_helpers(plan: Callable[..., Plan]) -> None:
+    made = plan(TAUGHT, "matrix: {teacher.steps: [1, 2]}\n")
+    curves: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    tracking = SimpleNamespace(
+        log_curve=lambda run, points, again: curves.update({run: points}), describe=lambda *_: None, end=lambda *_: None
+    )
+    results = {t.name: Result(t.name, "x", [], "Completed", metrics={"accuracy": t.index / 10}) for t in made.assignments}
+    cells = {branch.name: branch.name for branch in made.parsed.branches}
+    pipeline: Any = SimpleNamespace(name="micro", run="f00", results=results, cells=cells, tracking=tracking, superseded={})
+    end_cells(pipeline, summarize(pipeline, made, 0.0, "micro-1"), made, finished=True)
+    index = {task.name: task.index for task in made.assignments}
+    assert curves.keys() == {"steps=1", "steps=2"}
+    for cell, points in curves.items():
+        found: dict[str, list[int]] = {}
+        for step, metrics in points:
+            for metric in metrics:
+                found.setdefault(metric, []).append(step)
+        assert found == {
+            "accuracy": [0, index["pruned"], index[f"distilled@{cell}"]], "accuracy/teacher": [0, index[f"teacher@{cell}"]],
+        }  # fmt: skip
 
 
 def test_stages_go_on_with_their_runs_unless_they_are_others_now(plan: Callable[..., Plan]) -> None:
@@ -135,3 +178,32 @@ def test_a_champion_passed_every_gate_before_it(plan: Callable[..., Plan], outco
     ((run, what),) = calls
     assert (run, what["name"], what["aliases"], what["extra"]) == ("gguf", "tiny-gguf", aliases, "llamacpp")
     assert ("not champion: accuracy fell within noise" in said) == (outcome == "INCONCLUSIVE")
+
+
+@pytest.mark.parametrize(
+    ("gate", "verdicts", "unjudged"),
+    [
+        ("tokens_per_second: {min: 100000, if_measured: true}", [], "tokens_per_second at least 100000 (if measured)"),
+        (
+            "perplexity: {max: 9}, tokens_per_second: {max_decrease: 0, if_measured: true}", ["perplexity"],
+            "tokens_per_second at most 0% below base (if measured)",
+        ),
+        (
+            "perplexity: {max: 9, max_increase: 1, if_measured: true}", ["perplexity"],
+            "perplexity at most 9 and at most 100% above base (if measured)",
+        ),
+        ("perplexity: {max: 9, max_increase: 1}", ["perplexity", "perplexity"], ""),
+    ],
+)  # fmt: skip
+def test_a_gate_that_was_not_judged_makes_no_champion(plan: Callable[..., Plan], gate: str, verdicts: list[str], unjudged: str) -> None:
+    stages = "  q: {uses: quantize.rtn, group_size: 32}\n"
+    made = plan(stages, f"gates: {{q: {{{gate}}}}}\nregistry: {{name: tiny, stages: [q], champion: true}}\n")
+    results = {task.name: Result(task.name, "x", [], "Completed", runtime="transformers", run=task.name) for task in made.assignments}
+    results["q"].verdicts = [Verdict(metric, "PASS", "kept") for metric in verdicts]
+    given: list[list[str]] = []
+    pipeline: Any = SimpleNamespace(
+        name="micro", results=results, base=made.base, tracking=SimpleNamespace(register=lambda run, aliases, **_: given.append(aliases))
+    )
+    (said,) = register_results(pipeline, made.assignments, champion=True)
+    assert given == [["candidate"] if unjudged else ["candidate", "champion"]]
+    assert said.endswith(f"not champion: its gate was not judged: {unjudged}" if unjudged else "of tiny")

@@ -131,16 +131,17 @@ def _check_evaluation(parsed: ParsedRecipe, base: Base) -> None:
 
 
 def _measured_with(recipe: Recipe, tasks: Iterable[Assignment], machine: Machine) -> dict[str, str]:
-    """By measurement that is made of a stage, or of the base, the digest of its version, data and settings."""
+    """By measurement, or part of one, that is made of a stage or of the base, the digest of its version, data and settings."""
     found: dict[str, str] = {}
     for task in tasks:
         if isinstance(task.planned, Corpus):
             continue
         asked = Asked(task.planned, task.roles, recipe.data, recipe.evaluation)
-        anything = Subject(asked, Reference(Path(), ""), {}, Path(), machine)
         for one in measurements():
-            if not one.alone and one.name not in found and one.applies(asked):
-                found[one.name] = digest({"version": one.version, **one.document(anything)})[:12]
+            parts = one.parts(asked) if not one.alone and one.applies(asked) else {}
+            for name in parts.keys() - found.keys():
+                anything = Subject(parts[name], Reference(Path(), ""), {}, Path(), machine)
+                found[name] = digest({"version": one.version, **one.document(anything)})[:12]
     return found
 
 

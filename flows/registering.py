@@ -50,7 +50,7 @@ def register_results(pipeline: Pipeline, tasks: Sequence[Assignment], champion: 
         open_ones = [verdict.message for verdict in judged if verdict.outcome != "PASS"] + _unjudged(task, result.verdicts)
         aliases = ["candidate", *(["champion"] if champion and not open_ones else [])]
         base = pipeline.results["base"].metrics
-        pipeline.tracking.register(
+        kept = pipeline.tracking.register(
             result.run, name=task.registered, path=result.path, content=result.content, aliases=aliases,
             tags={
                 "edgepress.identity": task.identity, "edgepress.recipe": pipeline.name, "edgepress.stage": task.name,
@@ -60,7 +60,8 @@ def register_results(pipeline: Pipeline, tasks: Sequence[Assignment], champion: 
             extra=PACKAGES[result.runtime].extra,
         )  # fmt: skip
         why = f"; not champion: {'; '.join(open_ones)}" if champion and open_ones else ""
-        said.append(f"{task.name} is {' and '.join(aliases)} of {task.registered}{why}")
+        here = f"is {' and '.join(aliases)} of" if kept else "was refused by the registry, for"
+        said.append(f"{task.name} {here} {task.registered}{why}")
     return said
 
 

@@ -75,18 +75,23 @@ class RunComparison:
             return Change("", "same")
         text = ("+" if new > old else "−") + figure.value(abs(new - old))
         measurement = _measurement(figure.metric)
-        unlike = measurement is not None and self._unlike(measurement, number, run)
+        unlike = measurement is not None and self._unlike(measurement, figure.metric, number, run)
         return Change(text, "unlike" if unlike else _judged(first, row, figure, measurement))
 
-    def _unlike(self, measurement: str, one: int, other: int) -> bool:
-        """Whether two runs did not make a measurement in the same way."""
+    def _unlike(self, measurement: str, metric: str, one: int, other: int) -> bool:
+        """Whether two runs did not make a measurement of a metric in the same way."""
         said = _SAID.get(measurement, ("recipe.evaluation",))
         if measurement in _OF_THE_MACHINE:
             return self._differ((*said, *_MACHINE), one, other)
-        with_one, with_other = (self.measured_with[run].get(measurement) for run in (one, other))
+        with_one, with_other = (self._digests(measurement, metric, run) for run in (one, other))
         if with_one and with_other:
             return with_one != with_other or self._differ(("base.content",), one, other)
         return self._differ((*said, "base.content"), one, other)
+
+    def _digests(self, measurement: str, metric: str, run: int) -> set[str]:
+        """Of the part of a measurement that gives a metric, as far as its name tells; else of all its parts."""
+        parts = {name: found for name, found in self.measured_with[run].items() if name.split(".")[0] == measurement}
+        return {found for name, found in parts.items() if metric.startswith(f"{name}.")} or set(parts.values())
 
     def _differ(self, keys: Sequence[str], one: int, other: int) -> bool:
         """Whether two runs differ in one of these keys, or in one below them."""

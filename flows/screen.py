@@ -1,12 +1,14 @@
 """What a person sees in the terminal: bars while stages work, one table at the end. Imports no torch."""
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from flows.comparison import compare
 from flows.planning import Plan, estimate
@@ -97,9 +99,40 @@ def sweep_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def print_wide(console: Console, table: Table, names: int) -> None:
+    """Print a table; where the terminal is too narrow for it, in parts one below the other, each with the first `names` columns."""
+    rows = [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
+    headings = [str(column.header) for column in table.columns]
+    widths = [
+        max(console.measure(Text.from_markup(str(cell))).maximum for cell in column) + 3 for column in zip(headings, *rows, strict=True)
+    ]
+    room = console.width - 1 - sum(widths[:names])
+    parts = _packed(widths[names:], room)
+    while room > 0 and len(tighter := _packed(widths[names:], room - 1)) == len(parts):  # as many parts, of more even widths
+        parts, room = tighter, room - 1
+    for number, part in enumerate(parts):
+        shown = Table(title=table.title if number == 0 else None, caption=table.caption if part is parts[-1] else None)
+        columns = [*range(names), *(names + place for place in part)]
+        for column in columns:
+            shown.add_column(headings[column], justify=table.columns[column].justify, no_wrap=table.columns[column].no_wrap)
+        for row, cells in zip(table.rows, rows, strict=True):
+            shown.add_row(*(cells[column] for column in columns), end_section=row.end_section)
+        console.print(shown)
+
+
+def _packed(widths: Sequence[int], room: int) -> list[list[int]]:
+    """Places of columns, in order, in as many parts as it takes for none to be wider than the room, or to have one column."""
+    parts: list[list[int]] = [[]]
+    for place, width in enumerate(widths):
+        if parts[-1] and sum(widths[other] for other in parts[-1]) + width > room:
+            parts.append([])
+        parts[-1].append(place)
+    return parts
+
+
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
     """The table, then what a person must know: warnings, broken gates, failures; at the end the cells of a sweep side by side."""
-    console.print(results_table(summary))
+    print_wide(console, results_table(summary), 1)
     for row in summary["rows"]:
         for warning in row["warnings"]:
             console.print(f"[yellow]warning[/] {row['stage']}: {escape(warning)}", highlight=False)
@@ -110,7 +143,8 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         if row["state"] == "Failed":
             console.print(f"[bold red]failed[/] {row['stage']}: {escape(row['reason'])}", highlight=False)
     if summary["sweep"]:
-        console.print(sweep_table(summary))
+        table = sweep_table(summary)
+        print_wide(console, table, sum(column.justify == "left" for column in table.columns) - 1)
 
 
 def print_comparison(console: Console, found: RunComparison) -> None:
@@ -144,7 +178,7 @@ def print_comparison(console: Console, found: RunComparison) -> None:
             state = row["state"]
             table.add_row(*words, f"[{_STATE.get(state, 'white')}]{state.lower()}[/]", *cells)
         table.add_section()
-    console.print(table)
+    print_wide(console, table, 2)
     console.print(
         "[bold green]✓ better[/] · [bold red]✗ worse[/] · [dim]~ within the noise · ? measured with other data or settings, or on another machine[/]"
     )

@@ -73,7 +73,10 @@ class Measurement(ABC):
         return True
 
     def parts(self, asked: Asked) -> Mapping[str, Asked]:
-        """What gets a record of its own each, by a name of it: one more that is asked for computes only that. Default: all of it is one."""
+        """What gets a record of its own each, so that one more that is asked for computes only that. Default: all of it is one.
+
+        By a name: this measurement's, or one with a dot behind that its metrics begin with.
+        """
         return {self.name: asked}
 
     @abstractmethod

@@ -182,9 +182,9 @@ class Tracking:
         """Keep a text as an artifact of the run."""
         self._send("log_text", run=run, text=text, path=path)
 
-    def register(self, run: str, **what: Any) -> None:
-        """Put an artifact into the model registry: the arguments are those of tasks.registry.register."""
-        self._send("register", run=run, **what)
+    def register(self, run: str, **what: Any) -> bool:
+        """Put an artifact into the model registry: the arguments are those of tasks.registry.register. Returns False where MLflow refuses."""
+        return self._send("register", run=run, **what)
 
     def end(self, run: str, status: str, reason: str | None = None) -> None:
         """End a run: FINISHED, FAILED or KILLED. Points of its curves that are held still go first."""
@@ -231,13 +231,15 @@ class Tracking:
                 self._outbox.close()
                 self._outbox = None
 
-    def _send(self, what: str, **arguments: Any) -> None:
-        """Send a call now, or behind those that wait. One that MLflow refuses (its run was deleted) is set aside."""
+    def _send(self, what: str, **arguments: Any) -> bool:
+        """Send a call now, or behind those that wait. One that MLflow refuses (its run was deleted) is set aside, and False returned."""
         call = Call(what, arguments)
         try:
             self._attempt(call)
         except Refused as refusal:
             self._refuse(call, refusal)
+            return False
+        return True
 
     def _attempt(self, call: Call) -> None:
         """Send a call now, or behind those that wait. Raises Refused."""

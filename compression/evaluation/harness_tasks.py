@@ -53,7 +53,10 @@ def check_tasks(asked: tuple[str, ...], max_length: int) -> None:
     max_length  positions of the model
     Raises UnusableData for what is missing or out of reach, Incompatible for a task that samples its answers or writes more than the model has room for.
     """
-    for task in find_tasks(asked):
+    tasks = find_tasks(asked)
+    for number, task in enumerate(tasks):
+        if task.name in (before.name for before in tasks[:number]):
+            raise UnusableData(f"two tasks are called {task.name}, and their metrics would be too; rename one", key="harness")
         for name, config in single_tasks(task).items():
             if config.get("output_type") == "generate_until":
                 settings = config.get("generation_kwargs") or {}

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any, ClassVar
 
 from compression.evaluation.findings import Transform
-from compression.evaluation.harness_tasks import fingerprint_task, task_metrics
+from compression.evaluation.harness_tasks import find_tasks, fingerprint_task, task_metrics
 from tasks.measurement import Asked, Measurement, Subject
 
 
@@ -20,10 +20,8 @@ class Harness(Measurement):
         return asked.settings is not None and len(asked.settings.harness) > 0
 
     def parts(self, asked: Asked) -> Mapping[str, Asked]:
-        settings = asked.settings
-        return {
-            f"{self.name} {task}": replace(asked, settings=settings.model_copy(update={"harness": (task,)})) for task in settings.harness
-        }
+        named = {f"{self.name}.{find_tasks((task,))[0].name}": task for task in asked.settings.harness}
+        return {name: replace(asked, settings=asked.settings.model_copy(update={"harness": (task,)})) for name, task in named.items()}
 
     def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
         return {metric: transform for task in asked.settings.harness for metric, transform in task_metrics(task).items()}

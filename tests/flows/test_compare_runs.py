@@ -109,6 +109,11 @@ def test_figures_are_judged_where_they_were_measured_with_the_same() -> None:
     assert compare_runs(edited).differences == {"data": ("d1", "d2"), "measured_with.quality": ("1", "9")}
     limited = {**first, "harness": "9", "question_answering": "9"}
     assert marks(run(1, {}, measured_with=first), run(2, {}, measured_with=limited))["unlike"] == ["exact_match", "harness.towns.acc"]
+    tasks = [{**first, "harness.towns": "3"}, {**first, "harness.towns": "3", "harness.more": "7"}, {**first, "harness.towns": "4"}]
+    one, more, other = (
+        run(number, {}, measured_with={k: v for k, v in each.items() if k != "harness"}) for number, each in enumerate(tasks, 1)
+    )
+    assert "unlike" not in marks(one, more) and marks(one, other)["unlike"] == ["harness.towns.acc"]
     third = [run(1, {}, measured_with=first), run(2, {}, measured_with=limited), run(3, {}, measured_with=first)]
     assert "unlike" not in marks(*third, number=2), "what a run in between was measured with is no matter"
 
@@ -125,7 +130,9 @@ def test_summaries_without_digests_are_judged_by_what_the_recipe_says() -> None:
 
 
 def test_every_figure_is_known_by_the_measurement_that_gives_it() -> None:
-    settings = EvaluationSpec(suite="release", harness=("x",), question_answering="embedded", summarization="x.jsonl", energy="estimate")
+    settings = EvaluationSpec(
+        suite="release", harness=("arc_easy",), question_answering="embedded", summarization="x.jsonl", energy="estimate"
+    )
     data = DataSpec.model_validate({"text": "embedded", "questions": "embedded"})
     asked = Asked(Artifact("llama.cpp", "carried", 1), ("base", "parent"), data, settings)
     for one in measurements():

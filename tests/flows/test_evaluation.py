@@ -69,7 +69,7 @@ def test_everything_is_measured_of_the_base_and_of_a_stage(
         assert {"repetition_rate", "empty_rate", "exact_match", "f1", "refusal_rate.fraud", "harness.lamp.acc"} <= row["metrics"].keys()
         assert row["metrics"]["question_answering_count"] == 3
         assert [set(sample) for sample in row["details"]["samples"]] == [{"prompt", "text"}] * 2
-        assert row["details"]["harness"]["lamp"]["count"] == 1
+        assert row["details"]["harness.lamp"]["count"] == 1
     base, pruned = (row["metrics"] for row in summary["rows"])
     assert pruned["refusal_rate_delta"] == pruned["refusal_rate"] - base["refusal_rate"]
     assert "refusal_rate_delta" not in base

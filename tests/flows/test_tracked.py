@@ -172,7 +172,10 @@ def test_a_champion_passed_every_gate_before_it(plan: Callable[..., Plan], outco
     results["gguf"].verdicts = [Verdict("perplexity", "PASS", "perplexity 3 is at most 9")]
     calls: list[tuple[str, dict[str, Any]]] = []
     pipeline: Any = SimpleNamespace(
-        name="micro", results=results, base=made.base, tracking=SimpleNamespace(register=lambda run, **what: calls.append((run, what)))
+        name="micro",
+        results=results,
+        base=made.base,
+        tracking=SimpleNamespace(register=lambda run, **what: calls.append((run, what)) or True),
     )
     (said,) = register_results(pipeline, made.assignments, champion)
     ((run, what),) = calls
@@ -202,7 +205,10 @@ def test_a_gate_that_was_not_judged_makes_no_champion(plan: Callable[..., Plan],
     results["q"].verdicts = [Verdict(metric, "PASS", "kept") for metric in verdicts]
     given: list[list[str]] = []
     pipeline: Any = SimpleNamespace(
-        name="micro", results=results, base=made.base, tracking=SimpleNamespace(register=lambda run, aliases, **_: given.append(aliases))
+        name="micro",
+        results=results,
+        base=made.base,
+        tracking=SimpleNamespace(register=lambda run, aliases, **_: given.append(aliases) or True),
     )
     (said,) = register_results(pipeline, made.assignments, champion=True)
     assert given == [["candidate"] if unjudged else ["candidate", "champion"]]

@@ -144,9 +144,9 @@ def test_each_task_of_the_harness_has_a_record_of_its_own(checkpoint: Path, file
     harness = by_name("harness")
     parts = harness.parts(asked(checkpoint, harness=["arc_easy", files["harness"]]))
     assert [(name, part.settings.harness) for name, part in parts.items()] == [
-        ("harness arc_easy", ("arc_easy",)), (f"harness {files['harness']}", (files["harness"],))
+        ("harness.arc_easy", ("arc_easy",)), ("harness.lamp", (files["harness"],))
     ]  # fmt: skip
-    assert parts["harness arc_easy"] == harness.parts(asked(checkpoint, harness=["arc_easy"]))["harness arc_easy"]
+    assert parts["harness.arc_easy"] == harness.parts(asked(checkpoint, harness=["arc_easy"]))["harness.arc_easy"]
 
 
 def test_energy_is_measured_anew_where_others_can_tell(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,16 +23,20 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends libgomp1 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 edgepress \
-    && install --directory --owner=edgepress /work
+    && install --directory --owner=edgepress /work /locks
 COPY --from=build /opt/edgepress /opt/edgepress
 ENV PATH=/opt/edgepress/bin:$PATH \
     PYTHONSAFEPATH=1 \
+    HF_HOME=/work/.cache/huggingface \
+    EDGEPRESS_LOCKS=/locks \
     PREFECT_SERVER_ANALYTICS_ENABLED=false \
     MLFLOW_DISABLE_TELEMETRY=true
 USER 10001
 WORKDIR /work
 # The store, the outputs and the recipes: one volume for all workers that share a sweep.
 VOLUME /work
+# By which the containers of a host take turns at its GPUs, and at timing alone.
+VOLUME /locks
 EXPOSE 8080
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/health', timeout=4)"]

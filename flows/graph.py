@@ -7,6 +7,7 @@ parameters belong to its identity.
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -112,7 +113,7 @@ def expand(
     A stage is there once for each choice of the values that reach it: its own, and those of every stage it reads. Cells share the rest.
     Raises EdgepressError with file, line and key: an entry that is no stage, an unknown dependency, a cycle, two cells that are the same.
     """
-    nodes: dict[str, Node] = {}
+    copies: dict[str, _Copy] = {}
     branches: list[Branch] = []
     parsed: dict[tuple[str, ...], _Entry] = {}
     known: dict[tuple[str, ...], Cell] = {}
@@ -123,8 +124,9 @@ def expand(
         other = known.setdefault((str(cell_seed), *(entry.text for entry in entries)), cell)
         if other is not cell:
             raise source.error(_difference(cell, other), f"the cells {cell.name} and {other.name} are the same")
-        branches.append(_branch(cell, ordered, cell_seed, gates, nodes))
-    return list(nodes.values()), branches
+        branches.append(_branch(cell, ordered, cell_seed, copies))
+    read = {name for copy in copies.values() for name in copy.inputs}
+    return [copy.node(gates, leaf=name not in read) for name, copy in copies.items()], branches
 
 
 def _difference(cell: Cell, other: Cell) -> KeyPath:
@@ -133,10 +135,8 @@ def _difference(cell: Cell, other: Cell) -> KeyPath:
     return next(places, ("matrix",))
 
 
-def _branch(
-    cell: Cell, ordered: list[_Entry], seed: int, gates: Mapping[str, StageGates], nodes: dict[str, Node]
-) -> Branch:  # fmt: skip
-    """Add the copies of this cell that no cell before it needed to `nodes`."""
+def _branch(cell: Cell, ordered: list[_Entry], seed: int, copies: dict[str, "_Copy"]) -> Branch:
+    """Add the copies of this cell that no cell before it needed."""
     needed = {name for entry in ordered for name in entry.inputs.values()}
     names: dict[str, str] = {BASE: BASE}
     reached: dict[str, set[KeyPath]] = {BASE: set()}
@@ -145,32 +145,43 @@ def _branch(
         reached[entry.name] = own.union(*(reached[name] for name in entry.inputs.values()))
         paths = [path for path in cell.values if path in reached[entry.name]]
         name = names[entry.name] = f"{entry.name}@{cell.label(paths)}" if paths else entry.name
-        if name not in nodes:
-            nodes[name] = _copy(entry, names, seed, gates, entry.name not in needed, _moved(cell, paths))
+        if name not in copies:
+            copies[name] = _Copy(entry, names, seed, _moved(cell, paths))
     leaves = tuple(entry.name for entry in ordered if entry.name not in needed and reached[entry.name])
-    del names[BASE]
-    return Branch(name=cell.name, values={key_of(path): value.value for path, value in cell.values.items()}, stages=names, leaves=leaves)
+    stages = {name: copy for name, copy in names.items() if name != BASE}
+    return Branch(name=cell.name, values={key_of(path): value.value for path, value in cell.values.items()}, stages=stages, leaves=leaves)
 
 
-def _copy(
-    entry: _Entry, names: Mapping[str, str], seed: int, gates: Mapping[str, StageGates], leaf: bool, moved: Mapping[KeyPath, KeyPath]
-) -> Node:  # fmt: skip
-    """The entry as a node that reads, and is bounded relative to, the copies of its cell."""
-    key = gate_key(gates, entry.name, entry.stage.uses, leaf)
+@dataclass(frozen=True)
+class _Copy:
+    """An entry as the cell that needed it first has it. `names`: from names in the recipe to those of the cell's copies."""
 
-    def renamed(bounds: Mapping[str, Bound]) -> dict[str, Bound]:
+    entry: _Entry
+    names: Mapping[str, str]
+    seed: int
+    moved: Mapping[KeyPath, KeyPath]
+
+    @property
+    def inputs(self) -> list[str]:
+        return [self.names[name] for name in self.entry.inputs.values()]
+
+    def node(self, gates: Mapping[str, StageGates], *, leaf: bool) -> Node:
+        """What reads, and is bounded relative to, the copies of its cell. `leaf`: nothing follows it, in no cell."""
+        entry = self.entry
+        key = gate_key(gates, entry.name, entry.stage.uses, leaf)
+        others = {role: self.names[name] for role, name in entry.stage.other_inputs().items()}
+        execution = entry.execution.model_copy(update={"bounds": self._renamed(entry.execution.bounds)})
+        return Node(
+            name=self.names[entry.name], stage=entry.stage.model_copy(update=others) if others else entry.stage,
+            parent=self.names[entry.parent], execution=execution, origin=entry.name, seed=self.seed,
+            gates=self._renamed(gates[key]) if key else {}, gated_by=key or entry.name, moved=self.moved,
+        )  # fmt: skip
+
+    def _renamed(self, bounds: Mapping[str, Bound]) -> dict[str, Bound]:
         return {
-            metric: bound.model_copy(update={"relative_to": names.get(bound.relative_to, bound.relative_to)})
+            metric: bound.model_copy(update={"relative_to": self.names.get(bound.relative_to, bound.relative_to)})
             for metric, bound in bounds.items()
         }
-
-    others = {role: names[name] for role, name in entry.stage.other_inputs().items()}
-    execution = entry.execution.model_copy(update={"bounds": renamed(entry.execution.bounds)})
-    return Node(
-        name=names[entry.name], stage=entry.stage.model_copy(update=others) if others else entry.stage, parent=names[entry.parent],
-        execution=execution, origin=entry.name, seed=seed,
-        gates=renamed(gates[key]) if key else {}, gated_by=key or entry.name, moved=moved,
-    )  # fmt: skip
 
 
 def _moved(cell: Cell, paths: Iterable[KeyPath]) -> dict[KeyPath, KeyPath]:

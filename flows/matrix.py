@@ -105,7 +105,7 @@ def cells_of(matrix: Matrix | None, stages: Iterable[str], source: Located) -> l
     paths = dict.fromkeys(path for cell in cells for path in cell)
     short = short_names(map(key_of, paths))
     shown = {path: short[key_of(path)] for path in paths}
-    return [Cell(cell, shown) for cell in cells]
+    return [Cell({path: cell[path] for path in paths if path in cell}, shown) for cell in cells]  # in one order, for names to be equal
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:

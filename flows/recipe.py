@@ -152,9 +152,10 @@ def _put(document: dict[str, Any], override: str) -> None:
     # a key of the matrix has dots of its own
     *folders, last = ["matrix", key.removeprefix("matrix.")] if key.startswith("matrix.") else key.split(".")
     for folder in folders:
-        document = document.setdefault(folder, {})
-        if not isinstance(document, dict):
+        inner = document.setdefault(folder, {})
+        if not isinstance(inner, dict):
             raise EdgepressError(f"--set {override}: {folder} is no mapping in the recipe")
+        document[folder] = document = dict(inner)  # which a YAML alias may share with other places
     try:
         document[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:

@@ -37,6 +37,7 @@ def prefect_server(home: Path, port: int | None = None) -> Iterator[None]:
     if os.environ.get("PREFECT_API_URL"):
         yield
         return
+    home = home.absolute()  # whose log and lock are needed again when the server is, wherever this process has gone
     home.mkdir(parents=True, exist_ok=True)
     try:
         listening = socket.create_server(("127.0.0.1", port or 0), backlog=128)
@@ -44,7 +45,7 @@ def prefect_server(home: Path, port: int | None = None) -> Iterator[None]:
         reason = os.strerror(error.errno or 0)
         raise EdgepressError(f"port {port}: {reason}; take another, or name the server there in PREFECT_API_URL") from None
     environment = {
-        "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home.absolute() / 'prefect.db'}",
+        "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect.db'}",
         **os.environ,
         **_SETTINGS,
         **(_EMBEDDED if port is None else {"PREFECT_SERVER_API_PORT": str(port)}),  # the UI asks its API there

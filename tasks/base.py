@@ -44,6 +44,11 @@ def open_base(source: str, revision: str | None, license_name: str | None, cache
     return Base(checkpoint, identity, content, source, commit, license_name or _license(path))
 
 
+def is_unchanged(base: Base, cache: Path) -> bool:
+    """Whether a model's directory holds the bytes that were planned with."""
+    return _content_digest(base.path, cache) == base.content
+
+
 def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
     if source == "embedded":
         return EMBEDDED, None

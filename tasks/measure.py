@@ -7,6 +7,7 @@ from two others without another measurement.
 
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -63,13 +64,13 @@ class Measured:
     seconds: float = 0.0
 
 
-def measure(subject: Subject, store: Store, children: Children, folder: Path, sink: EventSink) -> Measured:
+def measure(subject: Subject, store: Store, children: Children, sink: EventSink) -> Measured:
     """Every record that the recipe asks for about a target: from the store, or made now and kept."""
     found = Measured()
     for measurement in measurements():
         parts = measurement.parts(subject.asked) if measurement.applies(subject.asked) else {}
         for name, asked in parts.items():
-            key, record, seconds = _record(measurement, replace(subject, asked=asked), store, children, folder / measurement.name, sink)
+            key, record, seconds = _record(measurement, replace(subject, asked=asked), store, children, sink)
             found.metrics |= record["metrics"]
             found.items |= {metric: Items.read(items) for metric, items in record["items"].items()}
             found.details |= record["details"]
@@ -79,7 +80,7 @@ def measure(subject: Subject, store: Store, children: Children, folder: Path, si
 
 
 def _record(
-    measurement: Measurement, subject: Subject, store: Store, children: Children, folder: Path, sink: EventSink
+    measurement: Measurement, subject: Subject, store: Store, children: Children, sink: EventSink
 ) -> tuple[str, dict[str, Any], float]:  # fmt: skip
     """A record with its key, and the seconds a child worked for it now."""
     from compression.evaluation.bootstrap import BOOTSTRAP_VERSION, interval_figures
@@ -99,7 +100,9 @@ def _record(
             call, arguments, subject.machine.threads, device=subject.machine.device, alone=measurement.alone, name=measurement.name,
             memory=2 * sum(size_of(path) for path in opened),  # files of 16 bits, worked with in 32
         )  # fmt: skip
+        folder = store.root / "work" / f"measure-{digest(document)}"  # whoever holds the lock of the key is alone in it
         done = children.run(job, folder, sink)
+        shutil.rmtree(folder, ignore_errors=True)
         metrics = dict(done.metrics)
         for metric, items in done.items.items():
             metrics |= interval_figures(metric, items, f"{digest(document)} {metric}")

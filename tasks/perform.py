@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from compression.checkpoint import Checkpoint
-from compression.data import DataSpec
+from compression.data import DataSpec, fingerprint
 from compression.errors import EdgepressError
 from export.runtimes import runtime_name
 from tasks.artifact import CARRIED, complete_artifact
-from tasks.base import Base
+from tasks.base import Base, is_unchanged
 from tasks.children import Children, Job, Stopped
 from tasks.descriptions import charted, describe_stage, properties
 from tasks.gates import Bound, Figures, Verdict, judge
@@ -266,6 +266,7 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
     except Exception:
         _require_inputs(pipeline, task)  # where one is lost, that is the reason
         raise
+    _require_sources(pipeline, task, stage)
     if isinstance(task.planned, Artifact):
         ancestors = [pipeline.documents[name] for name in task.ancestors[1:]]  # after the base
         complete_artifact(home / "out", task.planned, task.document, task.identity, ancestors, pipeline.base)
@@ -280,7 +281,7 @@ def _require_inputs(pipeline: Pipeline, task: Assignment) -> None:
     for name in dict.fromkeys(task.inputs.values()):
         identity = pipeline.results[name].identity
         if identity == pipeline.base.identity:
-            continue  # not in the store
+            continue  # not in the store: `_require_sources` looks at it
         with pipeline.store.lock(identity):
             lost = pipeline.store.get(identity) is None
         if lost:
@@ -288,6 +289,18 @@ def _require_inputs(pipeline: Pipeline, task: Assignment) -> None:
                 f"the result of {name} ({identity[:12]}) was removed from the store, or damaged and set aside, while this run was going on; "
                 "the same command computes it again"
             )
+
+
+def _require_sources(pipeline: Pipeline, task: Assignment, stage: Stage) -> None:
+    """Raises EdgepressError when what the stage read outside of the store is no longer what was planned with: its result may be of either."""
+    models = [*task.outside.values(), *([pipeline.base] if pipeline.base.identity in task.document["inputs"].values() else [])]
+    changed = [f"the model {model.source}" for model in models if not is_unchanged(model, pipeline.store.root)]
+    read = stage.data_read()
+    if read != "nothing" and fingerprint(pipeline.data, read) != task.document["data"]:
+        changed.append("the recipe's data")
+    if changed:
+        shutil.rmtree(pipeline.store.workplace(task.identity), ignore_errors=True)  # what it would go on from is of other bytes too
+        raise EdgepressError(f"{' and '.join(changed)} changed while this run was going on; the same command plans with what is there now")
 
 
 def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
@@ -299,7 +312,6 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     parent = task.inputs.get("parent", "")
     compared = {role: pipeline.results["base" if role == "base" else parent] for role in task.roles}
     references = {role: Reference(Path(other.path), other.content) for role, other in compared.items()}
-    folder = pipeline.store.root / "work" / f"measure-{task.identity}"
 
     def sink(event: dict[str, Any]) -> None:
         if "warning" in event:
@@ -309,8 +321,7 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
 
     asked = Asked(task.planned, task.roles, pipeline.data, pipeline.evaluation)
     subject = Subject(asked, Reference(Path(result.path), result.content), references, pipeline.base.path, pipeline.machine)
-    measured = measure(subject, pipeline.store, pipeline.children, folder, sink)
-    shutil.rmtree(folder, ignore_errors=True)
+    measured = measure(subject, pipeline.store, pipeline.children, sink)
     pipeline.measured[task.name] = measured
     result.metrics |= measured.metrics | _static(result.path, task.planned)
     result.details = measured.details

@@ -212,11 +212,7 @@ def _find_garbage(
         if content is not None and content not in contents:
             yield _garbage("record", path)
     for path in sorted((store.root / "work").iterdir()):
-        if path.name.startswith("measure-"):
-            in_use = not quiet and path.name.removeprefix("measure-") in needed
-        else:
-            in_use = path.name in needed and path.name not in present  # what a killed stage left to go on from
-        if not in_use:
+        if not (path.name in needed and path.name not in present):  # what a killed stage left to go on from
             yield _garbage("work", path)
     if quiet:
         yield from (
@@ -242,8 +238,8 @@ def _garbage(kind: str, path: Path) -> Garbage:
 
 
 def _lock_of(item: Garbage) -> str:
-    """The lock that whoever works on it holds: that of the identity, or of the kind of work."""
-    name = item.path.name
+    """The lock that whoever works on it holds: that of the identity, of the key of a record that is being made, or of the kind of work."""
+    name = item.path.name.removeprefix("measure-")
     return name if _IDENTITY.fullmatch(name) else name.partition("-")[0] if item.kind == "work" else item.kind
 
 

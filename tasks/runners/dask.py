@@ -81,8 +81,12 @@ class DaskChildren(AwayChildren):
     def bring(self, job: Job, folder: Path, attempt: str, forward: Callable[[], None], note: Callable[[str], None]) -> dict[str, Any]:
         assert self._client is not None
         on_gpu = job.device.partition(":")[0] == "cuda"
-        if on_gpu and not any("GPU" in worker["resources"] for worker in self._client.scheduler_info()["workers"].values()):
-            raise Incompatible("no Dask worker offers a GPU: start one with `dask worker ADDRESS --resources GPU=1`", key="device")
+        if on_gpu and not any(
+            worker["resources"].get("GPU", 0) >= job.devices for worker in self._client.scheduler_info()["workers"].values()
+        ):
+            raise Incompatible(
+                f"no Dask worker offers {job.devices} GPU: start one with `dask worker ADDRESS --resources GPU={job.devices}`", key="device"
+            )
         with self._left:
             self._waiting += 1
         try:

@@ -1,4 +1,7 @@
-"""What the edgepress processes of one machine share by locks that die with their owner: the machine itself, and its GPUs."""
+"""What the edgepress processes of one machine share by locks that die with their owner: the machine itself, and its GPUs.
+
+The lock files are in the temporary directory; containers of one host, each of which has one of its own, share a folder that EDGEPRESS_LOCKS names.
+"""
 
 import fcntl
 import os
@@ -86,7 +89,7 @@ def one_at_a_time(name: str) -> Iterator[None]:
 @contextmanager
 def _lock_file(name: str) -> Iterator[int]:
     """An open lock file of the machine. Closing it lets its lock go."""
-    path = Path(tempfile.gettempdir()) / name
+    path = Path(os.environ.get("EDGEPRESS_LOCKS") or tempfile.gettempdir()) / name
     try:
         handle = os.open(path, os.O_RDONLY)  # another user's file can be locked, but neither written nor opened with O_CREAT
     except FileNotFoundError:

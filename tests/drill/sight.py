@@ -46,9 +46,17 @@ class Sight:
     def jobs(self, stage: str, where: Where) -> list[Path]:
         """The events of the jobs that this command has begun and not ended, for a stage or for its measurements."""
         identity = self.rows[stage]["identity"]
-        home = self.place.work / (f"measure-{identity}" if where == "measuring" else identity)
-        pattern = "*/events.jsonl" if where == "measuring" else "events.jsonl"
-        return [events for events in home.glob(pattern) if self._at_work(events)]
+        homes = self._measurements(identity) if where == "measuring" else [self.place.work / identity]
+        return [events for home in homes if self._at_work(events := home / "events.jsonl")]
+
+    def _measurements(self, identity: str) -> list[Path]:
+        """The folders in which a stage's result is measured."""
+        found = []
+        for job in self.place.work.glob("measure-*/job.json"):
+            with suppress(OSError, ValueError):  # it ended this instant
+                if f"/{identity}/" in json.loads(job.read_text())["arguments"]["target"]:
+                    found.append(job.parent)
+        return found
 
     def _at_work(self, events: Path) -> bool:
         try:

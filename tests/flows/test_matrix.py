@@ -322,3 +322,17 @@ def test_the_schema_takes_a_matrix_and_refuses_a_mistyped_one() -> None:
     assert errors("{q.bits: [2, 3], seed: [0], zip: [[q.bits, seed]], exclude: [{q.bits: 2}], include: [{q.bits: 8, q.sym: true}]}") == []
     for wrong in ("{q.bits: 2}", "{q.bits: []}", "{zip: 3}", "{exclude: {q.bits: 2}}", "{seed: [-1]}"):
         assert errors(wrong), wrong
+
+
+def test_a_stage_is_one_whatever_the_order_of_keys_in_an_included_cell(load: Callable[..., ParsedRecipe]) -> None:
+    parsed = load(
+        "{pruned.keep: [0.5], distilled.steps: [6], gptq.bits: [4], include: [{gptq.bits: 8, distilled.steps: 6, pruned.keep: 0.5}]}"
+    )
+    assert len(parsed.branches) == 2 and sum(node.origin == "distilled" for node in parsed.nodes) == 1
+
+
+@pytest.mark.parametrize("order", ["[pruned, distilled]", "[distilled, pruned]"])
+def test_a_leaf_is_what_nothing_follows_in_any_cell(load: Callable[..., ParsedRecipe], order: str) -> None:
+    stages = "".join(line + "\n" for line in STAGES.splitlines()[:3])
+    parsed = load(f"{{gptq.needs: {order}}}", stages=stages, rest="gates: {leaf: {perplexity: {max: 11}}}\n")
+    assert {node.name for node in parsed.nodes if node.gates} == {"gptq@needs=pruned", "gptq@needs=distilled"}

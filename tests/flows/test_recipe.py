@@ -46,6 +46,15 @@ def test_execution_is_told_apart_from_parameters(tmp_path: Path) -> None:
     assert (node.execution.retries, node.execution.timeout, node.execution.bounds["kl_to_parent"].max) == (3, 5, 0.2)
 
 
+def test_an_override_reaches_one_of_two_places_that_share_an_alias(checkpoint: Path, tmp_path: Path) -> None:
+    stages = "  a: &a {uses: quantize.rtn, group_size: 32, bounds: &b {perplexity: {max: 9}}}\n  b: {uses: quantize.rtn, needs: base, group_size: 16, bounds: *b}\n  c: *a\n"
+    (tmp_path / "r.yaml").write_text(recipe(checkpoint, stages))
+    found = load_recipe(tmp_path / "r.yaml", ("stages.a.bits=8", "stages.a.bounds.perplexity.max=99"))
+    nodes = {node.name: node for node in found.nodes}
+    assert [nodes[name].stage.bits for name in "abc"] == [8, 4, 4]  # type: ignore[attr-defined]
+    assert [nodes[name].execution.bounds["perplexity"].max for name in "abc"] == [99, 9, 9]
+
+
 def test_overrides_go_over_the_recipe(tmp_path: Path) -> None:
     parsed = load(
         tmp_path, recipe("tiny"), "stages.distilled.temperature=4", "seed=7", "stages.pruned.keep=0.25", "gates.pruned.perplexity={max: 9}",

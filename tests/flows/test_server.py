@@ -83,8 +83,10 @@ def the_server() -> psutil.Process:
 
 
 @pytest.mark.usefixtures("own_environment")
-def test_a_killed_server_is_started_again_at_the_same_address(tmp_path: Path) -> None:
-    with prefect_server(tmp_path):
+def test_a_killed_server_is_started_again_at_the_same_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with prefect_server(Path("home")):
+        monkeypatch.chdir("/")  # as `edgepress serve` goes elsewhere
         first = the_server()
         first.kill()
         deadline = time.monotonic() + 200

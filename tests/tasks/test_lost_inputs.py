@@ -8,14 +8,15 @@ from typing import Any, cast
 
 import pytest
 
-from compression.data import DataSpec
+from compression.data import DataSpec, fingerprint
 from compression.errors import EdgepressError
+from tasks.base import Base, open_base
 from tasks.children import Done, JobFailed, Stopped
-from tasks.identity import Machine
+from tasks.identity import Machine, digest
 from tasks.perform import Assignment, Pipeline, Result, _run_child
 from tasks.stage import Stage, stage_kinds
 from tasks.store import Entry, Store
-from tests.tasks.entries import commit, document_of, identity_of
+from tests.tasks.entries import commit, document_of
 
 
 class Child:
@@ -36,19 +37,25 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def compute(store: Store, parent: Entry, child: Child) -> Entry:
-    """The stage after `parent`, as a running pipeline would compute it."""
+def compute(store: Store, parent: Entry, child: Child, data: Path | None = None, outside: Base | None = None) -> Entry:
+    """The stage after `parent`, as a running pipeline would compute it; one that reads `data`, and another model."""
     stage: Stage = stage_kinds()["prune.width"].model_validate({"uses": "prune.width", "keep": 0.5})
+    spec = DataSpec.model_validate({"text": "embedded"})
+    if data is not None:
+        stage = stage_kinds()["finetune"].model_validate({"uses": "finetune"})
+        spec = DataSpec.model_validate({"text": {"path": str(data)}})
     before = Result("pruned", "prune.width", ["base"], "Completed", parent.identity, path=str(parent.path), content=parent.content)
-    identity = identity_of("child", [parent.identity])
+    document = {**document_of("child", [parent.identity]), "data": fingerprint(spec, "training")}
+    identity = digest(document)
     task = Assignment(
-        "again", 2, stage, identity, document_of("child", [parent.identity]), {"parent": "pruned"}, ("base", "pruned"), cast(Any, SimpleNamespace())
+        "again", 2, stage, identity, document,
+        {"parent": "pruned"}, ("base", "pruned"), cast(Any, SimpleNamespace()), outside={"teacher": outside} if outside else {},
     )  # fmt: skip
     pipeline = cast(
         Pipeline,
         SimpleNamespace(
             store=store, children=child, tracking=SimpleNamespace(log_curve=lambda *_: None), base=SimpleNamespace(identity="base"), progress=None,
-            data=DataSpec.model_validate({"text": "embedded"}), machine=Machine(), results={"pruned": before}, documents={},
+            data=spec, machine=Machine(), results={"pruned": before}, documents={},
         ),
     )  # fmt: skip
     return _run_child(pipeline, task, stage, Result("again", "prune.width", ["pruned"], "Running", identity))
@@ -100,3 +107,22 @@ def test_another_failure_keeps_its_reason(store: Store, failure: Exception) -> N
     with pytest.raises(type(failure), match=str(failure)):
         compute(store, parent, Child(fail))
     assert store.get(parent.identity) == parent
+
+
+def test_data_that_change_meanwhile_make_nothing(store: Store, tmp_path: Path) -> None:
+    """What was made of them would stand in the store under the identity of the old ones."""
+    data, parent = tmp_path / "data.txt", commit(store)
+    data.write_text("one\n\ntwo\n\nthree\n")
+    with pytest.raises(EdgepressError, match="the recipe's data changed while this run was going on"):
+        compute(store, parent, Child(lambda: data.write_text("one\n\ntwo\n\nfour\n") and None), data)
+    assert store.entries() == [parent.identity] and list((store.root / "work").iterdir()) == []
+    made = compute(store, parent, Child(lambda: None), data)  # what is there now
+    assert sorted(store.entries()) == sorted([parent.identity, made.identity])
+
+
+def test_a_model_that_changes_meanwhile_makes_nothing(store: Store, tmp_path: Path, checkpoint: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "teacher")
+    teacher, parent = open_base(str(tmp_path / "teacher"), None, None, store.root), commit(store)
+    with pytest.raises(EdgepressError, match="the model .*teacher changed while this run was going on"):
+        compute(store, parent, Child(lambda: (tmp_path / "teacher" / "README.md").write_text("new") and None), outside=teacher)
+    assert store.entries() == [parent.identity]

@@ -76,7 +76,7 @@ def subject(checkpoint: Path) -> Subject:
 
 
 def take(subject: Subject, children: FakeChildren, tmp_path: Path) -> Measured:
-    return measure(subject, Store(tmp_path / "store"), children, tmp_path, lambda event: None)  # type: ignore[arg-type]
+    return measure(subject, Store(tmp_path / "store"), children, lambda event: None)  # type: ignore[arg-type]
 
 
 def test_a_record_is_made_once_and_keeps_metrics_intervals_items_and_details(
@@ -115,6 +115,21 @@ def test_another_torch_is_another_runtime(
     monkeypatch.setattr(module, "version", lambda package: f"another {package}")
     take(subject, children, tmp_path)
     assert len(children.jobs) == 2
+
+
+def test_two_measurements_of_one_target_do_not_meet_in_one_folder(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
+    """Two runs at once may ask for the same base with other settings."""
+    folders: list[Path] = []
+
+    class Folders(FakeChildren):
+        def run(self, job: Job, folder: Path, sink: Any) -> Done:
+            folders.append(folder)
+            return super().run(job, folder, sink)
+
+    for threads in (1, 2):
+        take(dataclasses.replace(subject, machine=Machine("cpu", threads)), Folders(), tmp_path)
+    keys = Store(tmp_path / "store").records()
+    assert sorted(folder.name for folder in folders) == sorted(f"measure-{key}" for key in keys) and len(set(folders)) == 2
 
 
 class Parted(Graded):

@@ -111,14 +111,15 @@ def test_a_living_run_keeps_all_it_needs_and_a_killed_one_what_it_goes_on_from(s
     (cache / "hidden.npy").write_text("x")
     with journal(store, a_run("demo", [used.identity, started])) as opened:
         ran(store, "demo", [])
-        for name in (started, f"measure-{started}", unknown, "removed-1234"):
+        measured = identity_of("key of a record")
+        for name in (started, f"measure-{measured}", unknown, "removed-1234"):
             (store.root / "work" / name).mkdir()
-        with store.lock(unknown):  # another process computes it, whose journal is not here
+        with store.lock(unknown), store.lock(measured):  # another process computes and measures, whose journal is not here
             assert removed(store, outputs) == {("work", "removed-1234")}
-        assert removed(store, outputs) == {("work", unknown)}
+        assert removed(store, outputs) == {("work", unknown), ("work", f"measure-{measured}")}
         opened.end("Interrupted")
     last = ran(store, "demo", [used.identity, started])
-    assert removed(store, outputs) == {("work", f"measure-{started}"), ("run", "demo-1"), ("run", "demo-2")}
+    assert removed(store, outputs) == {("run", "demo-1"), ("run", "demo-2")}
     assert (store.root / "work" / started).is_dir() and cache.is_dir()  # the last run can still go on
     commit(store, "started", "now")
     assert removed(store, outputs) == {("shared", "key")}

@@ -25,7 +25,7 @@ class JobFailed(Exception):
 
 
 class Stopped(JobFailed):
-    """A child that `Children.close` ended, or did not let start: nobody's failure."""
+    """What `Children.close` ended, or did not let start: nobody's failure."""
 
     def __init__(self) -> None:
         super().__init__("stopped", transient=False)
@@ -84,6 +84,10 @@ class Children(Protocol):
 
         Raises EdgepressError (a cause the user can mend), JobFailed (a crash, a kill, a timeout).
         """
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called: what waits for anything else on the flow's behalf gives up then."""
 
     def close(self) -> None:
         """End whatever runs, wherever; nothing can be started afterwards. May be called twice."""

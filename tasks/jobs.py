@@ -15,13 +15,20 @@ def run_stage(
     *, stage: dict[str, Any], parent: str, others: dict[str, str], out: str, work: str, data: dict[str, Any], threads: int, context: Context,
     shared: str | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Run a stage into `out`; returns the metrics of its method. Warns of one that its kind does not name."""
+    """Run a stage into `out`; returns the metrics of its method. Warns of one that its kind does not name.
+
+    Where it fails `out` is removed, for the disk may be full of it, and the reason has to be written down.
+    """
     kind = stage_kinds()[stage["uses"]]
     inputs = Inputs(Path(parent), {role: Path(path) for role, path in others.items()})
-    shutil.rmtree(out, ignore_errors=True)  # of a child before, whose worker was lost
-    Path(out).mkdir(parents=True)
     place = Workplace(Path(out), Path(work), Path(shared) if shared else None)
-    metrics = kind.model_validate(stage).run(inputs, place, DataSpec.model_validate(data), context)
+    shutil.rmtree(place.out, ignore_errors=True)  # of a child before, whose worker was lost
+    place.out.mkdir(parents=True)
+    try:
+        metrics = kind.model_validate(stage).run(inputs, place, DataSpec.model_validate(data), context)
+    except BaseException:
+        shutil.rmtree(place.out, ignore_errors=True)
+        raise
     if unnamed := [metric for metric in metrics if not any(fnmatchcase(metric, name) for name in (*kind.metrics, "seconds"))]:
         context.warn(f"{kind.__name__}.metrics does not name {', '.join(unnamed)}, so gates on it are refused")
     return metrics

@@ -109,7 +109,7 @@ def _record(
         stored = {metric: asdict(items) for metric, items in done.items.items()}
         return {"metrics": metrics, "items": stored, "details": done.details, "seconds": done.seconds}, done.seconds
 
-    return _kept(store, document, made)
+    return _kept(store, document, made, lambda: children.closed)
 
 
 def compare(target: Measured, base: Measured, content: str, store: Store) -> dict[str, float]:
@@ -133,10 +133,15 @@ def compare(target: Measured, base: Measured, content: str, store: Store) -> dic
     return _kept(store, document, made)[1]["metrics"] if shared else {}
 
 
-def _kept(store: Store, document: dict[str, Any], made: Callable[[], tuple[dict[str, Any], float]]) -> tuple[str, dict[str, Any], float]:
-    """The record of a key and the seconds that went into it now; where the store has none, what `made` makes."""
+def _kept(
+    store: Store, document: dict[str, Any], made: Callable[[], tuple[dict[str, Any], float]], given_up: Callable[[], bool] = lambda: False
+) -> tuple[str, dict[str, Any], float]:  # fmt: skip
+    """The record of a key and the seconds that went into it now; where the store has none, what `made` makes.
+
+    given_up  asked while another process makes it; raises Stopped when it says so
+    """
     key = digest(document)
-    with store.lock(key):
+    with store.lock(key, given_up):
         record = store.record(key)
         seconds = 0.0
         if record is None:

@@ -193,7 +193,7 @@ def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Resu
 def _compute(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result, again: bool) -> None:
     """The stage's content: from the store, or computed in a child and committed. `again`: computed whatever the store has."""
     store = pipeline.store
-    with store.lock(task.identity):
+    with store.lock(task.identity, lambda: pipeline.children.closed):
         found = store.get(task.identity)
         entry = None if again else found
         cached = entry is not None
@@ -261,10 +261,10 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
     _require_inputs(pipeline, task)
     try:
         done = pipeline.children.run(job, home, sink)
-    except Stopped:
-        raise
-    except Exception:
-        _require_inputs(pipeline, task)  # where one is lost, that is the reason
+    except Exception as error:
+        pipeline.store.workplace(task.identity)  # its `out` empty again: the disk may be full of it, and the journal must go on
+        if not isinstance(error, Stopped):
+            _require_inputs(pipeline, task)  # where one is lost, that is the reason
         raise
     _require_sources(pipeline, task, stage)
     if isinstance(task.planned, Artifact):
@@ -282,7 +282,7 @@ def _require_inputs(pipeline: Pipeline, task: Assignment) -> None:
         identity = pipeline.results[name].identity
         if identity == pipeline.base.identity:
             continue  # not in the store: `_require_sources` looks at it
-        with pipeline.store.lock(identity):
+        with pipeline.store.lock(identity, lambda: pipeline.children.closed):
             lost = pipeline.store.get(identity) is None
         if lost:
             raise EdgepressError(

@@ -19,7 +19,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from compression.checkpoint import file_digests
 from compression.errors import EdgepressError
 from compression.files import fsync
+from tasks.children import Stopped
 from tasks.files import fsync_tree, write_json
 from tasks.identity import digest
 
@@ -68,10 +69,20 @@ class Store:
             (self.root / name).mkdir(exist_ok=True)
 
     @contextmanager
-    def lock(self, identity: str) -> Iterator[None]:
-        """Only one process computes an identity; the others wait, then find it done."""
-        with FileLock(self.root / "locks" / f"{identity}.lock"):
+    def lock(self, identity: str, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Only one process computes an identity; the others wait, then find it done.
+
+        given_up  asked while another one holds it; raises Stopped when it says so
+        """
+        lock = FileLock(self.root / "locks" / f"{identity}.lock")
+        try:
+            lock.acquire(cancel_check=given_up)
+        except Timeout:
+            raise Stopped() from None
+        try:
             yield
+        finally:
+            lock.release()
 
     @contextmanager
     def try_lock(self, identity: str) -> Iterator[bool]:
@@ -122,11 +133,11 @@ class Store:
         return (self.root / "objects" / identity / "manifest.json").is_file()
 
     def workplace(self, identity: str) -> Path:
-        """The scratch directory of an identity: an empty `out`, and whatever a killed run left in `work`."""
+        """The scratch directory of an identity: an empty `out`, and whatever an attempt before left in `work`."""
         home = self.root / "work" / identity
         for leftover in (home / "out", *home.glob("commit-*")):
             shutil.rmtree(leftover, ignore_errors=True)
-        (home / "out").mkdir(parents=True)
+        (home / "out").mkdir(parents=True, exist_ok=True)  # another machine's child may be writing its last
         (home / "work").mkdir(exist_ok=True)
         return home
 

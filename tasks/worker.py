@@ -5,6 +5,7 @@ else is in its folder, tasks/runners/folder.py tells.
 """
 
 import contextlib
+import errno
 import importlib
 import json
 import logging
@@ -29,11 +30,23 @@ from tasks.sampler import sampled
 
 STAGE = "tasks.jobs:run_stage"
 PRELOAD = ("torch", "transformers", "transformers.models.auto.modeling_auto", "compression.loading", "tasks.jobs", "tasks.preload")
+NO_SPACE = "no space left on the disk"
+DISK_FULL = errno.ENOSPC
+"""Exit status of a child whose disk is too full to write down how it ended."""
 _PR_SET_PDEATHSIG = 1
 
 
 def main(job_file: str) -> int:
-    """Run the job; returns the exit status. Every way to fail leaves error.json with the reason (but being killed)."""
+    """Run the job; returns the exit status. Every way to fail leaves error.json with the reason, but being killed, and DISK_FULL."""
+    try:
+        return _main(job_file)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return DISK_FULL
+
+
+def _main(job_file: str) -> int:
     folder = Path(job_file).parent
     job = json.loads(Path(job_file).read_text())
     with held(folder / "job.lock"), _printing_into(folder / "log.txt"), (folder / "events.jsonl").open("a", buffering=1) as events:
@@ -50,7 +63,7 @@ def main(job_file: str) -> int:
             write_json(folder / "error.json", {"kind": "user", "type": type(error).__name__, "message": str(error), "key": error.key})
             return 2
         except BaseException as error:  # noqa: BLE001  (the parent is told, whatever it was)
-            reason = "no space left on the disk" if isinstance(error, OSError) and error.errno == 28 else str(error)
+            reason = NO_SPACE if isinstance(error, OSError) and error.errno == errno.ENOSPC else str(error)
             details = {"kind": "crash", "type": type(error).__name__, "message": reason, "traceback": traceback.format_exc()}
             write_json(folder / "error.json", details)
             return 1
@@ -137,11 +150,13 @@ def _printing_into(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, copy in zip((1, 2), saved, strict=True):
-            os.dup2(copy, number)
-            os.close(copy)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            for number, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
 
 
 if __name__ == "__main__":

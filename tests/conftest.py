@@ -1,3 +1,5 @@
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,3 +11,15 @@ from tests.tiny import tiny_checkpoint
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny dense Llama checkpoint with a tokenizer. Read only: copy before changing it."""
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"a file system of 1 MiB cannot be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

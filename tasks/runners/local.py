@@ -19,7 +19,7 @@ from tasks.memory_pressure import MemoryWatch
 from tasks.runners.budget import Budget
 from tasks.runners.folder import EventReader, cleared
 from tasks.runners.machine import GivenUp, devices_taken, machine_lock
-from tasks.worker import PRELOAD, forked
+from tasks.worker import DISK_FULL, NO_SPACE, PRELOAD, forked
 
 
 class LocalChildren:
@@ -29,7 +29,7 @@ class LocalChildren:
         self._budget = budget
         self._starting = threading.Lock()
         self._running: set[BaseProcess] = set()
-        self._closed = False
+        self.closed = False
 
     def preload(self) -> None:
         """Start the fork server, which imports torch while the caller goes on."""
@@ -54,7 +54,7 @@ class LocalChildren:
         """
 
         def stopped() -> bool:
-            return self._closed or given_up()
+            return self.closed or given_up()
 
         with (
             devices_taken(job.device, job.devices, stopped) as devices, self._budget.taken(job, sink, stopped),
@@ -81,14 +81,14 @@ class LocalChildren:
                 _end_group(process)
                 process.join()
                 self._running.discard(process)
-        if self._closed:
+        if self.closed:
             raise Stopped()
         return _outcome(folder, process.exitcode, job.timeout if timed_out else None, memory)
 
     def close(self) -> None:
         """Kill whatever runs; nothing can be started afterwards."""
         with self._starting:
-            self._closed = True
+            self.closed = True
             for process in list(self._running):
                 _end_group(process)
         self._budget.wake()
@@ -151,6 +151,8 @@ def _outcome(folder: Path, exitcode: int | None, timeout: float | None, memory: 
             transient=error["type"] in {"OutOfMemoryError", "MemoryError"},
             log=folder / "error.json",
         )
+    if exitcode == DISK_FULL:
+        raise JobFailed(NO_SPACE, transient=False, log=log)
     if exitcode is None or exitcode >= 0:
         raise JobFailed(f"the process of this stage ended without a result, with exit status {exitcode}", transient=True, log=log)
     why = memory.why() if -exitcode == signal.SIGKILL else f"killed by {signal.Signals(-exitcode).name}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows.planning import make_plan
+from flows.recipe import load_recipe
 from tasks.journal import read_runs, state_now
 from tasks.store import Store
 from tasks.store_upkeep import collect_garbage, verify
@@ -126,6 +129,22 @@ def test_of_two_flows_one_computes_and_the_other_waits(pair: tuple[Lab, list[Fin
     assert {state for _, state, _ in lab.prefect_states("task_run")} == {"COMPLETED"}
     store = Store(lab.store)
     assert [state_now(store, run) for run in read_runs(store)] == ["Completed", "Completed"]
+
+
+def test_ctrl_c_ends_a_run_that_waits_for_the_stage_of_another(tmp_path: Path, checkpoint: Path) -> None:
+    lab = Lab(tmp_path / "lab", checkpoint, "  pruned: {uses: prune.width, keep: 0.5}\n")
+    store = Store(lab.store)
+    (_, pruned) = make_plan(load_recipe(lab.folder / "micro.yaml"), store).assignments
+
+    def waiting() -> bool:
+        return any(stage.state == "Running" for run in read_runs(store) for stage in run.stages)
+
+    with store.lock(pruned.identity):  # as a run holds it that computes the stage
+        interrupted = lab.interrupt(waiting, signal.SIGINT)  # which waits two minutes for its end
+    assert interrupted.code == 130 and "Traceback" not in interrupted.out + interrupted.err
+    (run,) = read_runs(store)
+    assert (run.state, [stage.state for stage in run.stages]) == ("Interrupted", ["Stopped"])
+    assert lab.processes() == []
 
 
 # --- a clock that jumps: in the flow, its servers and its children alike ---

@@ -1,14 +1,20 @@
 """What the children of tests/tasks/test_children.py are asked to do."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from compression.context import Context
+from compression.data import DataSpec
 from compression.errors import Incompatible
+from tasks import worker
+from tasks.jobs import run_stage
+from tasks.stage import Inputs, Workplace, stage_kinds
 
 
 def succeed(*, folder: str, threads: int, context: Context) -> dict[str, float]:
@@ -50,6 +56,29 @@ def leave(*, threads: int, context: Context) -> dict[str, float]:
 def fill_disk(*, threads: int, context: Context) -> dict[str, float]:
     Path("/dev/full").write_text("x")
     return {}
+
+
+def fail_on_full_disk(*, threads: int, context: Context) -> dict[str, float]:
+    """Fail of something, on a disk that takes no file more."""
+
+    def full(path: Path, _: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    worker.write_json = full
+    raise ZeroDivisionError("one over nothing")
+
+
+def run_filling_stage(*, into: str, **arguments: Any) -> dict[str, float]:
+    """`run_stage` of a stage that keeps a checkpoint, then fills the disk."""
+
+    def run(_: Any, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
+        (place.work / "checkpoint").write_text("kept")
+        with ({"out": place.out, "work": place.work}[into] / "half").open("wb", buffering=0) as half:
+            while True:
+                half.write(bytes(4096))
+
+    setattr(stage_kinds()[arguments["stage"]["uses"]], "run", run)  # noqa: B010  (of this process alone)
+    return run_stage(**arguments)
 
 
 def linger(*, folder: str, threads: int, context: Context) -> dict[str, float]:

@@ -90,6 +90,7 @@ def test_a_mistake_of_the_user_keeps_its_message_and_key(children: Children, tmp
         ("crash", "ZeroDivisionError: one over nothing", False),
         ("out_of_memory", "MemoryError: more than there is", True),
         ("fill_disk", "no space left on the disk", False),
+        ("fail_on_full_disk", "no space left on the disk", False),
         ("killed", "SIGKILL", True),
         ("leave", "exit status 7", True),
     ],

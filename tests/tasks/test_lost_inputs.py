@@ -23,7 +23,7 @@ class Child:
     """In place of the children: does what a test wants in the middle of the work."""
 
     def __init__(self, work: Callable[[], None]):
-        self.work, self.calls = work, 0
+        self.work, self.calls, self.closed = work, 0, False
 
     def run(self, job: Any, folder: Path, sink: Any) -> Done:
         self.calls += 1

@@ -5,13 +5,13 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compression.errors import EdgepressError
+from tasks.children import Stopped
 from tasks.files import write_json
 from tasks.store import Entry, Store, publish, withdraw
 from tests.tasks.entries import KNOWN, commit, document_of, identity_of
@@ -176,6 +176,33 @@ def test_the_lock_excludes_other_processes_and_dies_with_its_owner(store: Store)
     assert entered.is_set()
 
 
+def test_who_waits_for_the_lock_of_another_process_can_give_up(store: Store) -> None:
+    code = "import sys\nfrom pathlib import Path\nfrom tasks.store import Store\nwith Store(Path(sys.argv[1])).lock('x'):\n    print('held', flush=True); sys.stdin.read()"
+    given_up, entered = threading.Event(), threading.Event()
+    caught: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            with store.lock("x", given_up.is_set):
+                entered.set()
+        except Stopped as error:
+            caught.append(error)
+
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", code, store.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        thread = threading.Thread(target=enter, daemon=True)
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive() and not entered.is_set()
+        given_up.set()
+        thread.join(20)
+        assert not thread.is_alive() and len(caught) == 1 and not entered.is_set()
+    with store.lock("x", given_up.is_set):  # free, so there is nothing to give up
+        pass
+
+
 def test_records_come_back_and_an_unreadable_one_counts_as_absent(store: Store) -> None:
     assert store.record("k") is None
     store.put_record("k", {"metrics": {"perplexity": 3.5}})
@@ -213,18 +240,6 @@ def test_a_full_disk_leaves_the_store_whole(store: Store, monkeypatch: pytest.Mo
     assert store.record("k") == {"metrics": {"perplexity": 3.5}} and store.records() == ["k"]
     assert [p.name for p in (store.root / "records").iterdir()] == ["k.json"]
     assert commit(store) == store.get(A)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"a file system of 1 MiB cannot be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_a_disk_that_is_really_full_leaves_the_store_whole(small_disk: Path) -> None:

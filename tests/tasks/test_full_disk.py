@@ -1,0 +1,66 @@
+"""A stage that fails leaves no half of its result, of which the disk may be full: then neither child nor flow could say what happened."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compression.errors import EdgepressError
+from tasks.children import Done, Job, JobFailed, Stopped
+from tasks.runners.budget import Budget
+from tasks.runners.local import LocalChildren
+from tasks.store import Store
+from tests.tasks.entries import commit, identity_of
+from tests.tasks.test_lost_inputs import Child, compute
+
+
+class Filling(Child):
+    """Real children, whose stage fills the disk through its `out` or its `work`."""
+
+    def __init__(self, into: str):
+        super().__init__(lambda: None)
+        self.into, self.local = into, LocalChildren(Budget(cores=1))
+        self.local.preload()
+
+    def run(self, job: Job, folder: Path, sink: Any) -> Done:
+        filling = replace(job, call="tests.tasks.jobs:run_filling_stage", arguments={**job.arguments, "into": self.into})
+        return self.local.run(filling, folder, sink)
+
+
+@pytest.fixture(params=["out", "work"])
+def filling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Filling]:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # for a machine lock of its own
+    made = Filling(request.param)
+    yield made
+    made.local.close()
+
+
+def test_a_disk_that_is_really_full_is_named_and_what_is_of_no_use_is_off_it(small_disk: Path, filling: Filling) -> None:
+    store = Store(small_disk / "store")
+    parent = commit(store)
+    with pytest.raises(JobFailed, match="no space left on the disk") as caught:
+        compute(store, parent, filling)
+    assert not caught.value.transient
+    home = store.root / "work" / identity_of("child", [parent.identity])
+    assert list((home / "out").iterdir()) == [] and (home / "work" / "checkpoint").read_text() == "kept"
+    if filling.into == "out":
+        assert (home / "error.json").exists()  # the child could write it, and the flow its own
+        store.put_record("k", {"text": "x" * 100_000})
+
+
+@pytest.mark.parametrize("failure", [JobFailed("killed", transient=True), EdgepressError("too narrow"), Stopped()])
+def test_of_a_stage_that_failed_or_was_killed_its_checkpoints_stay(tmp_path: Path, failure: Exception) -> None:
+    store = Store(tmp_path / "store")
+    parent = commit(store)
+    home = store.root / "work" / identity_of("child", [parent.identity])
+
+    def fail() -> None:
+        (home / "out" / "half").touch()
+        (home / "work" / "checkpoint").touch()
+        raise failure
+
+    with pytest.raises(type(failure)):
+        compute(store, parent, Child(fail))
+    assert list((home / "out").iterdir()) == [] and (home / "work" / "checkpoint").exists()

@@ -54,7 +54,7 @@ def serve(
     """
     from flows.server import prefect_server
 
-    wish = _checked(recipe, name, overrides or (), only or (), store, outputs, Path.cwd())
+    wish = _checked(recipe, name, overrides or (), only or (), store, outputs, Path.cwd(), elsewhere=False)
     with prefect_server(store / "prefect", port):
         schedule = _schedule(cron, timezone)
         api = _reached_server()
@@ -81,7 +81,7 @@ def deploy(
     Example: `edgepress deploy demo --pool edge --cron "0 3 * * 0" --timezone Europe/Berlin`
     """
     schedule = _schedule(cron, timezone)
-    wish = _checked(recipe, name, overrides or (), only or (), store, outputs, (directory or Path()).absolute())
+    wish = _checked(recipe, name, overrides or (), only or (), store, outputs, (directory or Path()).absolute(), elsewhere=True)
     variables = _job_variables(job_variables or ())
     api = _reached_server()
     deployment = _deployment(wish, schedule, pool=_pool(pool, variables).name, job_variables=variables)
@@ -91,16 +91,20 @@ def deploy(
 
 
 def _checked(
-    recipe: Path, name: str | None, overrides: Sequence[str], only: Sequence[str], store: Path, outputs: Path, directory: Path
-) -> Wish:
-    """Refuse a recipe that cannot run: checked whole, with model and data, where it will run in this directory."""
+    recipe: Path, name: str | None, overrides: Sequence[str], only: Sequence[str], store: Path, outputs: Path, directory: Path, *,
+    elsewhere: bool,
+) -> Wish:  # fmt: skip
+    """Refuse a recipe that cannot run: checked whole, with model and data, where it will run in this directory.
+
+    elsewhere  by workers that may have another machine
+    """
     from flows.planning import make_plan, select
     from flows.recipe import load_recipe
     from tasks.store import Store
 
     parsed = load_recipe(find_recipe(recipe), tuple(overrides))
     if directory == Path.cwd():
-        select(make_plan(parsed, Store(store)), only=only)
+        select(make_plan(parsed, Store(store), elsewhere=elsewhere), only=only)
     parameters = {
         "recipe": str(recipe), "overrides": list(overrides), "only": list(only), "directory": str(directory), "store": str(store),
         "outputs": str(outputs),

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ from flows.tracked import close_interrupted, end_cells, end_parent, known_stages
 from tasks.files import write_json
 from tasks.journal import Run, RunBase, RunStage, Told, journal
 from tasks.owner import is_dead, owner_tag
-from tasks.perform import Pipeline
+from tasks.perform import Pipeline, Result
 from tasks.runners.choice import open_children
-from tasks.store import Store
+from tasks.store import Store, withdraw
 from tasks.summaries import write_summary
 from tasks.tracking import Begun, Tracking
 
@@ -92,6 +92,7 @@ def run_pipeline(
             finished = True
         finally:
             children.close()
+            withdraw_descendants(plan, pipeline.results, outputs)
             for result in pipeline.results.values():
                 result.run = tracking.id_of(result.run)
             summary = summarize(pipeline, plan, started, journaled.run.run)
@@ -107,6 +108,14 @@ def run_pipeline(
         journaled.stages({row["stage"]: Told(row["state"], row["reason"], row["seconds"]) for row in summary["rows"]})
         journaled.end("Completed" if succeeded else "Failed")
     return Outcome(journaled.run.run, summary, succeeded, state)
+
+
+def withdraw_descendants(plan: Plan, results: Mapping[str, Result], outputs: Path) -> None:
+    """Take back the links of all that earlier runs made of a stage that breaks its gates now, also of what this run leaves out."""
+    broken = {name for name, result in results.items() if any(verdict.outcome == "FAIL" for verdict in result.verdicts)}
+    for name, ancestors in plan.ancestors.items():
+        if not broken.isdisjoint(ancestors):
+            withdraw(outputs, plan.parsed.recipe.name, name)
 
 
 def _described(plan: Plan, outputs: Path, resumes: Run | None, flow_run: UUID | None) -> Run:

@@ -25,6 +25,7 @@ from tasks.identity import Machine, digest, identity_document
 from tasks.kinds._training import TrainingStage
 from tasks.measurement import Asked, Reference, Subject, measurements
 from tasks.perform import Assignment
+from tasks.runners.machine import default_device, why_no_cuda
 from tasks.stage import Artifact, Corpus, Planned, Reads, check_accepts
 from tasks.store import Store
 
@@ -37,6 +38,7 @@ class Plan:
 
     measured_with  by measurement the digest of what decides its figures besides the model: the data by content, the settings; not of those
                    that are taken alone, whose figures the machine decides
+    ancestors      of every stage of the recipe, also of those that the plan was cut down by
     """
 
     parsed: ParsedRecipe
@@ -44,6 +46,7 @@ class Plan:
     machine: Machine
     assignments: tuple[Assignment, ...]
     measured_with: Mapping[str, str]
+    ancestors: Mapping[str, tuple[str, ...]]
     only: tuple[str, ...] = ()  # what it was cut down to, as it was asked
     left_out: int = 0  # results of the sweep that it was cut down by
 
@@ -61,13 +64,16 @@ class Estimate:
     disk: int
 
 
-def make_plan(parsed: ParsedRecipe, store: Store) -> Plan:
-    """Check everything that can be checked before work starts.
+def make_plan(parsed: ParsedRecipe, store: Store, *, elsewhere: bool = False) -> Plan:
+    """Check everything that can be checked before work starts. `elsewhere`: it will run on a machine whose GPUs are not known here.
 
-    Raises EdgepressError with file, line and key: model, data, a stage that cannot work on what reaches it, a gate on nothing.
+    Raises EdgepressError with file, line and key: a device that is not there, model, data, a stage that cannot work on what reaches it, a
+    gate on nothing.
     """
     recipe = parsed.recipe
-    machine = Machine(_device(recipe.device), recipe.threads)
+    machine = Machine(default_device() if recipe.device == "auto" else recipe.device, recipe.threads)
+    if recipe.device == "cuda" and not elsewhere and (reason := why_no_cuda()):
+        raise parsed.error(("device",), f"cuda cannot be used here: {reason}; `device: auto` takes what there is")
     try:
         base = open_base(recipe.model.path, recipe.model.revision, recipe.model.license, store.root)
         _ = base.checkpoint.linear_widths()  # an architecture that no stage and no estimate knows
@@ -100,7 +106,8 @@ def make_plan(parsed: ParsedRecipe, store: Store) -> Plan:
         done[node.name] = replace(task, cell=cells.get(node.name, ""))
     check_gates(parsed, done, recipe.evaluation)
     _check_study(parsed, done)
-    plan = Plan(parsed, base, machine, tuple(done.values()), _measured_with(recipe, done.values(), machine))
+    ancestors = {name: task.ancestors for name, task in done.items()}
+    plan = Plan(parsed, base, machine, tuple(done.values()), _measured_with(recipe, done.values(), machine), ancestors)
     models = registered(parsed, plan.assignments)
     tasks = [replace(task, memory=estimate(task, plan).memory, registered=models.get(task.name, "")) for task in plan.assignments]
     return replace(plan, assignments=tuple(tasks))
@@ -189,13 +196,6 @@ def _cells(parsed: ParsedRecipe) -> dict[str, str]:
             users.setdefault(name, []).append(branch.name)
     swept = {node.name for node in parsed.nodes if node.moved}
     return {name: cells[0] for name, cells in users.items() if len(cells) == 1 and name in swept}
-
-
-def _device(wanted: str) -> str:
-    """`auto` is cuda where the driver's device files are, else cpu: asked without torch, so that planning stays fast."""
-    if wanted != "auto":
-        return wanted
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
 def estimate(task: Assignment, plan: Plan) -> Estimate:

@@ -44,7 +44,10 @@ class Recipe(BaseModel):
     model: ModelSource = Field(description="The base model: `embedded`, a directory, a hub id, or {path:, revision:}.")
     data: DataSpec = Field(description="Text and questions to calibrate, train and measure with: `embedded` or a mapping.")
     seed: int = Field(default=0, ge=0, description="Every random draw derives from it.")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="Where stages run; its type belongs to the identity.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        default="auto",
+        description="Where stages run; its type belongs to the identity. `auto`: cuda where torch can use a GPU of NVIDIA's, else cpu.",
+    )
     threads: int = Field(
         default=2, ge=1, le=256, description="Threads of each stage: fixed, because sums differ in bytes with their number."
     )

@@ -59,7 +59,9 @@ def runs(
 
 @run_app.command()
 def resume(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run (demo-3). Default: the last one that did not complete.")] = None,
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run (demo-3). Default: the last one that did not complete, nor was overtaken.")
+    ] = None,
     store: StoreFolder = DEFAULT_STORE,
 ) -> None:
     """Go on with a run that was killed, interrupted or failed: the same recipe as it stood then, overrides, directory, and run in MLflow.
@@ -98,15 +100,22 @@ def _to_resume(store: "Store", name: str | None) -> "Run | None":
     from tasks.journal import as_it_is, last_of, read_run, read_runs, successors
 
     if name is None:
-        known = read_runs(store)
+        known = [as_it_is(store, run) for run in read_runs(store)]
         later = successors(known)
-        open_ends = [as_it_is(store, run) for run in known if run.state != "Completed" and run.run not in later]
-        stopped = [run for run in open_ends if run.state not in ("Running", "Completed")]
-        if not stopped:
-            alive = ", ".join(run.run for run in open_ends if run.state == "Running")
-            print(f"nothing to do: {alive} still running" if alive else "nothing to do: no run in this store is incomplete")
-            return None
-        return stopped[-1]
+        open_ends = [run for run in known if run.state != "Completed" and run.run not in later]
+        stopped = [run for run in open_ends if run.state != "Running"]
+        completed = {(run.recipe, run.outputs): run for run in known if run.state == "Completed"}  # the last of each
+        overtaken = {
+            run.run: newer.run
+            for run in stopped
+            if (newer := completed.get((run.recipe, run.outputs))) is not None and newer.sequence > run.sequence
+        }
+        if left := [run for run in stopped if run.run not in overtaken]:
+            return left[-1]
+        reasons = [f"{run.run} still running" for run in open_ends if run.state == "Running"]
+        reasons += [f"{old} was overtaken by {new}; name it to go on with it" for old, new in list(overtaken.items())[-1:]]
+        print(f"nothing to do: {'; '.join(reasons) or 'no run in this store is incomplete'}")
+        return None
     run = last_of(store, read_run(store, name), print)
     if run.state == "Running":
         raise EdgepressError(f"{run.run} is still running ({run.owner}); Ctrl-C there, or its end, comes first")

@@ -6,15 +6,21 @@ The lock files are in the temporary directory; containers of one host, each of w
 import fcntl
 import os
 import re
+import runpy
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 
 from tasks.children import Stopped
 
 GivenUp = Callable[[], bool]
+
+_DEV = Path("/dev")
+_DRIVERS = ("nvidiactl", "nvmap", "dxg", "kfd")  # NVIDIA's, also on Jetson and under WSL; AMD's, whose GPUs torch calls cuda too
 
 
 @contextmanager
@@ -32,14 +38,44 @@ def machine_lock(*, alone: bool, given_up: GivenUp = lambda: False) -> Iterator[
 
 
 def visible_devices(device: str) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES can name on this machine, asked without torch; empty for a device that is not shared out (cpu, mps)."""
+    """What CUDA_VISIBLE_DEVICES can name on this machine, asked without torch; empty for a device that is not shared out (cpu, mps).
+
+    As CUDA does, what follows the first name that is none (-1, nothing) is not seen.
+    """
     if device.partition(":")[0] != "cuda":
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [name for name in named.split(",") if name]
-    files = (re.fullmatch(r"nvidia(\d+)", file.name) for file in Path("/dev").glob("nvidia*"))
+        return list(takewhile(re.compile(r"\d|GPU-|MIG-").match, (name.strip() for name in named.split(","))))
+    files = (re.fullmatch(r"nvidia(\d+)", file.name) for file in _DEV.glob("nvidia*"))
     return sorted((found[1] for found in files if found), key=int)
+
+
+def default_device() -> str:
+    """What `device: auto` means on this machine: cuda where NVIDIA's driver shows a GPU that torch can use, else cpu."""
+    usable = (_DEV / "nvidiactl").exists() and visible_devices("cuda") and not why_no_cuda()
+    return "cuda" if usable else "cpu"
+
+
+def why_no_cuda() -> str:
+    """Why torch cannot use `cuda` on this machine, asked without importing it; empty where nothing speaks against it."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None and not visible_devices("cuda"):
+        return f"CUDA_VISIBLE_DEVICES={named!r} leaves no GPU"
+    if not _torch_has_cuda():
+        return "the installed torch is a build for the CPU"
+    if not any((_DEV / driver).exists() for driver in _DRIVERS):
+        return "there is no driver of a GPU (no /dev/nvidiactl)"
+    return ""
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the installed torch was built for GPUs: what its build wrote down, whatever the name of its version says. Does not import torch."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    built = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    return built["cuda"] is not None or built.get("hip") is not None
 
 
 @contextmanager

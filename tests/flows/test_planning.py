@@ -108,6 +108,20 @@ def test_an_extra_that_is_not_installed_is_told_before_anything_runs(plan: Any, 
         plan()
 
 
+def test_a_gpu_that_cannot_be_used_is_neither_taken_nor_planned_with(plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setattr("tasks.runners.machine._DEV", tmp_path)
+    (tmp_path / "nvidiactl").touch()
+    assert plan("device=auto").machine.device == "cpu"
+    with pytest.raises(EdgepressError, match=r"device: cuda cannot be used here: CUDA_VISIBLE_DEVICES='-1' leaves no GPU"):
+        plan("device=cuda")
+    (tmp_path / "asked.yaml").write_text((tmp_path / "micro.yaml").read_text().replace("device: cpu", "device: cuda"))
+    asked = load_recipe(tmp_path / "asked.yaml")
+    with pytest.raises(EdgepressError, match=r"asked\.yaml:3: device: cuda cannot be used here"):
+        make_plan(asked, Store(tmp_path / "store"))
+    assert make_plan(asked, Store(tmp_path / "store"), elsewhere=True).machine.device == "cuda"
+
+
 def test_estimates_stand_near_the_files(plan: Any, checkpoint: Path) -> None:
     made = plan()
     first = made.assignments[0]

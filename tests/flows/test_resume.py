@@ -7,17 +7,20 @@ import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
 from mlflow import MlflowClient
 
 from compression.errors import EdgepressError
+from flows.pipeline import withdraw_descendants
 from flows.planning import Plan, check_disk, make_plan, select
 from flows.recipe import load_recipe
+from tasks.gates import Verdict
 from tasks.journal import Run, RunBase, RunStage, journal, read_run, read_runs, state_now
-from tasks.store import Store
+from tasks.perform import Result
+from tasks.store import Store, publish
 from tests.flows.recipes import STAGES, edgepress, recipe
 from tests.flows.test_pipeline import SAFE, Finished, Interrupted, Workshop
 
@@ -101,6 +104,31 @@ def test_names_that_cannot_be_meant_are_refused(plan: Callable[..., Plan], optio
     assert words in str(caught.value).replace(", gptq", "")
 
 
+@pytest.mark.parametrize(
+    ("stages", "rest", "only", "outcomes", "lost"),
+    [
+        (STAGES, "", [], {"gptq": "FAIL"}, {"gguf"}),
+        (STAGES, "", ["pruned"], {"pruned": "FAIL"}, {"distilled", "gptq", "gguf", "onnx"}),
+        (STAGES, "", [], {"base": "PASS", "pruned": "FAIL PASS"}, {"distilled", "gptq", "gguf", "onnx"}),
+        (STAGES, "", [], {"distilled": "", "pruned": "PASS WARN"}, set()),  # distilled crashed before it was judged
+        (SWEPT + "  gguf: {uses: export.gguf, type: bf16, needs: rtn}\n", MATRIX, [], {FIRST: "FAIL"}, {"gguf@bits=2"}),
+    ],
+)
+def test_what_earlier_runs_made_of_a_stage_that_breaks_its_gate_loses_its_link(
+    plan: Callable[..., Plan], tmp_path: Path, stages: str, rest: str, only: list[str], outcomes: dict[str, str], lost: set[str]
+) -> None:
+    whole = plan(stages, rest)
+    everything = set(whole.by_name) - {"base"}
+    for name in everything:
+        publish(tmp_path, tmp_path / "links", "micro", name)
+    results = {
+        name: Result(name, "", [], "Failed", verdicts=[Verdict("perplexity", cast("Any", one), "") for one in told.split()])
+        for name, told in outcomes.items()
+    }
+    withdraw_descendants(select(whole, only=only), results, tmp_path / "links")
+    assert everything - {link.name for link in (tmp_path / "links" / "micro").iterdir()} == lost
+
+
 def test_the_disk_must_hold_what_is_computed_again(plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Store, "has", lambda *_: True)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10))
@@ -144,8 +172,9 @@ def write(store: Store, checkpoint: Path, tmp_path: Path) -> Callable[..., Run]:
             for name, of in zip(("pruned", "distilled"), states, strict=True)
         )
         run = Run(
-            recipe=recipe_name, file=str(tmp_path / "micro.yaml"), text=recipe(checkpoint, SWEPT), outputs=str(tmp_path / "links"),
-            base=RunBase(source="x", identity="b", content="b"), stages=stages, **{"directory": str(tmp_path), **more},
+            recipe=recipe_name, file=str(tmp_path / "micro.yaml"), text=recipe(checkpoint, SWEPT),
+            base=RunBase(source="x", identity="b", content="b"), stages=stages,
+            **{"directory": str(tmp_path), "outputs": str(tmp_path / "links"), **more},
         )  # fmt: skip
         with journal(store, run) as opened:
             opened.end("Completed" if state == "Crashed" else state)  # type: ignore[arg-type]
@@ -205,12 +234,14 @@ def test_the_last_run_that_did_not_complete_is_resumed(
     write: Callable[..., Run], carried: list[Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "micro.yaml").write_text("something: else\n")
-    write("Interrupted", overrides=("stages.pruned.keep=0.25",), only=("distilled",), again=("pruned", "distilled"))
     write()
+    write("Interrupted", overrides=("stages.pruned.keep=0.25",), only=("distilled",), again=("pruned", "distilled"))
+    write(recipe_name="other")
+    write(outputs=str(tmp_path / "other links"))
     told = ask(capfd, "resume")
-    assert "going on with micro-1 (interrupted)" in told and "micro.yaml has changed" in told
+    assert "going on with micro-2 (interrupted)" in told and "micro.yaml has changed" in told
     ((plan, outputs, resumed),) = carried
-    assert (resumed.run, outputs) == ("micro-1", tmp_path / "links")
+    assert (resumed.run, outputs) == ("micro-2", tmp_path / "links")
     assert names(plan) == ["base", "pruned", "distilled"] and again(plan) == ["distilled"]  # pruned was computed again already
     stage = plan.by_name["pruned"].stage
     assert stage is not None and stage.model_dump()["keep"] == 0.25
@@ -235,6 +266,22 @@ def test_what_has_come_to_an_end_is_not_resumed(write: Callable[..., Run], carri
     assert ask(capfd, "resume", "micro-1") == "micro-2 went on with micro-1\nnothing to do: micro-2 completed\n"
     assert "there is no run 'micro-9'" in ask(capfd, "resume", "micro-9", code=2)
     assert carried == []
+
+
+def test_what_a_later_run_overtook_is_resumed_by_name_alone(
+    write: Callable[..., Run], carried: list[Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write("Crashed", states=("Completed", "Running"))
+    write("Failed", recipe_name="other")
+    write("Failed", resumes="micro-1")
+    write()  # with a mended recipe
+    assert "going on with other-2 (failed)" in ask(capfd, "resume")
+    write(recipe_name="other")
+    assert ask(capfd, "resume") == "nothing to do: micro-3 was overtaken by micro-4; name it to go on with it\n"
+    assert "going on with micro-3 (failed)" in ask(capfd, "resume", "micro-1")
+    write("Failed")
+    assert "going on with micro-6 (failed)" in ask(capfd, "resume")
+    assert [resumed.run for _, _, resumed in carried] == ["other-2", "micro-3", "micro-6"]
 
 
 def test_a_living_run_is_left_alone(store: Store, write: Callable[..., Run], carried: list[Any], capfd: pytest.CaptureFixture[str]) -> None:

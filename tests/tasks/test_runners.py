@@ -5,10 +5,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from compression.errors import EdgepressError, Incompatible
 from flows.planning import make_plan
@@ -18,7 +21,7 @@ from tasks.runners.away import asked, environment, problem, serve
 from tasks.runners.budget import Budget
 from tasks.runners.folder import EventReader, held, is_held
 from tasks.runners.local import LocalChildren
-from tasks.runners.machine import devices_taken, visible_devices
+from tasks.runners.machine import default_device, devices_taken, visible_devices, why_no_cuda
 from tasks.runners.prefect_pool import PrefectChildren
 from tasks.store import Store
 from tests.flows.recipes import recipe
@@ -84,6 +87,65 @@ def test_who_waits_for_a_budget_can_give_up() -> None:
     budget = Budget(cores=1)
     with budget.taken(claim(), silent, never), pytest.raises(Stopped), budget.taken(claim(), silent, lambda: True):
         pass
+
+
+@pytest.fixture
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """gpus(...): a machine with these files in /dev, this CUDA_VISIBLE_DEVICES, and a torch built for this CUDA."""
+
+    def machine(files: str = "nvidiactl nvidia0 nvidia1", visible: str | None = None, cuda: str | None = "12.8") -> None:
+        for file in files.split():
+            (tmp_path / file).touch()
+        (tmp_path / "version.py").write_text(f"__version__ = '2.13.0'\ncuda: str | None = {cuda!r}\nhip: str | None = None\n")
+        monkeypatch.setattr("tasks.runners.machine._DEV", tmp_path)
+        monkeypatch.setattr("tasks.runners.machine.find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    return machine
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "reason"),
+    [
+        ({}, "cuda", ""),
+        ({"visible": "1"}, "cuda", ""),
+        ({"visible": ""}, "cpu", "CUDA_VISIBLE_DEVICES='' leaves no GPU"),
+        ({"visible": "-1,0"}, "cpu", "CUDA_VISIBLE_DEVICES='-1,0' leaves no GPU"),
+        ({"cuda": None}, "cpu", "the installed torch is a build for the CPU"),
+        ({"files": "null"}, "cpu", "there is no driver of a GPU"),
+        ({"files": "nvidiactl"}, "cpu", ""),  # the driver, and no GPU that is known of
+        ({"files": "dxg"}, "cpu", ""),  # WSL: whose GPU it is cannot be seen
+    ],
+)
+def test_cuda_is_taken_where_it_can_be_used(gpus: Callable[..., None], machine: dict[str, Any], device: str, reason: str) -> None:
+    gpus(**machine)
+    assert default_device() == device
+    assert why_no_cuda().startswith(reason) and bool(why_no_cuda()) == bool(reason)
+
+
+def test_what_torch_was_built_for_is_what_torch_says(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus()
+    monkeypatch.setattr("tasks.runners.machine.find_spec", find_spec)
+    assert (why_no_cuda() == "") == (torch.version.cuda is not None or torch.version.hip is not None)
+
+
+@pytest.mark.parametrize(
+    ("named", "seen"),
+    [
+        ("0,-1,1", ["0"]),
+        ("-1", []),
+        ("", []),
+        ("3, 1", ["3", "1"]),
+        ("MIG-a,GPU-b,,2", ["MIG-a", "GPU-b"]),
+        ("NoDevFiles", []),
+        (None, ["0", "1"]),
+    ],
+)
+def test_the_gpus_that_cuda_sees_end_at_the_first_name_that_is_none(gpus: Callable[..., None], named: str | None, seen: list[str]) -> None:
+    gpus(visible=named)
+    assert visible_devices("cuda:0") == seen
 
 
 def test_each_gpu_is_held_by_one_job(monkeypatch: pytest.MonkeyPatch) -> None:

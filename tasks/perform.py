@@ -193,7 +193,7 @@ def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Resu
 def _compute(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result, again: bool) -> None:
     """The stage's content: from the store, or computed in a child and committed. `again`: computed whatever the store has."""
     store = pipeline.store
-    with store.lock(task.identity, lambda: pipeline.children.closed):
+    with store.lock(task.identity, _waiting(pipeline, task)):
         found = store.get(task.identity)
         entry = None if again else found
         cached = entry is not None
@@ -223,6 +223,20 @@ def _other_bytes(task: Assignment, old: Entry, new: Entry) -> str:
         f"(content {old.content[:12]}, now {new.content[:12]}). The new result took the place of the old one, which is in damaged/ of the store; "
         f"`--from {task.name}` makes what follows of it anew"
     )
+
+
+def _waiting(pipeline: Pipeline, task: Assignment) -> Callable[[], bool]:
+    """What is asked while another run holds the stage: whether this one was stopped. Says once that it waits."""
+    said = False
+
+    def given_up() -> bool:
+        nonlocal said
+        if not said:
+            said = True
+            pipeline.progress(task.name, {"warning": "waits for another run, which computes it"})
+        return pipeline.children.closed
+
+    return given_up
 
 
 def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result) -> Entry:
@@ -316,6 +330,8 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     def sink(event: dict[str, Any]) -> None:
         if "warning" in event:
             result.warnings.append(event["warning"])
+        elif "again" in event:
+            pipeline.progress(task.name, {"warning": event["again"]})
         elif "progress" in event:
             pipeline.progress(task.name, event)
 

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 
+from compression.errors import EdgepressError
 from tasks.children import Stopped
 
 GivenUp = Callable[[], bool]
@@ -124,8 +125,11 @@ def one_at_a_time(name: str) -> Iterator[None]:
 
 @contextmanager
 def _lock_file(name: str) -> Iterator[int]:
-    """An open lock file of the machine. Closing it lets its lock go."""
-    path = Path(os.environ.get("EDGEPRESS_LOCKS") or tempfile.gettempdir()) / name
+    """An open lock file of the machine. Closing it lets its lock go. Raises EdgepressError where EDGEPRESS_LOCKS names no directory."""
+    folder = Path(os.environ.get("EDGEPRESS_LOCKS") or tempfile.gettempdir())
+    if not folder.is_dir():
+        raise EdgepressError(f"EDGEPRESS_LOCKS={folder} is no directory; it is to be one that the containers of this host share, or unset")
+    path = folder / name
     try:
         handle = os.open(path, os.O_RDONLY)  # another user's file can be locked, but neither written nor opened with O_CREAT
     except FileNotFoundError:

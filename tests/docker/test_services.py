@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from mlflow import MlflowClient
 from tests.docker.images import instructions
 from tests.docker.services import DOCKER, SETTINGS, Stack, postgres_programs
 from tests.flows.recipes import recipe
+from tests.prefect_api import ask
 
 STAGES = """\
   pruned: {uses: prune.width, keep: 0.5}
@@ -40,7 +40,10 @@ class Pool:
 
     def __init__(self, stack: Stack, environment: Path, folder: Path):
         self.stack, self.folder, image = stack, folder, Image()
-        variables = image.variables | {
+        self.volumes = {"/work": folder, "/locks": stack.home / "locks"}
+        self.volumes["/locks"].mkdir()
+        here = {name: re.sub("^/(work|locks)", lambda found: str(self.volumes[found[0]]), value) for name, value in image.variables.items()}
+        variables = here | {
             "PATH": f"{environment / 'bin'}:{os.environ['PATH']}", "PREFECT_WORKER_WEBSERVER_PORT": str(stack.ports["worker"]),
         }  # fmt: skip
         stack.start("worker", image.command, folder, **variables)
@@ -53,11 +56,7 @@ class Pool:
         return done.stdout
 
     def api(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        request = urllib.request.Request(
-            f"{self.variables['PREFECT_API_URL']}/{path}", json.dumps(body).encode() if body is not None else None, {"Content-Type": "application/json"}
-        )  # fmt: skip
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+        return ask(f"{self.variables['PREFECT_API_URL']}/{path}", body)
 
     def run(self, deployment: str) -> str:
         """Ask for a run; returns its id."""
@@ -111,6 +110,7 @@ def test_a_deployed_recipe_outlives_a_restart_of_its_servers(worker_environment:
         tasks = pool.api("task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [flow_run]}}})
         assert {task["name"].split("-")[0]: task["state_type"] for task in tasks} == dict.fromkeys(rows, "COMPLETED")
         assert "report.html" in " ".join(_objects(stack))
+        assert (pool.volumes["/locks"] / "edgepress-machine.lock").exists()
 
         again = pool.wait_until(pool.run("edgepress/micro"), "COMPLETED", "FAILED", "CRASHED")
         assert (again["type"], again["name"]) == ("COMPLETED", "Cached")

@@ -4,7 +4,6 @@ The directory of the deployment holds files of its owner with the names of our p
 fixtures `crashed`, `retried`, `refused`, `mended`; each test looks at one of them.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -31,6 +30,7 @@ from tasks.journal import Run, RunBase, journal, read_run, read_runs, state_now
 from tasks.store import Store
 from tests.flows.recipes import edgepress
 from tests.flows.test_pipeline import DECOY, SAFE, Workshop
+from tests.prefect_api import ask
 
 RECIPE = """\
 model: model
@@ -89,10 +89,7 @@ class Deployed(Workshop):
 
     def ask(self, path: str, document: dict[str, Any] | None = None) -> Any:
         """GET a path of the API, or POST a document to it, as the UI does."""
-        body = None if document is None else json.dumps(document).encode()
-        request = urllib.request.Request(f"{self.api}/{path}", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read() or b"null")
+        return ask(f"{self.api}/{path}", document)
 
     def answers(self) -> bool:
         try:

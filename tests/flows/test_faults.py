@@ -124,6 +124,7 @@ def test_of_two_flows_one_computes_and_the_other_waits(pair: tuple[Lab, list[Fin
     lab, both = pair
     assert len((lab.folder / "tally").read_text().splitlines()) == 1
     assert sorted(one.states()["slow"] for one in both) == ["Cached", "Completed"]
+    assert ["slow: waits for another run, which computes it" in one.out + one.err for one in both].count(True) == 1
     assert len({one.rows["slow"]["content"] for one in both}) == 1
     assert {run.info.status for run in lab.runs()} == {"FINISHED"}
     assert {state for _, state, _ in lab.prefect_states("task_run")} == {"COMPLETED"}

@@ -73,7 +73,7 @@ def _training_child(store: Path, process: "subprocess.Popen[str]", output: list[
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         assert process.poll() is None, "".join(output)
-        for events in store.glob("work/*/events.jsonl"):
+        for events in store.glob("work/[0-9a-f]*/events.jsonl"):  # not those of measurements
             try:
                 lines = [json.loads(line) for line in events.read_text().splitlines(keepends=True) if line.endswith("\n")]
                 if any(event.get("progress", [0])[0] > 5 for event in lines):

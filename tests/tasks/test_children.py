@@ -237,6 +237,15 @@ def test_the_machine_lock_excludes_other_processes_and_dies_with_its_owner(tmp_p
     assert entered.is_set() and followed.is_set()
 
 
+def test_the_machine_lock_is_where_containers_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPRESS_LOCKS", str(tmp_path))
+    with machine_lock(alone=True):
+        assert (tmp_path / "edgepress-machine.lock").exists()
+    monkeypatch.setenv("EDGEPRESS_LOCKS", str(tmp_path / "unmounted"))
+    with pytest.raises(EdgepressError, match="EDGEPRESS_LOCKS=.*unmounted is no directory"), machine_lock(alone=True):
+        pass
+
+
 def test_the_machine_lock_of_another_user_can_be_taken(tmp_path: Path) -> None:
     """Files of others can neither be written nor, in a sticky directory, opened with O_CREAT."""
     for name in ("edgepress-machine.lock", "edgepress-machine-door.lock"):

@@ -78,6 +78,8 @@ def test_what_cannot_teach_is_refused_while_planning(
 class Here:
     """Children that work in this process."""
 
+    closed = False
+
     def run(self, job: Any, home: Path, sink: Any) -> Any:
         metrics = run_stage(**job.arguments, threads=job.threads, context=Context(seed=job.seed, device=job.device))
         return SimpleNamespace(metrics=metrics, seconds=0.0)
@@ -90,7 +92,7 @@ def test_stages_of_a_store_share_what_the_teacher_said(tmp_path: Path, checkpoin
     for more in ("teacher_cache: full", "teacher_cache: full, temperature: 3.0", "teacher_cache: top_k, top_k: 5"):
         made = plan(tmp_path, checkpoint, large, more)
         store = Store(tmp_path / "store")
-        tracking = SimpleNamespace(log_curve=lambda *_: None)
+        tracking = SimpleNamespace(log_curve=lambda *_: None, log=lambda *_, **__: None)
         pipeline: Any = SimpleNamespace(
             store=store, children=Here(), machine=made.machine, data=made.parsed.recipe.data, tracking=tracking, results=results,
             progress=lambda *_: None, base=made.base,

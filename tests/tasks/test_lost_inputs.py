@@ -40,12 +40,12 @@ def store(tmp_path: Path) -> Store:
 def compute(store: Store, parent: Entry, child: Child, data: Path | None = None, outside: Base | None = None) -> Entry:
     """The stage after `parent`, as a running pipeline would compute it; one that reads `data`, and another model."""
     stage: Stage = stage_kinds()["prune.width"].model_validate({"uses": "prune.width", "keep": 0.5})
-    spec = DataSpec.model_validate({"text": "embedded"})
+    spec, document = DataSpec.model_validate({"text": "embedded"}), document_of("child", [parent.identity])
     if data is not None:
         stage = stage_kinds()["finetune"].model_validate({"uses": "finetune"})
         spec = DataSpec.model_validate({"text": {"path": str(data)}})
+        document["data"] = fingerprint(spec, "training")
     before = Result("pruned", "prune.width", ["base"], "Completed", parent.identity, path=str(parent.path), content=parent.content)
-    document = {**document_of("child", [parent.identity]), "data": fingerprint(spec, "training")}
     identity = digest(document)
     task = Assignment(
         "again", 2, stage, identity, document,

@@ -104,12 +104,8 @@ def _to_resume(store: "Store", name: str | None) -> "Run | None":
         later = successors(known)
         open_ends = [run for run in known if run.state != "Completed" and run.run not in later]
         stopped = [run for run in open_ends if run.state != "Running"]
-        completed = {(run.recipe, run.outputs): run for run in known if run.state == "Completed"}  # the last of each
-        overtaken = {
-            run.run: newer.run
-            for run in stopped
-            if (newer := completed.get((run.recipe, run.outputs))) is not None and newer.sequence > run.sequence
-        }
+        completed = [run for run in known if run.state == "Completed"]
+        overtaken = {run.run: newer.run for run in stopped for newer in completed if _overtakes(newer, run)}
         if left := [run for run in stopped if run.run not in overtaken]:
             return left[-1]
         reasons = [f"{run.run} still running" for run in open_ends if run.state == "Running"]
@@ -123,6 +119,12 @@ def _to_resume(store: "Store", name: str | None) -> "Run | None":
         print(f"nothing to do: {run.run} completed")
         return None
     return run
+
+
+def _overtakes(newer: "Run", older: "Run") -> bool:
+    """Whether going on with the older run would put its results in the place of newer ones."""
+    same = (newer.recipe, newer.outputs) == (older.recipe, older.outputs)
+    return same and newer.sequence > older.sequence and newer.only in {(), older.only}
 
 
 def _duration(run: "Run") -> str:

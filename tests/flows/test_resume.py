@@ -276,12 +276,14 @@ def test_what_a_later_run_overtook_is_resumed_by_name_alone(
     write("Failed", resumes="micro-1")
     write()  # with a mended recipe
     assert "going on with other-2 (failed)" in ask(capfd, "resume")
+    write(recipe_name="other", only=("distilled",))
+    assert "going on with other-2 (failed)" in ask(capfd, "resume")  # only a part of it is newer
     write(recipe_name="other")
     assert ask(capfd, "resume") == "nothing to do: micro-3 was overtaken by micro-4; name it to go on with it\n"
     assert "going on with micro-3 (failed)" in ask(capfd, "resume", "micro-1")
     write("Failed")
-    assert "going on with micro-6 (failed)" in ask(capfd, "resume")
-    assert [resumed.run for _, _, resumed in carried] == ["other-2", "micro-3", "micro-6"]
+    assert "going on with micro-7 (failed)" in ask(capfd, "resume")
+    assert [resumed.run for _, _, resumed in carried] == ["other-2", "other-2", "micro-3", "micro-7"]
 
 
 def test_a_living_run_is_left_alone(store: Store, write: Callable[..., Run], carried: list[Any], capfd: pytest.CaptureFixture[str]) -> None:

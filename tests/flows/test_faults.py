@@ -161,6 +161,13 @@ time.time_ns = lambda: _now_ns() + int(float(_jump.read_text()) * 1e9)
 DAY = 86400.0
 
 
+def set_clock(jump: Path, seconds: float) -> None:
+    """At once for all that read it: no process ever sees an empty file."""
+    beside = jump.with_name("jump.next")
+    beside.write_text(str(seconds))
+    beside.replace(jump)
+
+
 @pytest.fixture(scope="module")
 def jumped(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> tuple[Lab, list[Finished]]:
     """Three runs: under the first the clock goes back three days, before the second forward a month, before the third back again."""
@@ -169,16 +176,16 @@ def jumped(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> tuple[
     lab = Lab(folder, checkpoint, stages)
     (folder / "site" / "sitecustomize.py").write_text(CLOCK)
     jump = folder / "site" / "jump"
-    jump.write_text("0")
+    set_clock(jump, 0)
     process = lab.start()
     while not lab.computing("test.trivial")():
         assert process.poll() is None, process.communicate()
-    jump.write_text(str(-3 * DAY))
+    set_clock(jump, -3 * DAY)
     out, err = process.communicate(timeout=280)
     runs = [Finished(process.returncode, out, err, json.loads((folder / "outputs" / "micro" / "run.json").read_text()))]
-    jump.write_text(str(30 * DAY))
+    set_clock(jump, 30 * DAY)
     runs.append(lab.run("stages.two.number=2"))
-    jump.write_text(str(-DAY))
+    set_clock(jump, -DAY)
     runs.append(lab.run("stages.two.number=3"))
     return lab, runs
 

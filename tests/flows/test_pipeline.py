@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,11 @@ class Workshop:
         """Whether a child works on a stage of this kind now."""
 
         def moment() -> bool:
-            jobs = [json.loads(job.read_text()) for job in (self.folder / ".edgepress" / "work").glob("*/job.json")]
-            return any(job["arguments"].get("stage", {}).get("uses") == uses for job in jobs)
+            for job in (self.folder / ".edgepress" / "work").glob("*/job.json"):
+                with suppress(FileNotFoundError):  # it ended this instant
+                    if json.loads(job.read_text())["arguments"].get("stage", {}).get("uses") == uses:
+                        return True
+            return False
 
         return moment
 

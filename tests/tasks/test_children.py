@@ -18,6 +18,7 @@ from tasks.children import Children, Job, JobFailed
 from tasks.runners.budget import Budget
 from tasks.runners.local import LocalChildren
 from tasks.runners.machine import machine_lock
+from tests.drill.place import words_of
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -104,7 +105,7 @@ def test_a_lost_process_is_told_from_a_wrong_one(children: Children, tmp_path: P
 
 def test_a_fork_server_that_is_killed_while_it_begins_a_job_can_be_tried_again(children: Children, tmp_path: Path) -> None:
     children.run(job("succeed", folder=str(tmp_path)), tmp_path, silent)  # it has loaded what it preloads
-    (server,) = (p for p in psutil.Process().children() if any("multiprocessing.forkserver" in word for word in p.cmdline()))
+    (server,) = (p for p in psutil.Process().children() if any("multiprocessing.forkserver" in word for word in words_of(p)))
     server.suspend()
     threading.Timer(0.5, server.kill).start()
     with pytest.raises(JobFailed, match="the fork server ended") as caught:

@@ -5,10 +5,12 @@ import time
 import numpy as np
 
 from compression.errors import EdgepressError
+from compression.evaluation.contention import quietest
 from compression.evaluation.generation import stream
 from compression.evaluation.runtime import Runtime
 
 NAMES = ("first_token_seconds_p50", "first_token_seconds_p95", "token_seconds_p50", "token_seconds_p95")
+WAITED = "latency_cpu_wait_share"
 
 
 def measure_latency(runtime: Runtime, prompt: list[int], *, new_tokens: int = 32, repeats: int = 10) -> dict[str, float]:
@@ -17,17 +19,19 @@ def measure_latency(runtime: Runtime, prompt: list[int], *, new_tokens: int = 32
     prompt      token ids; what does not fit into the runtime's context with new_tokens loses its beginning
     new_tokens  2 or more: the first one belongs to the prefill
 
-    Returns first_token_seconds_p50 and _p95 over the repeats, and token_seconds_p50 and _p95 over all further tokens of all of them; nothing
-    for a runtime that is not `timed`.
+    Returns first_token_seconds_p50 and _p95 over the repeats, and token_seconds_p50 and _p95 over all further tokens of all of them,
+    and latency_cpu_wait_share as `quietest` tells it, where the system does; nothing for a runtime that is not `timed`.
     """
     if new_tokens < 2 or repeats < 1 or not prompt:
         raise EdgepressError("latency needs a prompt, two new tokens or more and one repeat or more", key="new_tokens")
     if not runtime.timed:
         return {}
     prompt = prompt[-(runtime.max_length - new_tokens) :]
-    runs = [_token_seconds(runtime, prompt, new_tokens) for _ in range(1 + repeats)][1:]
+    _token_seconds(runtime, prompt, new_tokens)
+    runs, waited = quietest(lambda: [_token_seconds(runtime, prompt, new_tokens) for _ in range(repeats)])
     first, further = [run[0] for run in runs], [seconds for run in runs for seconds in run[1:]]
-    return dict(zip(NAMES, map(float, (*np.percentile(first, (50, 95)), *np.percentile(further, (50, 95)))), strict=True))
+    figures = dict(zip(NAMES, map(float, (*np.percentile(first, (50, 95)), *np.percentile(further, (50, 95)))), strict=True))
+    return figures if waited is None else figures | {WAITED: waited}
 
 
 def _token_seconds(runtime: Runtime, prompt: list[int], new_tokens: int) -> list[float]:

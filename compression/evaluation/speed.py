@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from compression.errors import EdgepressError
+from compression.evaluation.contention import quietest
 from compression.evaluation.generation import generate
 from compression.evaluation.runtime import Runtime
 
@@ -24,6 +25,7 @@ def measure_speed(open_runtime: Callable[[], Runtime], prompt: list[int], *, new
                                 the true median with 95 % or more (between the extremes it lies with 1 - 2 / 2^repeats, whatever the distribution)
     prefill_tokens_per_second   the same of the prompt, and first_token_seconds what all of it took
     load_seconds
+    cpu_wait_share              as `quietest` tells it of the repeats; only where the system does
     peak_memory_mb              the highest resident memory (10^6 bytes) while it loaded and generated, above what the process held
                                 before; only where the system tells it
     and nothing for a runtime that is not `timed`.
@@ -38,10 +40,13 @@ def measure_speed(open_runtime: Callable[[], Runtime], prompt: list[int], *, new
         try:
             if not runtime.timed:
                 return {}
-            runs = [generate(runtime, prompt, new_tokens) for _ in range(1 + repeats)][1:]
+            generate(runtime, prompt, new_tokens)
+            runs, waited = quietest(lambda: [generate(runtime, prompt, new_tokens) for _ in range(repeats)])
         finally:
             runtime.close()
     figures["load_seconds"] = load_seconds
+    if waited is not None:
+        figures["cpu_wait_share"] = waited
     figures["first_token_seconds"] = median(run.prefill_seconds for run in runs)
     figures |= _rates("prefill_tokens_per_second", len(prompt), [run.prefill_seconds for run in runs])
     figures |= _rates("tokens_per_second", new_tokens - 1, [run.decode_seconds for run in runs])

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from compression.checkpoint import Checkpoint
 from compression.data import fingerprint
 from compression.evaluation.findings import Transform
-from compression.evaluation.latency import NAMES
+from compression.evaluation.latency import NAMES, WAITED
 from tasks.measurement import Asked, Measurement, Subject
 
 
@@ -14,7 +14,7 @@ class Latency(Measurement):
     """Part of the release suite, where an average does not do. As with speed, not of quantized checkpoints, which run dequantized."""
 
     name: ClassVar[str] = "latency"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     alone: ClassVar[bool] = True
 
     def applies(self, asked: Asked) -> bool:
@@ -22,7 +22,7 @@ class Latency(Measurement):
         return dense and asked.settings is not None and asked.settings.suite == "release"
 
     def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
-        return dict.fromkeys(NAMES)
+        return dict.fromkeys((*NAMES, WAITED))
 
     def document(self, subject: Subject) -> dict[str, Any]:
         return {"data": fingerprint(subject.asked.data, "evaluation"), "new_tokens": subject.asked.settings.new_tokens}

@@ -12,7 +12,7 @@ from tasks.measurement import Asked, Measurement, Subject
 _NAMES = (
     "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high",
     "prefill_tokens_per_second", "prefill_tokens_per_second_low", "prefill_tokens_per_second_high",
-    "first_token_seconds", "load_seconds", "peak_memory_mb",
+    "first_token_seconds", "load_seconds", "cpu_wait_share", "peak_memory_mb",
 )  # fmt: skip
 
 

@@ -227,6 +227,12 @@ def _end_orphans() -> None:
     from prefect.client.schemas.objects import FlowRun, State, StateType
     from prefect.states import Crashed
 
+    def every(read: Callable[..., list[Any]], **asked: Any) -> list[Any]:  # Prefect gives no more than 200 at a time
+        found: list[Any] = []
+        while page := read(**asked, offset=len(found)):
+            found += page
+        return found
+
     def dead(run: Any) -> bool:
         return any(tag.startswith("owner:") and is_dead(tag.removeprefix("owner:")) for tag in run.tags)
 
@@ -237,9 +243,9 @@ def _end_orphans() -> None:
     running = {"state": {"type": {"any_": ["RUNNING", "PENDING"]}}, "tags": {"all_": ["edgepress"]}}
     crashed: State[Any] = Crashed(message="its process was killed")
     with get_client(sync_client=True) as client:
-        for task_run in filter(dead, client.read_task_runs(task_run_filter=TaskRunFilter.model_validate(running))):
+        for task_run in filter(dead, every(client.read_task_runs, task_run_filter=TaskRunFilter.model_validate(running))):
             client.set_task_run_state(task_run.id, crashed, force=True)
-        for flow_run in filter(orphaned, client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(running))):
+        for flow_run in filter(orphaned, every(client.read_flow_runs, flow_run_filter=FlowRunFilter.model_validate(running))):
             client.set_flow_run_state(flow_run.id, crashed, force=True)
 
 

@@ -254,4 +254,4 @@ def test_neither_runner_nor_job_variables_belong_to_an_identity(tmp_path: Path, 
 def test_prefect_needs_a_server_that_workers_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with pytest.raises(Incompatible, match="PREFECT_API_URL must name the server"):
-        PrefectChildren(LocalChildren(Budget(1)), [tmp_path], "edge").connect()
+        PrefectChildren(LocalChildren(Budget(1)), [tmp_path], "edge")

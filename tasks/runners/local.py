@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import signal
@@ -36,10 +37,14 @@ class LocalChildren:
         os.environ["PYTHONSAFEPATH"] = "1"  # a user's own tasks.py or flows/ in the current directory must not shadow ours
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")  # of killed children's semaphores
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOAD))
+        multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
         _sockets_that_fit()
-        multiprocessing.forkserver.ensure_running()
+        multiprocessing.resource_tracker.ensure_running()  # it unblocks SIGINT, so it comes first
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which the server inherits: Ctrl-C is for the flow to hear
+        try:
+            multiprocessing.forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, job: Job, folder: Path, sink: EventSink) -> Done:
         """See `Children.run`."""

@@ -282,3 +282,24 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     assert gone(child, grandchild, server)
+
+
+def test_the_fork_server_leaves_ctrl_c_to_the_flow(tmp_path: Path) -> None:
+    """A terminal sends it to all of its processes, also to the server while it imports torch."""
+    code = (
+        f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\nimport signal, sys\n"
+        "from tasks.runners.budget import Budget\nfrom tasks.runners.local import LocalChildren\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('heard', flush=True))\nLocalChildren(Budget(2)).preload()\n"
+        "print('importing', flush=True)\nsys.stdin.read()"
+    )
+    flow = subprocess.Popen(
+        [sys.executable, "-P", "-c", code], cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    assert flow.stdout is not None and flow.stdout.readline() == "importing\n"
+    servers = [child for child in psutil.Process(flow.pid).children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+    os.killpg(flow.pid, signal.SIGINT)
+    assert flow.stdout.readline() == "heard\n"
+    assert len(psutil.wait_procs(servers, timeout=1)[1]) == 1
+    _, err = flow.communicate("", timeout=60)
+    assert (flow.returncode, err) == (0, "")

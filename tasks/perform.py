@@ -330,8 +330,8 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     def sink(event: dict[str, Any]) -> None:
         if "warning" in event:
             result.warnings.append(event["warning"])
-        elif "again" in event:
-            pipeline.progress(task.name, {"warning": event["again"]})
+        elif told := event.get("again") or event.get("note"):
+            pipeline.progress(task.name, {"warning": told})
         elif "progress" in event:
             pipeline.progress(task.name, event)
 

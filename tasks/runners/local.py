@@ -22,6 +22,9 @@ from tasks.runners.folder import EventReader, cleared
 from tasks.runners.machine import GivenUp, devices_taken, machine_lock
 from tasks.worker import DISK_FULL, NO_SPACE, PRELOAD, forked
 
+PATIENCE = 3.0
+"""Seconds that a job waits for other runs on the machine before it says so."""
+
 
 class LocalChildren:
     """Children of this process, limited by a budget."""
@@ -63,7 +66,7 @@ class LocalChildren:
 
         with (
             devices_taken(job.device, job.devices, stopped) as devices, self._budget.taken(job, sink, stopped),
-            machine_lock(alone=job.alone, given_up=stopped),
+            machine_lock(alone=job.alone, given_up=_saying_so(stopped, job, sink)),
         ):  # fmt: skip
             spec = {
                 "call": job.call, "arguments": job.arguments, "threads": job.threads, "seed": job.seed, "device": job.device,
@@ -108,6 +111,22 @@ def _sockets_that_fit() -> None:
         multiprocessing.util.get_temp_dir()  # made once for the life of the process
     finally:
         tempfile.tempdir = usual
+
+
+def _saying_so(stopped: GivenUp, job: Job, sink: EventSink) -> GivenUp:
+    """`stopped`, as it is asked while other runs have the machine: says once that it waits for them, when it has for a while."""
+    since = time.monotonic()
+    said = False
+
+    def given_up() -> bool:
+        nonlocal said
+        if not said and time.monotonic() - since > PATIENCE:
+            said = True
+            wanted = "is timed alone" if job.alone else "works beside nothing that is timed"
+            sink({"note": f"waits for other runs of edgepress on this machine: it {wanted}"})
+        return stopped()
+
+    return given_up
 
 
 def _watch(

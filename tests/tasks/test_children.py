@@ -179,24 +179,31 @@ def test_close_ends_what_runs_and_starts_nothing_more(children: Children, tmp_pa
     assert not (tmp_path / "later" / "result.json").exists()
 
 
-def test_close_frees_a_thread_that_waits_for_the_machine(children: Children, tmp_path: Path) -> None:
+def test_close_frees_a_thread_that_waits_for_the_machine_and_says_so(
+    children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.runners.local.PATIENCE", 0.2)
     holder = hold_machine(tmp_path)
     try:
         caught: list[BaseException] = []
+        heard: list[dict[str, Any]] = []
 
         def run() -> None:
             try:
-                children.run(job("succeed", alone=True, folder=str(tmp_path)), tmp_path, silent)
+                children.run(job("succeed", alone=True, folder=str(tmp_path)), tmp_path, heard.append)
             except JobFailed as error:
                 caught.append(error)
 
         thread = threading.Thread(target=run)
         thread.start()
-        time.sleep(0.5)
-        assert thread.is_alive()
+        deadline = time.monotonic() + 20
+        while not heard:
+            assert thread.is_alive() and time.monotonic() < deadline
+            time.sleep(0.05)
         children.close()
         thread.join(20)
         assert not thread.is_alive()
+        assert heard == [{"note": "waits for other runs of edgepress on this machine: it is timed alone"}]
         assert [str(error) for error in caught] == ["stopped"]
     finally:
         holder.kill()

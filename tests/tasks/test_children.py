@@ -137,7 +137,7 @@ def test_a_timeout_ends_the_whole_group(children: Children, tmp_path: Path) -> N
 
     def run() -> None:
         try:
-            children.run(job("linger", timeout=3, folder=str(tmp_path)), tmp_path, silent)
+            children.run(job("linger", timeout=8, folder=str(tmp_path)), tmp_path, silent)
         except JobFailed as error:
             caught.append(error)
 
@@ -146,7 +146,7 @@ def test_a_timeout_ends_the_whole_group(children: Children, tmp_path: Path) -> N
     pids = pids_written(tmp_path)
     assert all(alive(pid) for pid in pids)
     thread.join(60)
-    assert "timeout of 3 s" in str(caught[0])
+    assert "timeout of 8 s" in str(caught[0])
     assert gone(*pids)
 
 

@@ -14,10 +14,11 @@ from flows.planning import Plan, check_disk
 from flows.server import prefect_server
 from flows.summary import summarize
 from flows.tracked import close_interrupted, end_cells, end_parent, known_stages, leaves, open_cells, open_parent, series, settle
+from tasks.assignment import Result
 from tasks.files import write_json
 from tasks.journal import Run, RunBase, RunStage, Told, journal
 from tasks.owner import is_dead, owner_tag
-from tasks.perform import Pipeline, Result
+from tasks.perform import Pipeline
 from tasks.runners.choice import open_children
 from tasks.store import Store, withdraw
 from tasks.summaries import write_summary

@@ -10,11 +10,11 @@ from compression.errors import EdgepressError
 from flows.graph import BASE
 from flows.recipe import ParsedRecipe
 from flows.yaml_lines import nearest
+from tasks.assignment import Assignment
 from tasks.gate_presets import LEAF, PRESETS, is_pattern
 from tasks.gates import Bound
 from tasks.measure import known_metrics
 from tasks.measurement import Asked
-from tasks.perform import Assignment
 from tasks.stage import Corpus, stage_kinds
 
 _PRESET_METRICS = {metric for bounds in PRESETS.values() for metric in bounds}

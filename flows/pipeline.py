@@ -14,10 +14,11 @@ from flows.planning import Plan, check_disk
 from flows.server import prefect_server
 from flows.summary import summarize
 from flows.tracked import close_interrupted, end_cells, end_parent, known_stages, leaves, open_cells, open_parent, series, settle
+from tasks.assignment import Result
 from tasks.files import write_json
 from tasks.journal import Run, RunBase, RunStage, Told, journal
 from tasks.owner import is_dead, owner_tag
-from tasks.perform import Pipeline, Result
+from tasks.perform import Pipeline
 from tasks.runners.choice import open_children
 from tasks.store import Store, withdraw
 from tasks.summaries import write_summary
@@ -227,6 +228,12 @@ def _end_orphans() -> None:
     from prefect.client.schemas.objects import FlowRun, State, StateType
     from prefect.states import Crashed
 
+    def every(read: Callable[..., list[Any]], **asked: Any) -> list[Any]:  # Prefect gives no more than 200 at a time
+        found: list[Any] = []
+        while page := read(**asked, offset=len(found)):
+            found += page
+        return found
+
     def dead(run: Any) -> bool:
         return any(tag.startswith("owner:") and is_dead(tag.removeprefix("owner:")) for tag in run.tags)
 
@@ -237,9 +244,9 @@ def _end_orphans() -> None:
     running = {"state": {"type": {"any_": ["RUNNING", "PENDING"]}}, "tags": {"all_": ["edgepress"]}}
     crashed: State[Any] = Crashed(message="its process was killed")
     with get_client(sync_client=True) as client:
-        for task_run in filter(dead, client.read_task_runs(task_run_filter=TaskRunFilter.model_validate(running))):
+        for task_run in filter(dead, every(client.read_task_runs, task_run_filter=TaskRunFilter.model_validate(running))):
             client.set_task_run_state(task_run.id, crashed, force=True)
-        for flow_run in filter(orphaned, client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(running))):
+        for flow_run in filter(orphaned, every(client.read_flow_runs, flow_run_filter=FlowRunFilter.model_validate(running))):
             client.set_flow_run_state(flow_run.id, crashed, force=True)
 
 

@@ -18,13 +18,13 @@ from flows.recipe import ParsedRecipe, Recipe
 from flows.registering import registered
 from flows.study import Mistake, check_metrics
 from flows.yaml_lines import nearest
+from tasks.assignment import Assignment
 from tasks.base import Base, open_base
 from tasks.extras import require
 from tasks.gates import Bound
 from tasks.identity import Machine, digest, identity_document
 from tasks.kinds._training import TrainingStage
 from tasks.measurement import Asked, Reference, Subject, measurements
-from tasks.perform import Assignment
 from tasks.runners.machine import default_device, why_no_cuda
 from tasks.stage import Artifact, Corpus, Planned, Reads, check_accepts
 from tasks.store import Store

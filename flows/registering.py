@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from export.runtimes import PACKAGES
 from flows.graph import nearest
 from flows.recipe import ParsedRecipe
+from tasks.assignment import Assignment
 from tasks.descriptions import table
 from tasks.gates import Verdict
-from tasks.perform import Assignment, Pipeline
+from tasks.perform import Pipeline
 from tasks.stage import Artifact, Corpus
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from flows.graph import BASE
 from flows.planning import Plan
+from tasks.assignment import Assignment, Result
 from tasks.measure import machine_fingerprint
-from tasks.perform import Assignment, Pipeline, Result
+from tasks.perform import Pipeline
 
 
 def summarize(pipeline: Pipeline, plan: Plan, started: float, run: str) -> dict[str, Any]:

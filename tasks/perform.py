@@ -12,10 +12,11 @@ from compression.data import DataSpec, fingerprint
 from compression.errors import EdgepressError
 from export.runtimes import runtime_name
 from tasks.artifact import CARRIED, complete_artifact
+from tasks.assignment import Assignment, Result
 from tasks.base import Base, is_unchanged
 from tasks.children import Children, Job, Stopped
 from tasks.descriptions import charted, describe_stage, properties
-from tasks.gates import Bound, Figures, Verdict, judge
+from tasks.gates import Bound, Figures, judge
 from tasks.identity import Machine, seed_of
 from tasks.kinds._training import TrainingStage
 from tasks.measure import Measured, compare, measure
@@ -28,61 +29,6 @@ from tasks.tracking import Tracking
 
 class GateFailed(Exception):
     """A stage whose bounds or gates do not hold: its content is kept, but neither published nor built upon."""
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """One stage of a planned pipeline. `stage` is None for the base model, which is only measured."""
-
-    name: str
-    index: int  # topological, 0 is the base model
-    stage: Stage | None
-    identity: str
-    document: dict[str, Any]  # what the identity is the digest of
-    inputs: Mapping[str, str]  # names by role
-    ancestors: tuple[str, ...]  # every stage it descends from, base first
-    planned: Planned
-    outside: Mapping[str, Base] = field(default_factory=dict)  # models from outside the recipe, by role
-    bounds: Mapping[str, Bound] = field(default_factory=dict)
-    gates: Mapping[str, Bound] = field(default_factory=dict)
-    retries: int = 0
-    timeout: float | None = None
-    memory: int = 0  # bytes that it claims of a budget
-    job_variables: Mapping[str, Any] = field(default_factory=dict)  # of a Prefect work pool
-    cell: str = ""  # the cell of a sweep that alone needs it, if one does
-    registered: str = ""  # the model in MLflow's registry that it becomes a version of
-    again: bool = False  # compute it even if the store has it
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """What it is compared with when it is measured."""
-        if self.stage is None:
-            return ()
-        return ("base", "parent") if isinstance(self.planned, Artifact) else ("base",)
-
-
-@dataclass
-class Result:
-    """What is known about a stage when it is done, or failed."""
-
-    name: str
-    uses: str
-    needs: list[str]
-    state: str  # Running, Completed, Cached, Failed, Stopped, Skipped
-    identity: str = ""
-    path: str = ""
-    content: str = ""
-    runtime: str = ""
-    seconds: float = 0.0
-    measure_seconds: float = 0.0
-    computed: bool = False
-    metrics: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
-    curves: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)  # what measurements keep besides metrics: texts, per-item results
-    reason: str = ""
-    run: str = ""
 
 
 @dataclass
@@ -330,8 +276,8 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     def sink(event: dict[str, Any]) -> None:
         if "warning" in event:
             result.warnings.append(event["warning"])
-        elif "again" in event:
-            pipeline.progress(task.name, {"warning": event["again"]})
+        elif told := event.get("again") or event.get("note"):
+            pipeline.progress(task.name, {"warning": told})
         elif "progress" in event:
             pipeline.progress(task.name, event)
 

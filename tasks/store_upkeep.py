@@ -4,10 +4,11 @@ What must stay: everything that the last runs of each recipe, living runs, and p
 it takes none of them, but computing it, or what follows it, again does.
 """
 
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Garbage:
     kind: str
     name: str
     path: Path
-    bytes: int
+    bytes: int = 0  # known once nobody can be at work on it
 
 
 def list_entries(store: Store, outputs: Path) -> list[Row]:
@@ -179,8 +180,8 @@ def collect_garbage(store: Store, outputs: Path, *, keep_last: int, dry_run: boo
         garbage = []
         for item in _find_garbage(store, outputs, runs, kept, needed, quiet=not alive):
             with store.try_lock(_lock_of(item)) as free:
-                if free:
-                    garbage.append(item)
+                if free and os.path.lexists(item.path):  # whoever held the lock may have removed it
+                    garbage.append(replace(item, bytes=_bytes(item.path)))  # not before: files of who works on it come and go
                     if not dry_run:
                         store.remove(item.path)
         return garbage
@@ -203,7 +204,7 @@ def _find_garbage(
     contents |= {read for manifest in manifests for read in manifest["identity"].get("inputs", {}).values()}  # a local base is its content
     links = _links(store, _output_folders(outputs, runs))
     for identity in sorted({*present, *links} - needed):
-        yield from (Garbage("link", f"{link.parent.name}/{link.name}", link, 0) for link in links.get(identity, ()))
+        yield from (Garbage("link", f"{link.parent.name}/{link.name}", link) for link in links.get(identity, ()))
         if identity in present:
             yield _garbage("entry", store.root / "objects" / identity)
     for key in store.records():
@@ -212,7 +213,9 @@ def _find_garbage(
         if content is not None and content not in contents:
             yield _garbage("record", path)
     for path in sorted((store.root / "work").iterdir()):
-        if not (path.name in needed and path.name not in present):  # what a killed stage left to go on from
+        wanted = path.name in needed and path.name not in present  # what a killed stage left to go on from
+        asking = path.name.startswith("dask-") and not quiet  # a run asks its workers by it, for a moment and without a lock
+        if not (wanted or asking):
             yield _garbage("work", path)
     if quiet:
         yield from (
@@ -221,7 +224,7 @@ def _find_garbage(
         if all(run.identities.issubset(present) for run in kept.values()):  # otherwise a stage that is still to be made may read it
             yield from (_garbage("shared", path) for path in sorted((store.root / "shared").glob("*/*/")))
     yield from (_garbage("damaged", path) for path in sorted((store.root / "damaged").iterdir()))
-    yield from (Garbage("summary", run, file, _bytes(file)) for run, file in summary_files(store).items() if run not in kept)
+    yield from (Garbage("summary", run, file) for run, file in summary_files(store).items() if run not in kept)
     yield from (_garbage("run", store.root / RUNS / f"{run.run}.json") for run in runs if run.run not in kept)
 
 
@@ -234,7 +237,7 @@ def _content_of(record: Path) -> str | None:
 
 
 def _garbage(kind: str, path: Path) -> Garbage:
-    return Garbage(kind, path.stem if path.suffix == ".json" else path.name, path, _bytes(path))
+    return Garbage(kind, path.stem if path.suffix == ".json" else path.name, path)
 
 
 def _lock_of(item: Garbage) -> str:
@@ -244,6 +247,8 @@ def _lock_of(item: Garbage) -> str:
 
 
 def _bytes(path: Path) -> int:
+    if path.is_symlink():
+        return 0
     return size_of(path) if path.is_dir() else path.stat().st_size
 
 

@@ -8,7 +8,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 from prefect.tasks import Task
 
-from tasks.perform import Assignment, Pipeline, is_transient, perform
+from tasks.assignment import Assignment
+from tasks.perform import Pipeline, is_transient, perform
 
 
 async def _retry_condition(_: Any, __: TaskRun, state: State[Any]) -> bool:

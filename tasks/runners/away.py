@@ -199,6 +199,8 @@ def serve(folder: Path, attempt: str, children: LocalChildren) -> dict[str, Any]
         answer = {"mistake": {"message": str(error), "key": error.key}}
     except JobFailed as error:
         answer = {"failed": {"message": str(error), "transient": error.transient, "log": str(error.log or "")}}
+    except Exception as error:  # noqa: BLE001  (a full disk, whatever it was: the flow would wait for ever)
+        answer = {"failed": {"message": f"{type(error).__name__}: {error}", "transient": False, "log": ""}}
     return {**answer, "host": socket.gethostname(), "notes": notes}
 
 

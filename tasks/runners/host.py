@@ -12,8 +12,9 @@ import sys
 import threading
 import uuid
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tasks.runners.away import serve
 from tasks.runners.budget import Budget
@@ -36,14 +37,15 @@ class Host:
                 self._start()
             assert self._process is not None and self._process.stdin is not None
             self._open[name] = answer
-            self._process.stdin.write(json.dumps({"id": name, "folder": folder, "attempt": attempt}) + "\n")
-            self._process.stdin.flush()
+            with suppress(BrokenPipeError):  # it was killed this instant: `_listen` tells so
+                self._process.stdin.write(json.dumps({"id": name, "folder": folder, "attempt": attempt}) + "\n")
+                self._process.stdin.flush()
         return answer.result()
 
     def close(self) -> None:
         """End the process and what it runs."""
         with self._lock:
-            if self._process is not None and self._process.stdin is not None:
+            if self._process is not None and self._process.poll() is None and self._process.stdin is not None:
                 self._process.stdin.close()
                 self._process.wait(10)
 
@@ -52,17 +54,18 @@ class Host:
             [sys.executable, "-P", "-m", "tasks.runners.host"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._open = {}  # of this process
-        threading.Thread(target=_listen, args=(self._process.stdout, self._open), daemon=True).start()
+        threading.Thread(target=self._listen, args=(self._process, self._open), daemon=True).start()
 
-
-def _listen(answers: IO[str], waiting: dict[str, Future[dict[str, Any]]]) -> None:
-    """Pass the answers of a process on; when it ended, whoever still waits is told so."""
-    for line in answers:
-        answer = json.loads(line)
-        waiting.pop(answer.pop("id")).set_result(answer)
-    lost = {"message": "the process that runs jobs for this worker was killed", "transient": True, "log": ""}
-    for future in waiting.values():
-        future.set_result({"failed": lost, "host": socket.gethostname(), "notes": []})
+    def _listen(self, process: "subprocess.Popen[str]", waiting: dict[str, Future[dict[str, Any]]]) -> None:
+        """Pass the answers of a process on; when it ended, whoever still waits is told so."""
+        for line in process.stdout or ():
+            answer = json.loads(line)
+            waiting.pop(answer.pop("id")).set_result(answer)
+        process.wait()  # from here on nobody asks it any more, and nobody who did is overlooked
+        lost = {"message": "the process that runs jobs for this worker was killed", "transient": True, "log": ""}
+        with self._lock:
+            for future in waiting.values():
+                future.set_result({"failed": lost, "host": socket.gethostname(), "notes": []})
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import signal
@@ -21,6 +22,9 @@ from tasks.runners.folder import EventReader, cleared
 from tasks.runners.machine import GivenUp, devices_taken, machine_lock
 from tasks.worker import DISK_FULL, NO_SPACE, PRELOAD, forked
 
+PATIENCE = 3.0
+"""Seconds that a job waits for other runs on the machine before it says so."""
+
 
 class LocalChildren:
     """Children of this process, limited by a budget."""
@@ -36,10 +40,14 @@ class LocalChildren:
         os.environ["PYTHONSAFEPATH"] = "1"  # a user's own tasks.py or flows/ in the current directory must not shadow ours
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")  # of killed children's semaphores
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOAD))
+        multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
         _sockets_that_fit()
-        multiprocessing.forkserver.ensure_running()
+        multiprocessing.resource_tracker.ensure_running()  # it unblocks SIGINT, so it comes first
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which the server inherits: Ctrl-C is for the flow to hear
+        try:
+            multiprocessing.forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, job: Job, folder: Path, sink: EventSink) -> Done:
         """See `Children.run`."""
@@ -58,7 +66,7 @@ class LocalChildren:
 
         with (
             devices_taken(job.device, job.devices, stopped) as devices, self._budget.taken(job, sink, stopped),
-            machine_lock(alone=job.alone, given_up=stopped),
+            machine_lock(alone=job.alone, given_up=_saying_so(stopped, job, sink)),
         ):  # fmt: skip
             spec = {
                 "call": job.call, "arguments": job.arguments, "threads": job.threads, "seed": job.seed, "device": job.device,
@@ -103,6 +111,22 @@ def _sockets_that_fit() -> None:
         multiprocessing.util.get_temp_dir()  # made once for the life of the process
     finally:
         tempfile.tempdir = usual
+
+
+def _saying_so(stopped: GivenUp, job: Job, sink: EventSink) -> GivenUp:
+    """`stopped`, as it is asked while other runs have the machine: says once that it waits for them, when it has for a while."""
+    since = time.monotonic()
+    said = False
+
+    def given_up() -> bool:
+        nonlocal said
+        if not said and time.monotonic() - since > PATIENCE:
+            said = True
+            wanted = "is timed alone" if job.alone else "works beside nothing that is timed"
+            sink({"note": f"waits for other runs of edgepress on this machine: it {wanted}"})
+        return stopped()
+
+    return given_up
 
 
 def _watch(

@@ -26,19 +26,22 @@ STARTING = 30.0
 
 
 class PrefectChildren(AwayChildren):
-    """Children on the workers of a pool: each job is a flow run of a deployment there, which is made here."""
+    """Children on the workers of a pool: each job is a flow run of a deployment there, which is made here.
+
+    To be made before the flow has a server of its own, which no worker asks and PREFECT_API_URL names from then on.
+    """
 
     def __init__(self, local: LocalChildren, paths: Sequence[Path], pool: str):
         super().__init__(local, paths)
-        self._pool = pool
-        self._deployment: UUID | None = None
-
-    def connect(self) -> None:
         if not os.environ.get("PREFECT_API_URL"):
             raise Incompatible(
                 "execution.runner: with `runner: prefect`, PREFECT_API_URL must name the server that the pool's workers ask",
                 key="execution",
             )
+        self._pool = pool
+        self._deployment: UUID | None = None
+
+    def connect(self) -> None:
         from httpx import HTTPError
 
         try:

@@ -14,6 +14,7 @@ import pytest
 from flows.planning import make_plan
 from flows.recipe import load_recipe
 from tasks.journal import read_runs, state_now
+from tasks.runners.machine import machine_lock
 from tasks.store import Store
 from tasks.store_upkeep import collect_garbage, verify
 from tests.flows.recipes import recipe
@@ -146,6 +147,18 @@ def test_ctrl_c_ends_a_run_that_waits_for_the_stage_of_another(tmp_path: Path, c
     (run,) = read_runs(store)
     assert (run.state, [stage.state for stage in run.stages]) == ("Interrupted", ["Stopped"])
     assert lab.processes() == []
+
+
+def test_a_run_that_waits_for_the_machine_says_so(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPRESS_LOCKS", str(tmp_path))
+    lab = Lab(tmp_path / "lab", checkpoint, "  pruned: {uses: prune.width, keep: 0.5}\n")
+    with machine_lock(alone=True):  # as another run holds it that times something
+        process = lab.start()
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if "waits" in line)
+    out, err = process.communicate(timeout=280)
+    assert "base: waits for other runs of edgepress on this machine: it works beside nothing that is timed" in line
+    assert process.returncode == 0, out + err
 
 
 # --- a clock that jumps: in the flow, its servers and its children alike ---

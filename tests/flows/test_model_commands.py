@@ -13,8 +13,9 @@ from compression.checkpoint import file_digests, open_checkpoint
 from compression.context import Context
 from export.gguf.writer import export_gguf
 from tasks.artifact import complete_artifact
+from tasks.assignment import Result
 from tasks.base import Base
-from tasks.perform import Result, _compare_speed
+from tasks.perform import _compare_speed
 from tasks.stage import Artifact
 from tasks.store import Store
 from tests.flows.recipes import edgepress

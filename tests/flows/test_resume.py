@@ -17,9 +17,9 @@ from compression.errors import EdgepressError
 from flows.pipeline import withdraw_descendants
 from flows.planning import Plan, check_disk, make_plan, select
 from flows.recipe import load_recipe
+from tasks.assignment import Result
 from tasks.gates import Verdict
 from tasks.journal import Run, RunBase, RunStage, journal, read_run, read_runs, state_now
-from tasks.perform import Result
 from tasks.store import Store, publish
 from tests.flows.recipes import STAGES, edgepress, recipe
 from tests.flows.test_pipeline import SAFE, Finished, Interrupted, Workshop

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,9 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from compression.errors import EdgepressError
+from flows.pipeline import _end_orphans
 from flows.server import prefect_server
+from tasks.owner import owner_tag
+from tests.prefect_api import ask
 
 START = """
 import os, sys
@@ -68,6 +73,20 @@ def test_two_that_make_one_database_at_once_both_answer(tmp_path: Path) -> None:
     for process, _, _ in both:
         process.communicate("", timeout=60)
         assert process.returncode == 0
+
+
+def test_all_that_dead_processes_left_running_is_marked_as_crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_SERVER_API_DEFAULT_LIMIT", "2")  # of 200: what Prefect gives at a time
+    process, url, _ = start(tmp_path)
+    host = f"{socket.gethostname()}/{process.pid}"
+    for number, owner in enumerate((*[f"{host}/long ago"] * 5, owner_tag())):
+        run = {"task_key": "stage", "dynamic_key": str(number), "tags": ["edgepress", f"owner:{owner}"], "state": {"type": "RUNNING"}}
+        ask(f"{url}/task_runs/", run)
+    with temporary_settings({PREFECT_API_URL: url}):
+        _end_orphans()
+    states = [run["state_type"] for page in (0, 2, 4) for run in ask(f"{url}/task_runs/filter", {"offset": page})]
+    process.communicate("", timeout=60)
+    assert sorted(states) == [*["CRASHED"] * 5, "RUNNING"]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from compression.data import fingerprint
 from flows.planning import Plan, make_plan, select
 from flows.recipe import load_recipe
 from flows.summary import summarize
-from tasks.perform import Result
+from tasks.assignment import Result
 from tasks.store import Store
 from tests.flows.recipes import recipe
 

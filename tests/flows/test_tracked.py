@@ -15,8 +15,8 @@ from flows.recipe import load_recipe
 from flows.registering import register_results
 from flows.summary import summarize
 from flows.tracked import end_cells, git_commit, helpers, known_stages, leaves, lock, planned_stages, series
+from tasks.assignment import Result
 from tasks.gates import Verdict
-from tasks.perform import Result
 from tasks.store import Store
 from tasks.tracking import Begun
 from tests.flows.recipes import STAGES, recipe

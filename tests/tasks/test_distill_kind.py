@@ -11,8 +11,9 @@ from compression.context import Context
 from compression.errors import EdgepressError
 from flows.planning import Plan, estimate, make_plan
 from flows.recipe import load_recipe
+from tasks.assignment import Result
 from tasks.jobs import run_stage
-from tasks.perform import Result, _compute
+from tasks.perform import _compute
 from tasks.store import Store
 from tests.flows.recipes import recipe
 from tests.tiny import tiny_checkpoint

@@ -10,10 +10,11 @@ import pytest
 
 from compression.data import DataSpec, fingerprint
 from compression.errors import EdgepressError
+from tasks.assignment import Assignment, Result
 from tasks.base import Base, open_base
 from tasks.children import Done, JobFailed, Stopped
 from tasks.identity import Machine, digest
-from tasks.perform import Assignment, Pipeline, Result, _run_child
+from tasks.perform import Pipeline, _run_child
 from tasks.stage import Stage, stage_kinds
 from tasks.store import Entry, Store
 from tests.tasks.entries import commit, document_of

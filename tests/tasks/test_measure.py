@@ -12,12 +12,13 @@ from compression.context import Context
 from compression.data import DataSpec
 from compression.evaluation.findings import Items, Transform
 from tasks import measure as module
+from tasks.assignment import Result
 from tasks.children import Done, Job
 from tasks.identity import Machine
 from tasks.jobs import measure_quality
 from tasks.measure import Measured, compare, known_metrics, measure
 from tasks.measurement import Asked, Measurement, Reference, Subject, measurements
-from tasks.perform import Result, _compare_speed
+from tasks.perform import _compare_speed
 from tasks.stage import Artifact, Planned
 from tasks.store import Store
 

@@ -1,15 +1,18 @@
 """What of the runners needs no cluster: budgets, devices, requests through a folder, settings."""
 
+import errno
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -20,12 +23,13 @@ from tasks.children import Job, Stopped
 from tasks.runners.away import asked, environment, problem, serve
 from tasks.runners.budget import Budget
 from tasks.runners.folder import EventReader, held, is_held
+from tasks.runners.host import Host
 from tasks.runners.local import LocalChildren
 from tasks.runners.machine import default_device, devices_taken, visible_devices, why_no_cuda
 from tasks.runners.prefect_pool import PrefectChildren
 from tasks.store import Store
 from tests.flows.recipes import recipe
-from tests.tasks.test_children import job, silent
+from tests.tasks.test_children import job, pids_written, silent
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +193,35 @@ def test_nothing_is_done_that_nobody_waits_for(children: LocalChildren, tmp_path
     assert not (tmp_path / "job" / "result.json").exists()
 
 
+def test_whatever_goes_wrong_on_a_worker_is_answered(children: LocalChildren, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tasks.runners.local.write_json", full)
+    with asked(tmp_path / "job", [tmp_path], job("succeed", folder=str(tmp_path))) as attempt:
+        failed = serve(tmp_path / "job", attempt, children)["failed"]
+    assert failed["message"] == "OSError: [Errno 28] No space left on device" and not failed["transient"]
+
+
+def test_a_host_that_was_killed_is_told_and_another_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPRESS_LOCKS", str(tmp_path))
+    host = Host()
+
+    def ask(name: str) -> "Future[dict[str, Any]]":
+        with asked(tmp_path / name, [tmp_path], job(name, folder=str(tmp_path))) as attempt, ThreadPoolExecutor(1) as pool:
+            future = pool.submit(host.ask, str(tmp_path / name), attempt)
+            if name == "linger":
+                child = pids_written(tmp_path)[0]
+                psutil.Process(child).parents()[1].kill()  # above the fork server
+            future.result(60)
+        return future
+
+    lost = ask("linger").result()
+    assert lost["failed"]["message"] == "the process that runs jobs for this worker was killed" and lost["failed"]["transient"]
+    assert ask("succeed").result()["done"]["metrics"]["seed"] == 5
+    host.close()
+
+
 def test_a_worker_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = socket.gethostname()
     assert f"the worker on {host} cannot use {tmp_path / 'none' / 'asked.json'}" in str(problem(str(tmp_path / "none"), "a"))
@@ -254,4 +287,4 @@ def test_neither_runner_nor_job_variables_belong_to_an_identity(tmp_path: Path, 
 def test_prefect_needs_a_server_that_workers_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with pytest.raises(Incompatible, match="PREFECT_API_URL must name the server"):
-        PrefectChildren(LocalChildren(Budget(1)), [tmp_path], "edge").connect()
+        PrefectChildren(LocalChildren(Budget(1)), [tmp_path], "edge")

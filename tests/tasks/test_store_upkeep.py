@@ -112,18 +112,32 @@ def test_a_living_run_keeps_all_it_needs_and_a_killed_one_what_it_goes_on_from(s
     with journal(store, a_run("demo", [used.identity, started])) as opened:
         ran(store, "demo", [])
         measured = identity_of("key of a record")
-        for name in (started, f"measure-{measured}", unknown, "removed-1234"):
+        for name in (started, f"measure-{measured}", unknown, "removed-1234", "dask-1234"):
             (store.root / "work" / name).mkdir()
         with store.lock(unknown), store.lock(measured):  # another process computes and measures, whose journal is not here
             assert removed(store, outputs) == {("work", "removed-1234")}
         assert removed(store, outputs) == {("work", unknown), ("work", f"measure-{measured}")}
         opened.end("Interrupted")
     last = ran(store, "demo", [used.identity, started])
-    assert removed(store, outputs) == {("run", "demo-1"), ("run", "demo-2")}
+    assert removed(store, outputs) == {("run", "demo-1"), ("run", "demo-2"), ("work", "dask-1234")}
     assert (store.root / "work" / started).is_dir() and cache.is_dir()  # the last run can still go on
     commit(store, "started", "now")
     assert removed(store, outputs) == {("shared", "key")}
     assert run_names(store) == [last] and len(store.entries()) == 2
+
+
+def test_what_another_process_works_on_is_not_looked_into(store: Store, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = identity_of("key of a record")
+    (store.root / "work" / f"measure-{identity}").mkdir()
+    ran(store, "demo", [])
+
+    def vanishing(folder: Path) -> int:
+        raise FileNotFoundError(folder / "a checkpoint that was rotated away")
+
+    with store.lock(identity), monkeypatch.context() as patch:
+        patch.setattr("tasks.store_upkeep.size_of", vanishing)
+        assert removed(store, outputs) == set()
+    assert removed(store, outputs) == {("work", f"measure-{identity}")}
 
 
 def test_what_was_set_aside_or_half_written_goes(store: Store, outputs: Path) -> None:

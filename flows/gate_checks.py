@@ -1,6 +1,6 @@
 """Gates and bounds, looked at while planning: each is about a stage there is, a metric that is measured of it, a stage before it. Imports no torch."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,6 +11,7 @@ from flows.graph import BASE
 from flows.recipe import ParsedRecipe
 from flows.yaml_lines import nearest
 from tasks.assignment import Assignment
+from tasks.figures import BESIDE
 from tasks.gate_presets import LEAF, PRESETS, is_pattern
 from tasks.gates import Bound
 from tasks.measure import known_metrics
@@ -86,14 +87,19 @@ def _check_bounds(
         if bound.if_measured and (metric in _PRESET_METRICS or any(_in(metric, names) for names in measured.values())):
             continue
         if not _in(metric, mine):
-            plain = [name for name in mine if not name.endswith(("_low", "_high"))]
-            raise mistake(metric, f"there is no metric {metric!r} of {task.name}{nearest(metric, plain)}; it has {', '.join(plain)}")
+            near = nearest(metric, [name for name in mine if not name.endswith(("_low", "_high"))])
+            raise mistake(metric, f"there is no metric {metric!r} of {task.name}{near}; it has {', '.join(_of_their_own(mine))}")
         if bound.relative and not _in(metric, measured[other]):
             raise mistake(metric, f"{metric!r} is not measured of {other}, so that of {task.name} cannot be relative to it")
 
 
 def _in(metric: str, names: Iterable[str]) -> bool:
     return any(fnmatchcase(metric, name) for name in names)
+
+
+def _of_their_own(names: Sequence[str]) -> list[str]:
+    """The metrics that stand beside no other: without intervals, differences, counts and parts (`refusal_rate`, not `refusal_rate.fraud`)."""
+    return [name for name in names if not name.endswith(BESIDE) and not any(name.startswith(f"{other}.") for other in names)]
 
 
 def gate_lines(parsed: ParsedRecipe, tasks: Mapping[str, Assignment]) -> list[str]:

@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from compression.errors import EdgepressError
 from flows.matrix import SEED, Cell, key_of
@@ -265,13 +267,36 @@ def told(error: ValidationError, source: Located, prefix: KeyPath, model: type[B
     """Pydantic's findings as lines of `file:line: key: what is wrong`."""
     lines = []
     for finding in error.errors(include_url=False):
-        known = [*model.model_fields, *(Execution.model_fields if issubclass(model, Stage) else ())]
-        message = finding["msg"]
-        if finding["type"] == "extra_forbidden" and len(finding["loc"]) == 1:
-            message = f"there is no such key{nearest(str(finding['loc'][-1]), known)}; keys: {', '.join(known)}"
-        elif finding["type"] == "extra_forbidden":
-            message = "there is no such key"
+        message = finding["msg"].removeprefix("Value error, ")
+        if finding["type"] == "extra_forbidden":
+            known = _keys_at(model, finding["loc"][:-1])
+            keys = f"{nearest(str(finding['loc'][-1]), known)}; keys: {', '.join(known)}" if known else ""
+            message = f"there is no such key{keys}"
         elif finding["type"] == "missing":
             message = "this key is missing"
+        elif finding["type"] in ("tuple_type", "list_type"):
+            message = "this must be a list: [one, another]"
+        elif finding["type"] in ("dict_type", "model_type"):
+            known = _keys_at(model, finding["loc"])
+            message = f"this must be a mapping of {', '.join(known)}" if known else "this must be a mapping: {key: value}"
         lines.append(str(source.error((*prefix, *finding["loc"]), message)))
     return EdgepressError("\n".join(lines))
+
+
+def _keys_at(model: type[BaseModel], path: KeyPath) -> list[str]:
+    """The keys that a place within a model may have; none where it is no model."""
+    kind: Any = model
+    for key in path:
+        if fields := _fields(kind):
+            kind = fields[str(key)].annotation if key in fields else None
+        else:
+            kind = (get_args(kind) or (None,))[-1]  # the values of a mapping
+    stage = isinstance(kind, type) and issubclass(kind, Stage)
+    return [*_fields(kind), *(Execution.model_fields if stage else ())]
+
+
+def _fields(kind: Any) -> dict[str, FieldInfo]:
+    """Those of a model, which may be optional."""
+    known = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    models = [each for each in known if isinstance(each, type) and issubclass(each, BaseModel)]
+    return models[0].model_fields if models else {}

@@ -60,13 +60,13 @@ _LOWER = re.compile(r"perplexity|bits_per_byte|brier|(^|_)(ter|wer|cer)$")  # me
 _HIGHER = re.compile(
     r"(^|_)(acc|exact_match|em$|f1|mcc|matthews|bleu|chrf|rouge|pass@|precision|recall|score)"
 )  # more; of others nobody knows
-_BESIDE = ("count", "_stderr", "_low", "_high", "_delta", "_ratio")  # how metrics end that stand beside another
+BESIDE = ("count", "_stderr", "_low", "_high", "_delta", "_ratio")  # how metrics end that stand beside another
 
 
 def measured(metrics: Iterable[Metrics]) -> list[Figure]:
     """The figures that at least one of these has; those of the harness's tasks come last."""
     names = {name: None for one in metrics for name in one}
-    tasks = [_of_a_task(name) for name in names if name.startswith(_HARNESS) and not name.endswith(_BESIDE)]
+    tasks = [_of_a_task(name) for name in names if name.startswith(_HARNESS) and not name.endswith(BESIDE)]
     return [figure for figure in FIGURES if figure.metric in names] + tasks
 
 

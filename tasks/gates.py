@@ -27,7 +27,10 @@ Relation = Literal["at least", "at most"]
 def _share(value: object) -> object:
     """Accept "5%" for 0.05."""
     if isinstance(value, str) and value.strip().endswith("%"):
-        return float(value.strip()[:-1]) / 100
+        try:
+            return float(value.strip()[:-1]) / 100
+        except ValueError:
+            raise ValueError(f"{value!r} is no share: write 5% or 0.05") from None
     return value
 
 
@@ -38,7 +41,7 @@ Decrease = Annotated[float, Field(ge=0, le=1), BeforeValidator(_share, json_sche
 class Bound(BaseModel):
     """Bounds of one metric: absolute, or relative to another stage's value of it. What breaks one beyond noise fails its stage."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     min: float | None = Field(default=None, description="Smallest value that passes.")
     max: float | None = Field(default=None, description="Largest value that passes.")

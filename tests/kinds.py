@@ -25,16 +25,19 @@ class Trivial(Stage):
     number: int = 0
     seconds: float = 0.0
     tally: str | None = None
+    after: str | None = None
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
         return Corpus(size_bytes=10)
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        """Also adds a line to the file `tally`: how often it was computed."""
+        """Also adds a line to the file `tally`: how often it was computed. Waits for the file `after`."""
         if self.tally:
             with Path(self.tally).open("a") as tally:
                 tally.write(f"{os.getpid()}\n")
         time.sleep(self.seconds)
+        while self.after and not Path(self.after).exists():
+            time.sleep(0.05)
         (place.out / "corpus.jsonl").write_text(f'{{"text": "{self.number}"}}\n')
         return {}
 

@@ -50,6 +50,14 @@ def test_a_gate_that_could_never_be_judged_is_refused(plan: Any, gates: str, wor
     assert "micro.yaml:" in str(caught.value)
 
 
+def test_the_metrics_there_are_stand_in_the_message_without_what_stands_beside_them(plan: Any) -> None:
+    with pytest.raises(EdgepressError) as caught:
+        plan("{gptq: {acuracy: {min: 1}}}\nevaluation: {red_team: embedded}")
+    told = str(caught.value).partition("it has ")[2].split(", ")
+    assert {"accuracy", "perplexity", "fallback_layers", "refusal_rate", "top1_agreement"} <= set(told)
+    assert not {"accuracy_delta", "accuracy_low", "perplexity_ratio", "accuracy_count", "refusal_rate.fraud"} & set(told)
+
+
 def test_a_metric_of_a_stages_own_and_intervals_can_be_bounded(plan: Any) -> None:
     plan("{gptq: {fallback_layers: {max: 0}, perplexity_ratio_high: {max: 2}}, distilled: {loss_kd: {max: 9}}, onnx: {size_mb: {max: 9}}}")
     plan("{base: {accuracy: {min: 0}}}")

@@ -83,6 +83,29 @@ def test_a_wrong_override_is_told(tmp_path: Path, override: str, words: str) -> 
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        ("evaluation: {harnes: [arc_easy]}", "evaluation.harnes: there is no such key; did you mean 'harness'?; keys: suite, samples"),
+        (
+            "registry: {name: a, champ: true}",
+            "registry.champ: there is no such key; did you mean 'champion'?; keys: name, stages, champion",
+        ),
+        ("gates: {pruned: {accuracy: {mn: 1}}}", "gates.pruned.accuracy.mn: there is no such key; did you mean 'min'?; keys: min, max"),
+        ("gates: {pruned: {accuracy: 0.5}}", "gates.pruned.accuracy: this must be a mapping of min, max"),
+        ("gates: {pruned: {accuracy: {}}}", "gates.pruned.accuracy: a bound needs min"),
+        ("gates: {pruned: {accuracy: {max_drop: some%}}}", "gates.pruned.accuracy.max_drop: Input should be a valid number"),
+        ("gates: {pruned: {accuracy: {max_decrease: some%}}}", "gates.pruned.accuracy.max_decrease: 'some%' is no share: write 5% or 0.05"),
+        ("registry: tiny", "registry: this must be a mapping of name, stages, champion"),
+        ("evaluation: {harness: arc_easy}", "evaluation.harness: this must be a list: [one, another]"),
+    ],
+)
+def test_a_mistake_deep_in_a_section_says_what_would_be_right(tmp_path: Path, rest: str, words: str) -> None:
+    with pytest.raises(EdgepressError) as caught:
+        load(tmp_path, recipe("tiny", rest=f"{rest}\n"))
+    assert str(caught.value).startswith(f"{tmp_path / 'micro.yaml'}:11: {words}")
+
+
 def test_a_revision_goes_with_the_model(tmp_path: Path) -> None:
     parsed = load(tmp_path, recipe("org/name@abc"))
     assert (parsed.recipe.model.path, parsed.recipe.model.revision) == ("org/name", "abc")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,14 +74,19 @@ def shop(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, server: Ser
     return made
 
 
+def wait_for(process: subprocess.Popen[str], moment: Callable[[], bool]) -> None:
+    """Wait for a moment in the life of a process."""
+    deadline = time.monotonic() + 200
+    while not moment():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+
+
 def test_a_run_lives_on_and_its_metrics_arrive_when_the_server_is_back(shop: Workshop, server: Server) -> None:
     outbox = shop.folder / ".edgepress" / "outbox"
     process = shop.start()
     try:
-        deadline = time.monotonic() + 200
-        while not shop.computing("test.trivial")():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.05)
+        wait_for(process, shop.computing("test.trivial"))
         server.kill()
         out, err = process.communicate(timeout=200)
     finally:
@@ -118,20 +123,19 @@ def test_a_run_lives_on_and_its_metrics_arrive_when_the_server_is_back(shop: Wor
 
 
 def test_a_run_waits_for_nobody_and_sends_itself_what_a_short_absence_left(shop: Workshop, server: Server) -> None:
-    process = shop.start("stages.two.number=7", "stages.three.number=8")
+    outbox, back = shop.folder / ".edgepress" / "outbox", shop.folder / "back"
+    process = shop.start("stages.two.number=7", "stages.three.number=8", f"stages.three.after={back}")
     try:
-        deadline = time.monotonic() + 200
-        while not shop.computing("test.trivial")():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.05)
+        wait_for(process, shop.computing("test.trivial"))
         server.kill()
-        time.sleep(1)
+        wait_for(process, lambda: bool(list(outbox.glob("*.jsonl"))))
         server.start()
+        back.touch()  # the run ends when the server is back, however long that took
         out, err = process.communicate(timeout=200)
     finally:
         process.kill()
     assert process.returncode == 0, out + err
-    assert not list((shop.folder / ".edgepress" / "outbox").glob("*.jsonl"))
+    assert not list(outbox.glob("*.jsonl"))
     client = MlflowClient(server.uri)
     (experiment,) = client.search_experiments(filter_string="name = 'edgepress'")
     runs = list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"]))[:5]

@@ -11,14 +11,14 @@ from tests.flows.recipes import recipe
 from tests.flows.test_pipeline import Workshop
 from tests.kinds import installed
 
-STAGES = "  one: {uses: test.trivial, seconds: 3}\n  two: {uses: test.trivial, number: 2, needs: base}\n"
+STAGES = "  one: {{uses: test.trivial, after: {deleted}}}\n  two: {{uses: test.trivial, number: 2, needs: base}}\n"
 CORES = "execution: {cores: 1}\n"  # one stage after the other
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Workshop:
     made = Workshop(tmp_path_factory.mktemp("refused") / "work", checkpoint)
-    (made.folder / "micro.yaml").write_text(recipe(checkpoint, STAGES, CORES))
+    (made.folder / "micro.yaml").write_text(recipe(checkpoint, STAGES.format(deleted=made.folder / "deleted"), CORES))
     made.environment["PYTHONPATH"] = installed(made.folder / "kinds")
     return made
 
@@ -33,6 +33,7 @@ def test_a_run_whose_mlflow_run_was_deleted_goes_on_to_its_end(shop: Workshop) -
         parent, _ = shop.latest()
         client = MlflowClient(f"sqlite:///{shop.folder / 'mlflow.db'}")
         client.delete_run(parent.info.run_id)
+        (shop.folder / "deleted").touch()
         out, err = process.communicate(timeout=200)
     finally:
         process.kill()

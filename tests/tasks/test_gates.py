@@ -68,14 +68,14 @@ def test_a_share_of_a_negative_number_leaves_room_on_the_right_side(bound: Bound
 
 def test_a_share_may_be_written_in_percent() -> None:
     assert Bound.model_validate({"max_increase": "5%"}) == Bound(max_increase=0.05)
-    for wrong in ("many%", "-1%", -0.1):
+    for wrong in ("many%", "-1%", "nan%", -0.1):
         with pytest.raises(ValidationError):
             Bound.model_validate({"max_increase": wrong})
     with pytest.raises(ValidationError):
         Bound.model_validate({"max_decrease": "101%"})
 
 
-@pytest.mark.parametrize("document", [{}, {"relative_to": "base"}, {"strict": True}, {"maximum": 3}])
+@pytest.mark.parametrize("document", [{}, {"relative_to": "base"}, {"strict": True}, {"maximum": 3}, {"min": math.nan}, {"max": math.inf}])
 def test_a_bound_that_bounds_nothing_is_refused(document: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Bound.model_validate(document)

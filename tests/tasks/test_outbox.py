@@ -95,14 +95,15 @@ def a_stage(tracking: Tracking, parent: str, name: str = "pruned") -> str:
     return run
 
 
-def check_stage(uri: str, run: str, parent: str) -> None:
+def check_stage(uri: str, run: str, parent: str, ended: float) -> None:
     client = MlflowClient(uri)
     known = client.get_run(run)
     assert known.info.status == "FINISHED" and known.data.params == {"keep": "0.5"}
     assert known.data.tags["mlflow.parentRunId"] == parent and known.data.tags["mlflow.note.content"] == "what it did"
-    assert known.info.end_time - known.info.start_time < 2000  # when it ended, not when MLflow heard of it
+    assert known.info.start_time <= known.info.end_time <= ended * 1000  # when it ended, not when MLflow heard of it
     assert points(uri, run, "perplexity") == [(0, 3.5)] and points(uri, run, "loss") == [(1, 2.0), (2, 1.0)]
-    assert points(uri, run, "system/cpu_percent")[0][0] in (6, 7)
+    (system,) = client.get_metric_history(run, "system/cpu_percent")
+    assert system.step == (system.timestamp - known.info.start_time) // 1000 >= 6  # seconds since it began
     assert points(uri, parent, "perplexity") == [(1, 3.5)]
     assert len(known.inputs.dataset_inputs) == 1 and [file.path for file in client.list_artifacts(run)] == ["README.md"]
     below = client.search_runs([known.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
@@ -113,12 +114,12 @@ def test_what_is_logged_while_mlflow_is_away_arrives_once_and_with_its_times(uri
     tracking, flaky, said = connect()
     parent = tracking.open_run("micro")
     flaky.away = True
-    run = a_stage(tracking, parent)
+    run, ended = a_stage(tracking, parent), time.time()
     assert run.startswith("edgepress-") and tracking.waiting == 9 == waiting(tmp_path / "outbox")
-    time.sleep(2.5)
+    time.sleep(0.3)
     flaky.away = False
     assert tracking.settle(20) == 0
-    check_stage(uri, tracking.id_of(run), parent)
+    check_stage(uri, tracking.id_of(run), parent, ended)
     assert ["does not answer" in said[0], "has everything" in said[-1], len(said)] == [True, True, 2]
     tracking.log(run, {"size_mb": 1.0})  # our name of the run stays good
     assert points(uri, tracking.id_of(run), "size_mb") == [(0, 1.0)]
@@ -130,11 +131,11 @@ def test_an_answer_that_was_lost_makes_nothing_twice(uri: str, connect: Any) -> 
     tracking, flaky, _ = connect()
     parent = tracking.open_run("micro")
     flaky.deaf = True
-    run = a_stage(tracking, parent)
+    run, ended = a_stage(tracking, parent), time.time()
     time.sleep(0.3)  # it is tried again and again
     flaky.deaf = False
     assert tracking.settle(20) == 0
-    check_stage(uri, tracking.id_of(run), parent)
+    check_stage(uri, tracking.id_of(run), parent, ended)
     tracking.close()
 
 
@@ -143,7 +144,7 @@ def test_what_a_process_left_is_sent_by_the_next_from_where_it_stopped(uri: str,
     parent = tracking.open_run("micro")
     tracking._send_when_back = lambda _: None  # type: ignore[method-assign]
     flaky.away = True
-    run = a_stage(tracking, parent)
+    run, ended = a_stage(tracking, parent), time.time()
     box = tracking._outbox
     assert box is not None
     flaky.away = False
@@ -160,7 +161,7 @@ def test_what_a_process_left_is_sent_by_the_next_from_where_it_stopped(uri: str,
     assert addresses(tmp_path / "outbox") == [uri] and waiting(tmp_path / "outbox") == 8
     other, _, _ = connect()
     assert other.send_left() == 8 and waiting(tmp_path / "outbox") == 0
-    check_stage(uri, sender.ids[run], parent)
+    check_stage(uri, sender.ids[run], parent, ended)
     assert other.begun(run) is not None  # found by our name too
     assert other.send_left() == 0 and list((tmp_path / "outbox").iterdir()) == []
 
@@ -324,7 +325,7 @@ def test_a_server_that_does_not_answer_is_told_at_once(tmp_path: Path) -> None:
     begun = time.monotonic()
     with pytest.raises(EdgepressError, match=r"MLflow at http://127.0.0.1:9 does not answer.*MLFLOW_TRACKING_URI.*nothing was run"):
         Tracking("http://127.0.0.1:9", tmp_path)
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 60  # MLflow itself would try for minutes
 
 
 def test_an_outbox_that_holds_nothing_whole_is_removed(tmp_path: Path) -> None:

@@ -12,9 +12,12 @@ from rich.table import Table
 from compression.errors import EdgepressError, Incompatible
 from export.runtimes import check_installed, installed_runtimes, runtime_name
 from tasks.children import Children, Job, JobFailed
+from tasks.figures import most_crowded
 from tasks.measure import machine_fingerprint
 from tasks.runners.budget import Budget
 from tasks.runners.local import LocalChildren
+
+_BUSY = "timed while other programs had the cores, so it may be faster than this says"
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,9 @@ def bench_table(rows: Sequence[Row], *, threads: int, repeats: int) -> Table:
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:
-    """Why rows are empty, once each."""
-    return list(dict.fromkeys(f"{row.model}: {row.reason}" for row in rows if row.reason))
+    """Why rows are empty, or doubtful, once each."""
+    told = [(row, row.reason or (_BUSY if most_crowded(row.figures) else "")) for row in rows]
+    return list(dict.fromkeys(f"{row.model}: {reason}" for row, reason in told if reason))
 
 
 def _cells(f: dict[str, float]) -> list[str]:

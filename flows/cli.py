@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -86,6 +87,7 @@ def run(
     first: Annotated[list[str] | None, typer.Option("--from", metavar="STAGE", help="Compute this stage, and what descends from it, even if the store has it.")] = None,
     force: Annotated[list[str] | None, typer.Option("--force", metavar="STAGE", help="Compute only this stage even if the store has it.")] = None,
     only: Annotated[list[str] | None, typer.Option("--only", metavar="STAGE,...", help="Run only these stages and those they need.")] = None,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Take timings (speed, latency, energy) again even if the store has them.")] = False,
 ) -> None:  # fmt: skip
     """Run a recipe. What is in the store already is not computed again.
 
@@ -99,7 +101,8 @@ def run(
 
     opened = Store(store)
     plan = make_plan(load_recipe(find_recipe(recipe), tuple(overrides or ())), opened)
-    carry_out(select(plan, only=only or (), first=first or (), force=force or ()), opened, outputs)
+    plan = select(plan, only=only or (), first=first or (), force=force or ())
+    carry_out(replace(plan, remeasure=remeasure), opened, outputs)
 
 
 @app.command()

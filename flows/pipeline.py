@@ -85,7 +85,7 @@ def run_pipeline(
             name=recipe.name, store=store, children=children, tracking=tracking, run=run, data=recipe.data, machine=plan.machine,
             base=plan.base, outputs=outputs, documents={a.name: (a.identity, a.document) for a in plan.assignments}, progress=told,
             cells=open_cells(tracking, plan, run, begun), known_runs=known_runs, superseded=superseded, series=series(plan),
-            leaves=leaves(plan), evaluation=recipe.evaluation,
+            leaves=leaves(plan), evaluation=recipe.evaluation, remeasure=plan.remeasure,
         )  # fmt: skip
         finished = False
         try:

@@ -49,6 +49,7 @@ class Plan:
     ancestors: Mapping[str, tuple[str, ...]]
     only: tuple[str, ...] = ()  # what it was cut down to, as it was asked
     left_out: int = 0  # results of the sweep that it was cut down by
+    remeasure: bool = False  # take timings again even if the store has them
 
     @cached_property
     def by_name(self) -> Mapping[str, Assignment]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flows.report.rows import MANY, Row, leaves
-from tasks.figures import Figure, measured, within_noise
+from tasks.figures import Figure, crowded, measured, within_noise
 
 Judgement = Literal["better", "worse", "noise", "same", "unlike"]
 _GIVES = {  # of each measurement (tasks/measurements) the figures; those of the harness begin with its name, and what is not here the files alone tell
@@ -32,7 +32,7 @@ class Change:
     """What became of a figure: the difference as text (`+0.012`), and what it means.
 
     noise   no more than both measurements are uncertain by
-    unlike  measured with other data or settings, or on another machine: not to be compared
+    unlike  measured with other data or settings, on another machine, or while other programs had its cores: not to be compared
     """
 
     text: str
@@ -76,6 +76,7 @@ class RunComparison:
         text = ("+" if new > old else "−") + figure.value(abs(new - old))
         measurement = _measurement(figure.metric)
         unlike = measurement is not None and self._unlike(measurement, figure.metric, number, run)
+        unlike = unlike or any(crowded(one["metrics"], figure.metric) for one in (first, row))
         return Change(text, "unlike" if unlike else _judged(first, row, figure, measurement))
 
     def _unlike(self, measurement: str, metric: str, one: int, other: int) -> bool:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from compression.evaluation.contention import CROWDED
+
 Metrics = Mapping[str, float]
 
 
@@ -60,6 +62,10 @@ _LOWER = re.compile(r"perplexity|bits_per_byte|brier|(^|_)(ter|wer|cer)$")  # me
 _HIGHER = re.compile(
     r"(^|_)(acc|exact_match|em$|f1|mcc|matthews|bleu|chrf|rouge|pass@|precision|recall|score)"
 )  # more; of others nobody knows
+_TIMED = {  # by the share of waiting (compression/evaluation/contention.py) that was found while they were taken
+    "cpu_wait_share": ("tokens_per_second", "prefill_tokens_per_second", "first_token_seconds"),
+    "latency_cpu_wait_share": ("first_token_seconds_p50", "first_token_seconds_p95", "token_seconds_p50", "token_seconds_p95"),
+}
 BESIDE = ("count", "_stderr", "_low", "_high", "_delta", "_ratio")  # how metrics end that stand beside another
 
 
@@ -90,6 +96,16 @@ def noise(metrics: Metrics, metric: str) -> tuple[float, float] | None:
         reach = 1.96 * metrics[f"{metric}_stderr"]
         return metrics[metric] - reach, metrics[metric] + reach
     return None
+
+
+def crowded(metrics: Metrics, metric: str) -> bool:
+    """Whether other programs had the cores while this was timed, so that the model may be faster than the figure says."""
+    return any(metric in timed and metrics.get(share, 0.0) > CROWDED for share, timed in _TIMED.items())
+
+
+def most_crowded(metrics: Metrics) -> float:
+    """The largest share of waiting of what was timed, where it makes figures doubtful; else 0."""
+    return max((metrics[share] for share in _TIMED if metrics.get(share, 0.0) > CROWDED), default=0.0)
 
 
 def noise_text(metrics: Metrics, figure: Figure) -> str:

@@ -7,7 +7,8 @@ stage, that of the difference: from the same items of both where there are some 
     FAIL          neither the value nor any of its interval does: the bound is broken beyond noise
     INCONCLUSIVE  in between: the limit lies within the noise. It stops nothing, unless the bound is `strict`: then it fails
 
-A metric without an interval (a size) has no noise and is never INCONCLUSIVE. What is no number fails.
+A metric without an interval (a size) has no noise and is never INCONCLUSIVE, but what was timed while other programs had the cores: it fails no bound.
+What is no number fails.
 """
 
 import math
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from compression.evaluation.findings import Items
-from tasks.figures import noise
+from tasks.figures import crowded, noise
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 Relation = Literal["at least", "at most"]
@@ -169,6 +170,8 @@ def _judge_limit(metric: str, limit: Limit, bound: Bound, mine: Figures, other: 
     outcome: Outcome = "PASS" if kept and all_kept else "INCONCLUSIVE" if any_kept and not math.isnan(value) else "FAIL"
     noisy = high > low
     message = _message(metric, limit, bound, value, bar, other.metrics.get(metric), outcome, (high - low) / 2)
+    if outcome == "FAIL" and (crowded(mine.metrics, metric) or (limit.relative and crowded(other.metrics, metric))):
+        outcome, message = "INCONCLUSIVE", f"{message}, but other programs had the cores while it was timed (`edgepress run --remeasure`)"
     final: Outcome = "FAIL" if outcome == "INCONCLUSIVE" and bound.strict else outcome
     return Verdict(metric, final, message, limit.relation, value, bar, low if noisy else None, high if noisy else None)
 

@@ -64,13 +64,16 @@ class Measured:
     seconds: float = 0.0
 
 
-def measure(subject: Subject, store: Store, children: Children, sink: EventSink) -> Measured:
-    """Every record that the recipe asks for about a target: from the store, or made now and kept."""
+def measure(subject: Subject, store: Store, children: Children, sink: EventSink, *, again: bool = False) -> Measured:
+    """Every record that the recipe asks for about a target: from the store, or made now and kept. `again`: what is taken alone is made now, and takes
+    the place of what the store has."""
     found = Measured()
     for measurement in measurements():
         parts = measurement.parts(subject.asked) if measurement.applies(subject.asked) else {}
         for name, asked in parts.items():
-            key, record, seconds = _record(measurement, replace(subject, asked=asked), store, children, sink)
+            key, record, seconds = _record(
+                measurement, replace(subject, asked=asked), store, children, sink, again=again and measurement.alone
+            )
             found.metrics |= record["metrics"]
             found.items |= {metric: Items.read(items) for metric, items in record["items"].items()}
             found.details |= record["details"]
@@ -80,7 +83,7 @@ def measure(subject: Subject, store: Store, children: Children, sink: EventSink)
 
 
 def _record(
-    measurement: Measurement, subject: Subject, store: Store, children: Children, sink: EventSink
+    measurement: Measurement, subject: Subject, store: Store, children: Children, sink: EventSink, *, again: bool
 ) -> tuple[str, dict[str, Any], float]:  # fmt: skip
     """A record with its key, and the seconds a child worked for it now."""
     from compression.evaluation.bootstrap import BOOTSTRAP_VERSION, interval_figures
@@ -109,7 +112,7 @@ def _record(
         stored = {metric: asdict(items) for metric, items in done.items.items()}
         return {"metrics": metrics, "items": stored, "details": done.details, "seconds": done.seconds}, done.seconds
 
-    return _kept(store, document, made, lambda: children.closed)
+    return _kept(store, document, made, lambda: children.closed, again=again)
 
 
 def compare(target: Measured, base: Measured, content: str, store: Store) -> dict[str, float]:
@@ -134,15 +137,16 @@ def compare(target: Measured, base: Measured, content: str, store: Store) -> dic
 
 
 def _kept(
-    store: Store, document: dict[str, Any], made: Callable[[], tuple[dict[str, Any], float]], given_up: Callable[[], bool] = lambda: False
+    store: Store, document: dict[str, Any], made: Callable[[], tuple[dict[str, Any], float]], given_up: Callable[[], bool] = lambda: False,
+    *, again: bool = False,
 ) -> tuple[str, dict[str, Any], float]:  # fmt: skip
-    """The record of a key and the seconds that went into it now; where the store has none, what `made` makes.
+    """The record of a key and the seconds that went into it now; where the store has none, or it is to be made `again`, what `made` makes.
 
     given_up  asked while another process makes it; raises Stopped when it says so
     """
     key = digest(document)
     with store.lock(key, given_up):
-        record = store.record(key)
+        record = None if again else store.record(key)
         seconds = 0.0
         if record is None:
             made_now, seconds = made()

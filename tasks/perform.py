@@ -16,6 +16,7 @@ from tasks.assignment import Assignment, Result
 from tasks.base import Base, is_unchanged
 from tasks.children import Children, Job, Stopped
 from tasks.descriptions import charted, describe_stage, properties
+from tasks.figures import most_crowded
 from tasks.gates import Bound, Figures, judge
 from tasks.identity import Machine, seed_of
 from tasks.kinds._training import TrainingStage
@@ -47,6 +48,7 @@ class Pipeline:
     documents: dict[str, tuple[str, dict[str, Any]]]  # identity and its document, by stage
     progress: Callable[[str, dict[str, Any]], None]
     evaluation: Any = None  # the recipe's settings of optional measurements
+    remeasure: bool = False  # take timings again even if the store has them
     cells: Mapping[str, str] = field(default_factory=dict)  # runs in MLflow of a sweep's cells, by name
     known_runs: Mapping[str, str] = field(default_factory=dict)  # runs in MLflow of stages that the resumed run began, by name
     superseded: Mapping[str, str] = field(default_factory=dict)  # such runs of stages that have another identity now
@@ -283,7 +285,7 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
 
     asked = Asked(task.planned, task.roles, pipeline.data, pipeline.evaluation)
     subject = Subject(asked, Reference(Path(result.path), result.content), references, pipeline.base.path, pipeline.machine)
-    measured = measure(subject, pipeline.store, pipeline.children, sink)
+    measured = measure(subject, pipeline.store, pipeline.children, sink, again=pipeline.remeasure)
     pipeline.measured[task.name] = measured
     result.metrics |= measured.metrics | _static(result.path, task.planned)
     result.details = measured.details
@@ -293,6 +295,11 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     elif measured.seconds:
         result.state = "Completed"
         pipeline.tracking.log(result.run, {}, tags={COMPUTED: "true"})
+    if share := most_crowded(measured.metrics):
+        result.warnings.append(
+            f"timed while other programs had the cores (it waited for one {share:.1f} times as long as it was timed): it may be faster than this says; "
+            "`edgepress run --remeasure` takes all timings again"
+        )
     if parent:
         _compare_speed(result, pipeline.results[parent])
 

@@ -181,3 +181,15 @@ def test_intervals_measured_apart_add_up_in_quadrature() -> None:
     assert verdict.outcome == "FAIL" and (verdict.low, verdict.high) == (pytest.approx(85), pytest.approx(95))
     assert outcomes(Bound(max_drop=8), mine, "m", {"base": base}) == ["INCONCLUSIVE"]
     assert outcomes(Bound(max_drop=15), mine, "m", {"base": base}) == ["PASS"]
+
+
+def test_what_was_timed_on_a_busy_machine_fails_no_bound_and_passes_those_it_keeps() -> None:
+    busy = Figures({"tokens_per_second": 100.0, "cpu_wait_share": 0.6, "size_mb": 9.0})
+    quiet = Figures({"tokens_per_second": 900.0, "cpu_wait_share": 0.01})
+    bounds = {"tokens_per_second": Bound(min=500), "size_mb": Bound(max=5)}
+    (speed, size) = judge(bounds, busy, {})
+    assert (speed.outcome, size.outcome) == ("INCONCLUSIVE", "FAIL") and "other programs had the cores" in speed.message
+    as_fast = {"tokens_per_second": Bound(max_decrease=0.1)}
+    assert [judge(as_fast, one, {"base": other})[0].outcome for one, other in ((busy, quiet), (quiet, busy))] == ["INCONCLUSIVE", "PASS"]
+    assert [judge({"tokens_per_second": Bound(min=500, strict=True)}, busy, {})[0].outcome] == ["FAIL"]
+    assert [judge({"tokens_per_second": Bound(min=50)}, busy, {})[0].outcome] == ["PASS"]

@@ -165,6 +165,15 @@ def test_only_what_is_taken_alone_depends_on_the_machine(
     assert [job.alone for job in children.jobs] == [False, True, True]
 
 
+def test_timings_are_taken_again_when_asked_and_nothing_else(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
+    found.append(Timed())
+    store, children = Store(tmp_path / "store"), FakeChildren()
+    for again in (False, True, False):
+        measure(subject, store, children, lambda event: None, again=again)  # type: ignore[arg-type]
+    assert [job.name for job in children.jobs] == ["graded", "timed", "timed"]
+    assert len(store.records()) == 2
+
+
 def test_what_does_not_apply_is_not_measured(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
     other = dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings=None))
     children = FakeChildren()

@@ -21,6 +21,7 @@ from tasks.stage import Stage, stage_kinds
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 BASE = "base"
+_ALTERNATIVE = re.compile(r"[A-Z]\w*Source|bool|(literal|list)\[.*\]")  # in a path of pydantic: one of several kinds
 
 
 class Execution(BaseModel):
@@ -263,8 +264,9 @@ def _in_order(entries: list[_Entry], source: Located) -> list[_Entry]:
 
 def told(error: ValidationError, source: Located, prefix: KeyPath, model: type[BaseModel]) -> EdgepressError:
     """Pydantic's findings as lines of `file:line: key: what is wrong`."""
-    lines = []
+    found: dict[KeyPath, list[str]] = {}
     for finding in error.errors(include_url=False):
+        place = tuple(part for part in finding["loc"] if not _ALTERNATIVE.fullmatch(str(part)))
         known = [*model.model_fields, *(Execution.model_fields if issubclass(model, Stage) else ())]
         message = finding["msg"]
         if finding["type"] == "extra_forbidden" and len(finding["loc"]) == 1:
@@ -273,5 +275,11 @@ def told(error: ValidationError, source: Located, prefix: KeyPath, model: type[B
             message = "there is no such key"
         elif finding["type"] == "missing":
             message = "this key is missing"
-        lines.append(str(source.error((*prefix, *finding["loc"]), message)))
-    return EdgepressError("\n".join(lines))
+        elif finding["type"] in ("model_type", "dict_type"):
+            message = "Input should be a mapping of keys"
+        messages = found.setdefault(place, [])
+        messages.append(f"or {message[0].lower()}{message[1:]}" if place != finding["loc"] and messages else message)
+    told_below = {place[:length] for place in found for length in range(len(place))}  # what is wrong there is more to the point
+    return EdgepressError(
+        "\n".join(str(source.error((*prefix, *place), ", ".join(m))) for place, m in found.items() if place not in told_below)
+    )

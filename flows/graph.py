@@ -23,6 +23,7 @@ from tasks.stage import Stage, stage_kinds
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 BASE = "base"
+_ALTERNATIVE = re.compile(r"[A-Z]\w*Source|bool|(literal|list)\[.*\]")  # in a path of pydantic: one of several kinds
 
 
 class Execution(BaseModel):
@@ -265,22 +266,27 @@ def _in_order(entries: list[_Entry], source: Located) -> list[_Entry]:
 
 def told(error: ValidationError, source: Located, prefix: KeyPath, model: type[BaseModel]) -> EdgepressError:
     """Pydantic's findings as lines of `file:line: key: what is wrong`."""
-    lines = []
+    found: dict[KeyPath, list[str]] = {}
     for finding in error.errors(include_url=False):
+        place = tuple(part for part in finding["loc"] if not _ALTERNATIVE.fullmatch(str(part)))
         message = finding["msg"].removeprefix("Value error, ")
         if finding["type"] == "extra_forbidden":
-            known = _keys_at(model, finding["loc"][:-1])
-            keys = f"{nearest(str(finding['loc'][-1]), known)}; keys: {', '.join(known)}" if known else ""
+            known = _keys_at(model, place[:-1])
+            keys = f"{nearest(str(place[-1]), known)}; keys: {', '.join(known)}" if known else ""
             message = f"there is no such key{keys}"
         elif finding["type"] == "missing":
             message = "this key is missing"
         elif finding["type"] in ("tuple_type", "list_type"):
             message = "this must be a list: [one, another]"
         elif finding["type"] in ("dict_type", "model_type"):
-            known = _keys_at(model, finding["loc"])
+            known = _keys_at(model, place)
             message = f"this must be a mapping of {', '.join(known)}" if known else "this must be a mapping: {key: value}"
-        lines.append(str(source.error((*prefix, *finding["loc"]), message)))
-    return EdgepressError("\n".join(lines))
+        messages = found.setdefault(place, [])
+        messages.append(f"or {message[0].lower()}{message[1:]}" if place != finding["loc"] and messages else message)
+    told_below = {place[:length] for place in found for length in range(len(place))}  # what is wrong there is more to the point
+    return EdgepressError(
+        "\n".join(str(source.error((*prefix, *place), ", ".join(m))) for place, m in found.items() if place not in told_below)
+    )
 
 
 def _keys_at(model: type[BaseModel], path: KeyPath) -> list[str]:

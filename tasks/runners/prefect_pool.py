@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
@@ -72,6 +73,7 @@ class PrefectChildren(AwayChildren):
             )  # fmt: skip
 
     def bring(self, job: Job, folder: Path, attempt: str, forward: Callable[[], None], note: Callable[[str], None]) -> dict[str, Any]:
+        from httpx import HTTPError
         from prefect.client.orchestration import get_client
         from prefect.states import Cancelled, Crashed
 
@@ -86,11 +88,11 @@ class PrefectChildren(AwayChildren):
                     forward()
                     watch.look()
                     sleep(0.2)
-            except Stopped:
-                client.set_flow_run_state(run, Cancelled(message="the run that waits for it was stopped"), force=True)
-                raise
-            except WorkerLost as error:
-                client.set_flow_run_state(run, Crashed(message=str(error)), force=True)
+            except (Stopped, WorkerLost) as error:
+                stopped = isinstance(error, Stopped)
+                ended: State[Any] = Cancelled(message="the run that waits was stopped") if stopped else Crashed(message=str(error))
+                with suppress(HTTPError):  # what is to be done does not wait for a server that is away
+                    client.set_flow_run_state(run, ended, force=True)
                 raise
         found: dict[str, Any] = json.loads(answer.read_text())
         for left in (answer, alive_lock(folder, attempt)):
@@ -98,7 +100,8 @@ class PrefectChildren(AwayChildren):
         return found
 
     def _begun(self, client: "SyncPrefectClient", job: Job, folder: Path, attempt: str) -> UUID:
-        """Ask the pool for a flow run. Raises Incompatible where it does not take the stage's variables."""
+        """Ask the pool for a flow run. Raises Incompatible where it does not take the stage's variables, JobFailed where nobody answers."""
+        from httpx import TransportError
         from prefect.exceptions import PrefectHTTPStatusError
 
         assert self._deployment is not None
@@ -115,6 +118,10 @@ class PrefectChildren(AwayChildren):
                 raise
             raise Incompatible(
                 f"the pool {self._pool} does not take job_variables {variables}: {error.response.text}", key="job_variables"
+            ) from None
+        except TransportError as error:
+            raise JobFailed(
+                f"Prefect's server at {client.api_url} does not answer ({error or type(error).__name__})", transient=True
             ) from None
 
 
@@ -135,6 +142,8 @@ class _Watch:
 
     def look(self) -> None:
         """Raises WorkerLost where the job's process or its worker died, JobFailed where the worker could not begin."""
+        from httpx import HTTPError
+
         alive = is_held(self.lock)
         if self.held and not alive and not self.answer.exists():
             raise WorkerLost("the process that worked on it for a Prefect worker was killed")
@@ -142,7 +151,11 @@ class _Watch:
         if monotonic() - self.looked < 2:
             return
         self.looked = monotonic()
-        state = self._state()
+        with suppress(HTTPError):  # the server is away: the folder tells how it ended, whatever the server knows
+            self._judge(self.client.read_flow_run(self.run).state)
+
+    def _judge(self, state: "State[Any] | None") -> None:
+        """Raises what the state of its flow run, and the pool's workers, say of it."""
         if state is None or self.answer.exists():
             return
         waited = monotonic() - self.since.setdefault(state.type.value, monotonic())
@@ -159,15 +172,6 @@ class _Watch:
         if state.is_scheduled() and waited > STARTING and not self.told and not self._online():
             self.told = True
             self.note(f"waits: no worker of the pool {self.pool} is online (prefect worker start --pool {self.pool})")
-
-    def _state(self) -> "State[Any] | None":
-        """The state of its flow run; None while the server does not answer: the folder tells how it ended, whatever the server knows."""
-        from httpx import HTTPError
-
-        try:
-            return self.client.read_flow_run(self.run).state
-        except HTTPError:
-            return None
 
     def _online(self) -> list[str]:
         return [worker.name for worker in self.client.read_workers_for_work_pool(self.pool) if worker.status.value == "ONLINE"]

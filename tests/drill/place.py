@@ -113,10 +113,12 @@ def _prefect_states(place: Place) -> list[str]:
 
 
 def megabytes(folder: Path) -> float:
+    """Of all files below, some of which may go meanwhile, with their folders: `rglob` would raise then."""
     total = 0
-    for file in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            total += file.stat().st_size
+    for below, _, files in os.walk(folder):
+        for name in files:
+            with suppress(FileNotFoundError):
+                total += Path(below, name).stat().st_size
     return total / 1e6
 
 

@@ -24,7 +24,7 @@ from tests.kinds import installed
 TROUBLES = """\
   pruned: {uses: prune.width, keep: 0.5}
   victim: {uses: prune.width, keep: 0.25, needs: base}
-  hung: {uses: test.trouble, what: hang, needs: base, timeout: 3, retries: 0}
+  hung: {uses: test.trouble, what: hang, needs: base, timeout: 8, retries: 0}
   filled: {uses: test.trouble, what: fill, needs: base}
   hungry: {uses: test.trouble, what: hog, needs: base, retries: 0}
   removed: {uses: test.trouble, what: remove, needs: victim}
@@ -78,7 +78,7 @@ def test_the_flow_lives_and_the_rest_is_done(lab: Lab, troubled: Finished) -> No
 
 
 def test_a_hung_stage_is_ended_with_all_its_processes(lab: Lab, troubled: Finished) -> None:
-    assert "ran past its timeout of 3 s" in troubled.rows["hung"]["reason"] and "ran past its timeout of 3 s" in troubled.out
+    assert "ran past its timeout of 8 s" in troubled.rows["hung"]["reason"] and "ran past its timeout of 8 s" in troubled.out
     ids = (lab.store / "work" / troubled.rows["hung"]["identity"] / "work" / "pids").read_text().split()
     assert len(ids) == 2 and not any(psutil.pid_exists(int(pid)) for pid in ids)
 

@@ -89,7 +89,9 @@ class Workshop:
         return moment
 
     def has_trained(self) -> bool:
-        return any((self.folder / ".edgepress" / "work").glob("*/work/checkpoint-*"))
+        with suppress(FileNotFoundError):  # a stage that ended this instant took its folder along
+            return any((self.folder / ".edgepress" / "work").glob("*/work/checkpoint-*"))
+        return False
 
     def contents(self) -> dict[str, dict[str, str]]:
         """Digests of all files in the store's objects, by identity."""

@@ -34,6 +34,27 @@ def test_a_stage_follows_the_one_before_it_unless_it_says_otherwise(tmp_path: Pa
     }
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data.text=corpus.txt",
+            "micro.yaml:2: data.text: Input should be 'embedded', or this must be a mapping of path, revision, config, splits, column",
+        ),
+        (
+            "data.text={pth: corpus.txt}",
+            "micro.yaml:2: data.text.path: this key is missing\n"
+            "micro.yaml:2: data.text.pth: there is no such key; did you mean 'path'?; keys: path, revision, config, splits, column",
+        ),
+        ("model=[1]", "micro.yaml:1: model: this must be a mapping of path, revision, license"),
+    ],
+)
+def test_what_may_be_of_several_kinds_is_told_as_one_mistake(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(EdgepressError) as caught:
+        load(tmp_path, recipe("tiny"), override)
+    assert str(caught.value).replace(f"{tmp_path}/", "") == message
+
+
 def test_stages_may_stand_in_any_order(tmp_path: Path) -> None:
     stages = "  late: {uses: quantize.gptq, needs: early}\n  early: {uses: prune.width, keep: 0.5, needs: base}\n"
     assert [node.name for node in load(tmp_path, recipe("tiny", stages)).nodes] == ["early", "late"]

@@ -11,22 +11,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
+import httpx
 import psutil
 import pytest
 import torch
+from prefect.states import Pending
 
 from compression.errors import EdgepressError, Incompatible
 from flows.planning import make_plan
 from flows.recipe import load_recipe
 from tasks.children import Job, Stopped
-from tasks.runners.away import asked, environment, problem, serve
+from tasks.runners.away import WorkerLost, asked, environment, problem, serve
 from tasks.runners.budget import Budget
 from tasks.runners.folder import EventReader, held, is_held
 from tasks.runners.host import Host
 from tasks.runners.local import LocalChildren
 from tasks.runners.machine import default_device, devices_taken, visible_devices, why_no_cuda
-from tasks.runners.prefect_pool import PrefectChildren
+from tasks.runners.prefect_pool import PrefectChildren, _Watch
 from tasks.store import Store
 from tests.flows.recipes import recipe
 from tests.tasks.test_children import job, pids_written, silent
@@ -288,3 +291,18 @@ def test_prefect_needs_a_server_that_workers_reach(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with pytest.raises(Incompatible, match="PREFECT_API_URL must name the server"):
         PrefectChildren(LocalChildren(Budget(1)), [tmp_path], "edge")
+
+
+def test_a_prefect_server_that_is_away_ends_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object) -> None:
+        raise httpx.ConnectError("All connection attempts failed")
+
+    monkeypatch.setattr("tasks.runners.prefect_pool.STARTING", -1.0)
+    flow_run = SimpleNamespace(state=Pending(), labels={"prefect.worker.name": "machine-1"})
+    client: Any = SimpleNamespace(read_flow_run=lambda _: flow_run, read_workers_for_work_pool=away)
+    watch = _Watch(client, uuid4(), "edge", tmp_path / "host.lock", tmp_path / "answer.json", lambda _: None, looked=0.0)
+    watch.look()
+    client.read_workers_for_work_pool = lambda _: []
+    watch.looked = 0.0
+    with pytest.raises(WorkerLost, match="the worker of the pool edge that took it is gone"):
+        watch.look()

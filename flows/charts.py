@@ -186,7 +186,8 @@ def _name(frame: Frame, ys: Scale, named: Sequence[Dot], dots: Sequence[Dot], be
             if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
                 taken.append(box)
                 weight = ' font-weight="600"' if dot in best else ' class="dim"'
-                frame.text(across, middle + 4, words, f'text-anchor="{anchor}"{weight}')
+                halo = 'style="paint-order: stroke; stroke: var(--card); stroke-width: 3px"'  # a line behind does not strike it out
+                frame.text(across, middle + 4, words, f'text-anchor="{anchor}"{weight} {halo}')
                 break
 
 

@@ -204,7 +204,7 @@ def _margins(metric: str, limit: Limit, bar: float, mine: Figures, other: Figure
 def _message(
     metric: str, limit: Limit, bound: Bound, value: float, bar: float, reference: float | None, outcome: Outcome, noise: float
 ) -> str:  # fmt: skip
-    """`accuracy 0.79 is not at least 0.798 (base 0.8: a drop of 0.01, at most 0.002 below base), which is within the noise of ±0.013`."""
+    """`accuracy 0.79 is not at least 0.798 (base 0.8: a drop of 0.01, allowed 0.002); the limit is within the noise of ±0.013`."""
     unit = abs(reference) if limit.share and reference else None
 
     def amount(number: float) -> str:
@@ -216,10 +216,10 @@ def _message(
         change = "no change" if value == reference else f"a {'rise' if value > reference else 'drop'} of {amount(abs(value - reference))}"
         words += f" ({bound.relative_to} {reference:.5g}: {change}, allowed {amount(abs(bar - reference))})"
     elif not kept:
-        words += f" by {amount(abs(value - bar))}"
+        words += f" ({amount(abs(value - bar))} too {'much' if limit.relation == 'at most' else 'little'})"
     if outcome == "INCONCLUSIVE":
         words += f"; the limit is within the noise of ±{amount(noise)}"
-        return words + ", and the bound is strict" if bound.strict else words
+        return words + ", and the bound is strict, so it fails" if bound.strict else words
     return words + f", beyond the noise of ±{amount(noise)}" if outcome == "FAIL" and noise > 0 else words
 
 

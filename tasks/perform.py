@@ -78,8 +78,9 @@ def perform(pipeline: Pipeline, task: Assignment) -> Result:
         result.state, result.reason = "Stopped" if stopped else "Failed", str(error) or type(error).__name__
         if isinstance(error, GateFailed):
             withdraw(pipeline.outputs, pipeline.name, task.name)
+            _log_series(pipeline, task, result)  # where quality went is asked most of what failed
         if result.run:
-            pipeline.tracking.log(result.run, result.metrics, tags={"edgepress.state": result.state})
+            pipeline.tracking.log(result.run, result.metrics, tags={"edgepress.state": result.state, **_place_tags(result)})
             pipeline.tracking.describe(result.run, _description(pipeline, task, result))
             pipeline.tracking.end(result.run, "KILLED" if stopped else "FAILED", "interrupted" if stopped else result.reason)
         raise
@@ -134,7 +135,7 @@ def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Resu
                 "recipe data",
                 task.document["data"],
                 pipeline.data.model_dump_json(),
-                task.stage.data_read() if task.stage else "",
+                task.stage.data_read() if task.stage else "evaluation",
             )
 
 
@@ -345,15 +346,12 @@ def _log(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     """Metrics on the stage's run, and on the parent with step = the stage's index, one series for each path to a leaf; then end the run."""
     passed = all(verdict.outcome == "PASS" for verdict in result.verdicts)
     tags = {
-        "edgepress.state": result.state, "edgepress.cached": str(result.state == "Cached").lower(), "edgepress.path": result.path,
-        "edgepress.content": result.content, "edgepress.final": str(task.name in pipeline.leaves and passed).lower(),
+        "edgepress.state": result.state, "edgepress.cached": str(result.state == "Cached").lower(), **_place_tags(result),
+        "edgepress.final": str(task.name in pipeline.leaves and passed).lower(),
     }  # fmt: skip
     tracking = pipeline.tracking
     tracking.log(result.run, result.metrics, tags=tags)
-    suffixes = pipeline.series.get(task.name, ())
-    series = {metric + suffix: value for metric, value in charted(result.metrics).items() for suffix in suffixes}
-    if series:  # what a stage of another identity left at this step is not true any more
-        tracking.log(pipeline.run, series, step=task.index, again=task.name in pipeline.superseded)
+    _log_series(pipeline, task, result)
     if task.stage is not None and result.state == "Cached":
         tracking.log_curve(result.run, result.curves)
     if isinstance(task.planned, Artifact):
@@ -361,6 +359,19 @@ def _log(pipeline: Pipeline, task: Assignment, result: Result) -> None:
             tracking.log_file(result.run, Path(result.path) / file)
     tracking.describe(result.run, _description(pipeline, task, result), cached_identity=task.identity if result.state == "Cached" else None)
     tracking.end(result.run, "FINISHED")
+
+
+def _log_series(pipeline: Pipeline, task: Assignment, result: Result) -> None:
+    """The stage's place in the charts of the pipeline's run."""
+    suffixes = pipeline.series.get(task.name, ())
+    series = {metric + suffix: value for metric, value in charted(result.metrics).items() for suffix in suffixes}
+    if series:  # what a stage of another identity left at this step is not true any more
+        pipeline.tracking.log(pipeline.run, series, step=task.index, again=task.name in pipeline.superseded)
+
+
+def _place_tags(result: Result) -> dict[str, str]:
+    """Where its bytes are and what they are, of a result that has some."""
+    return {"edgepress.path": result.path, "edgepress.content": result.content} if result.path else {}
 
 
 def _description(pipeline: Pipeline, task: Assignment, result: Result) -> str:

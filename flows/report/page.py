@@ -56,7 +56,7 @@ def pareto_section(rows: Sequence[Row], *, group: str = "runtime") -> str:
         if len(found) > 1:
             svg = scatter(found, label, y.heading, x_better=better, y_better=y.better, ring=rows[0]["stage"], share=y.metric == "accuracy")
             charts.append((f"{y.heading} against {label}", svg, legend(list(dict.fromkeys(dot.group for dot in found)))))
-    front = "Full dots on the dashed line are the front: none is better in one way without being worse in the other. The base is a ring."
+    front = "Full dots on the dashed line are the front: none is better in one way without being worse in the other. Rings: all others, and the base."
     swept = dict.fromkeys(value.partition("=")[0] for row in few for value in values(row["stage"]))
     named = f" Names are values of {', '.join(swept)}." if swept else ""
     note = f'<p class="dim">{front}{escape(named)}</p>'

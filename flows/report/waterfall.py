@@ -35,7 +35,7 @@ def waterfall_section(rows: Sequence[Row]) -> str:
         else ""
     )
     note = f'<p class="dim">Each bar reaches from the {figure.heading} of the stage it follows to its own.{whiskers}{left_out}</p>'
-    return f'<div class="card">{_drawn(list(_walk(few)), figure)}</div>{note}'
+    return f'<div class="card scroll"><div style="min-width:600px">{_drawn(list(_walk(few)), figure)}</div></div>{note}'
 
 
 def _walk(rows: Sequence[Row]) -> Iterator[_Step]:

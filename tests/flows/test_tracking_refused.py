@@ -53,7 +53,10 @@ def test_a_run_whose_mlflow_run_was_deleted_goes_on_to_its_end(shop: Workshop) -
 def test_a_stage_that_only_missed_its_gate_is_known_as_the_one_that_computed(shop: Workshop) -> None:
     broken = shop.run("gates.two.size_mb={max: 1.0e-9}", "stages.two.number=3")
     assert broken.code == 1 and broken.states()["two"] == "Failed" and broken.rows["two"]["computed"]
-    _, failed = shop.latest()
+    parent, failed = shop.latest()
+    assert parent.data.metrics["size_mb/two"] == broken.rows["two"]["metrics"]["size_mb"]  # in the chart too
+    assert failed["two"].data.tags["edgepress.content"] == broken.rows["two"]["content"]
+    assert [tag.value for data in failed["base"].inputs.dataset_inputs for tag in data.tags] == ["evaluation"]
     held = shop.run("gates.two.size_mb={max: 1}", "stages.two.number=3")
     assert held.code == 0 and held.states()["two"] == "Cached"
     _, cached = shop.latest()

@@ -136,7 +136,7 @@ def test_a_looser_limit_and_a_narrower_interval_never_turn_worse(figure: float, 
 def test_a_verdict_keeps_value_limit_and_interval() -> None:
     mine = Figures({"m": 12.0, "m_low": 11.0, "m_high": 14.0})
     (verdict,) = verdicts(Bound(max=10), mine, "m")
-    assert verdict == Verdict("m", "FAIL", "m 12 is not at most 10 by 2, beyond the noise of ±1.5", "at most", 12, 10, 11, 14)
+    assert verdict == Verdict("m", "FAIL", "m 12 is not at most 10 (2 too much), beyond the noise of ±1.5", "at most", 12, 10, 11, 14)
     (verdict,) = verdicts(Bound(max=13), mine, "m")
     assert (verdict.outcome, verdict.message) == ("INCONCLUSIVE", "m 12 is at most 13; the limit is within the noise of ±1.5")
     (verdict,) = verdicts(Bound(max=9.5), 9.0)

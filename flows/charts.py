@@ -38,6 +38,7 @@ class Dot:
     high: float
     group: str = ""
     label: str = ""
+    failed: bool = False
 
 
 @dataclass
@@ -123,12 +124,12 @@ def scale(values: Sequence[float], *, share: bool = False) -> Scale:
 
 
 def front(dots: Sequence[Dot], x_better: int, y_better: int) -> list[Dot]:
-    """The Pareto front from left to right: the dots than which none is better in one way without being worse in the other.
+    """The Pareto front from left to right: of the dots that did not fail, those than which none is better in one way without being worse in the other.
 
     x_better, y_better  1 where higher is better, -1 where lower is
     """
     found: list[Dot] = []
-    for dot in sorted(dots, key=lambda d: (-x_better * d.x, -y_better * d.y)):  # the best x first
+    for dot in sorted((d for d in dots if not d.failed), key=lambda d: (-x_better * d.x, -y_better * d.y)):  # the best x first
         if not found or y_better * dot.y > y_better * found[-1].y or (dot.x, dot.y) == (found[-1].x, found[-1].y):
             found.append(dot)
     return sorted(found, key=lambda d: (d.x, d.y))
@@ -155,7 +156,7 @@ def scatter(
     for dot in sorted(dots, key=lambda d: d in best):
         colour = COLOURS[groups.index(dot.group) % len(COLOURS)]
         frame.whisker(dot.x, ys.at(dot.low), ys.at(dot.high), colour)
-        title = f"{dot.name}: {y_label} {dot.y:.4g}, {x_label} {dot.x:.4g}"
+        title = f"{dot.name}{' (failed)' if dot.failed else ''}: {y_label} {dot.y:.4g}, {x_label} {dot.x:.4g}"
         frame.circle(dot.x, ys.at(dot.y), colour, title, hollow=dot.name == ring or dot not in best)
     named = list(dots) if len(dots) <= _MOST_LABELS else [dot for dot in dots if dot in best or dot.name == ring]
     _name(frame, ys, sorted(named, key=lambda d: (d not in best, d.name != ring)), dots, best)

@@ -193,7 +193,7 @@ def ui(
     tracking.send_left()
     tracking.end_orphans()
     servers = [[sys.executable, "-P", "-m", "mlflow", "ui", "--backend-store-uri", tracking.uri, "--port", str(port)]]
-    print(f"MLflow: http://127.0.0.1:{port}/#/experiments/{tracking.experiment}/runs", flush=True)
+    print(f"MLflow: http://127.0.0.1:{port}/#/experiments/{tracking.experiment}/runs?workflowType=machine_learning", flush=True)
     environment = {**os.environ, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     if prefect:
         environment.setdefault("PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{store.absolute() / 'prefect' / 'prefect.db'}")

@@ -15,7 +15,7 @@ class Line:
     values  as text, one for each key; empty where the recipe's own value holds
     leaf    the stage's name in the recipe
     row     the stage's row of the summary
-    best    metrics in which no other cell's result of this leaf is better
+    best    metrics in which no other cell's result of this leaf is better; of a failed one none
     """
 
     values: tuple[str, ...]
@@ -58,12 +58,13 @@ def _text(values: dict[str, Any], key: str) -> str:
 
 
 def _mark(lines: Sequence[Line]) -> None:
-    """Mark the best values of each metric; none where all are equal."""
-    for figure in (one for one in measured(line.row["metrics"] for line in lines) if one.better):
+    """Mark the best values of each metric among what did not fail; none where all are equal."""
+    held = [line for line in lines if line.row["state"] != "Failed"]
+    for figure in (one for one in measured(line.row["metrics"] for line in held) if one.better):
         metric = figure.metric
-        found = {line.row["metrics"][metric] for line in lines if metric in line.row["metrics"]}
+        found = {line.row["metrics"][metric] for line in held if metric in line.row["metrics"]}
         if len(found) > 1:
             best = max(found) if figure.better > 0 else min(found)
-            for line in lines:
+            for line in held:
                 if line.row["metrics"].get(metric) == best:
                     line.best.add(metric)

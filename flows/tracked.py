@@ -36,7 +36,8 @@ def open_parent(tracking: Tracking, plan: Plan, store: Store, begun: Begun | Non
         **({"mlflow.source.git.commit": commit} if commit else {}),
     }  # fmt: skip
     params = {
-        "model": recipe.model.path, "revision": plan.base.revision, "seed": recipe.seed, "stages": ", ".join(n.name for n in plan.parsed.nodes),
+        "model": recipe.model.path, **({"revision": plan.base.revision} if plan.base.revision else {}), "seed": recipe.seed,
+        "stages": ", ".join(n.name for n in plan.parsed.nodes),
     }  # fmt: skip
     run = tracking.open_run(recipe.name, tags=tags, params=params, known=begun.run if begun else None)
     tracking.log_text(run, plan.parsed.source.text, f"recipe/{file.name}")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from compression.checkpoint import Checkpoint
-from tasks.figures import Figure, Metrics, measured
+from tasks.figures import FIGURES, SANITY, Figure, Metrics, measured
 from tasks.mlflow_calls import LONGEST
 from tasks.stage import Artifact, Planned
 
@@ -104,8 +104,8 @@ def steps_table(stages: Iterable[tuple[int, str, str, str, Mapping[str, float]]]
 
 def charted(metrics: Metrics) -> dict[str, float]:
     """Of a stage's metrics, those that its pipeline's run has a series of."""
-    names = [*(figure.metric for figure in _shown([metrics])), "seconds"]
-    return {name: metrics[name] for name in names if name in metrics}
+    names = [figure.metric for figure in (*FIGURES, *SANITY, *_shown([metrics])) if figure.metric != _BESIDE]
+    return {name: metrics[name] for name in (*dict.fromkeys(names), "seconds") if name in metrics}
 
 
 def _shown(metrics: Iterable[Metrics]) -> list[Figure]:

@@ -16,6 +16,7 @@ class Figure:
 
     better  1 where higher is better, -1 where lower is, 0 where neither is
     scale   what a value is divided by
+    plain   a value that says nothing: where no other was measured, there is nothing to show
     """
 
     metric: str
@@ -23,6 +24,7 @@ class Figure:
     form: str
     better: int = 0
     scale: float = 1.0
+    plain: float | None = None
 
     def value(self, value: float) -> str:
         return self.form.format(value / self.scale)
@@ -47,7 +49,7 @@ FIGURES = (
     Figure("parameters", "params M", "{:.2f}", scale=1e6),
     Figure("documents", "documents", "{:.0f}"),
     Figure("tokens", "tokens", "{:.0f}"),
-    Figure("sparsity", "sparsity", "{:.2f}"),
+    Figure("sparsity", "sparsity", "{:.2f}", plain=0.0),
     Figure("tokens_per_second", "decode t/s", "{:.0f}", 1),
     Figure("prefill_tokens_per_second", "prefill t/s", "{:.0f}", 1),
     Figure("peak_memory_mb", "memory MB", "{:.0f}", -1),
@@ -55,6 +57,11 @@ FIGURES = (
     Figure("energy_joules", "energy J", "{:.2f}", -1),
     Figure("energy_joules_per_token", "J/token", "{:.2g}", -1),
     Figure("energy_joules_per_token_estimated", "J/token (estimate)", "{:.2g}", -1),
+)
+SANITY = (  # of generated text: said below the samples, no columns of every table
+    Figure("repetition_rate", "repeated 4-grams", "{:.2f}", -1),
+    Figure("empty_rate", "empty", "{:.2f}", -1),
+    Figure("invalid_utf8_rate", "invalid UTF-8", "{:.2f}", -1),
 )
 BETTER = {figure.metric: figure.better for figure in FIGURES if figure.better}
 _HARNESS = "harness."
@@ -70,10 +77,11 @@ BESIDE = ("count", "_stderr", "_low", "_high", "_delta", "_ratio")  # how metric
 
 
 def measured(metrics: Iterable[Metrics]) -> list[Figure]:
-    """The figures that at least one of these has; those of the harness's tasks come last."""
-    names = {name: None for one in metrics for name in one}
+    """The figures that at least one of these has something to say of; those of the harness's tasks come last."""
+    each = list(metrics)
+    names = {name: None for one in each for name in one}
     tasks = [_of_a_task(name) for name in names if name.startswith(_HARNESS) and not name.endswith(BESIDE)]
-    return [figure for figure in FIGURES if figure.metric in names] + tasks
+    return [figure for figure in FIGURES if any(one.get(figure.metric, figure.plain) != figure.plain for one in each)] + tasks
 
 
 def _of_a_task(name: str) -> Figure:

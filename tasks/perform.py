@@ -158,6 +158,8 @@ def _compute(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result,
         result.warnings.append(_other_bytes(task, found, entry))
     result.curves = [(step, values) for step, values in entry.manifest["curves"]]
     result.seconds = entry.manifest["seconds"]
+    if cached:
+        pipeline.tracking.log_curve(result.run, result.curves)
 
 
 def _other_bytes(task: Assignment, old: Entry, new: Entry) -> str:
@@ -352,8 +354,6 @@ def _log(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     tracking = pipeline.tracking
     tracking.log(result.run, result.metrics, tags=tags)
     _log_series(pipeline, task, result)
-    if task.stage is not None and result.state == "Cached":
-        tracking.log_curve(result.run, result.curves)
     if isinstance(task.planned, Artifact):
         for file in CARRIED:
             tracking.log_file(result.run, Path(result.path) / file)

@@ -69,7 +69,7 @@ def dots(rows: Sequence[Row], cost: str, *, group: str = "runtime") -> list[Dot]
             low, high = noise(metrics, y) or (metrics[y], metrics[y])
             told = ", ".join(value.rpartition("=")[2] for value in values(row["stage"]))
             label = told if swept == 1 else f"{origin(row['stage'])} {told}".rstrip()
-            found.append(Dot(metrics[cost], metrics[y], row["stage"], low, high, row.get(group) or "", label))
+            found.append(Dot(metrics[cost], metrics[y], row["stage"], low, high, row.get(group) or "", label, row["state"] == "Failed"))
     return found
 
 

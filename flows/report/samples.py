@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from html import escape as escape_markup
 
 from flows.report.rows import Row, shown
+from flows.report.table import cell
+from tasks.figures import SANITY
 
 
 def samples_section(rows: Sequence[Row]) -> str:
@@ -18,7 +20,20 @@ def samples_section(rows: Sequence[Row]) -> str:
             if prompt in by_prompt
         )
         parts.append(f'<h3>“{escape(prompt)}”</h3><div class="samples">{cards}</div>')
-    return "".join(parts)
+    return "".join(parts) + (_sanity(shown(rows)) if parts else "")
+
+
+def _sanity(rows: Sequence[Row]) -> str:
+    """How often each stage repeats itself, says nothing, or says what are no characters."""
+    told = [row for row in rows if any(figure.metric in row["metrics"] for figure in SANITY)]
+    heads = "".join(f"<th>{escape(figure.heading)}</th>" for figure in SANITY)
+    lines = "".join(
+        f'<tr><td class="words">{escape(row["stage"])}</td>{"".join(cell(row["metrics"], figure) for figure in SANITY)}</tr>'
+        for row in told
+    )
+    table = f'<div class="scroll"><table><thead><tr><th class="words">stage</th>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+    note = "Shares of what was generated: of 4-grams of tokens those that were there before, of texts those that are empty or hold bytes that are no characters."
+    return f'{table}<p class="dim">{note}</p>' if told else ""
 
 
 def escape(text: str) -> str:

@@ -28,6 +28,7 @@ p { margin: .4rem 0 } .dim { color: var(--dim) } .scroll { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums } th { font-weight: 600; color: var(--dim) }
 th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: top }
 td small { display: block; color: var(--dim); font-size: .75rem; line-height: 1.2 }
+.scroll tr > :first-child { position: sticky; left: 0; background: var(--paper) } .scroll tr.base > :first-child { background: var(--card) }
 .words { text-align: left } .wrap { white-space: normal; min-width: 18rem } tr.base { background: var(--card) } tr.first td { border-top: 2px solid var(--line) }
 svg { display: block; width: 100%; height: auto }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink) } svg .dim { fill: var(--dim) } svg .strong { font-weight: 600 }

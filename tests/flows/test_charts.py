@@ -139,3 +139,10 @@ def test_curves_are_where_their_points_are() -> None:
     assert loss[1][0] - loss[0][0] == pytest.approx(loss[2][0] - loss[1][0], abs=0.11)
     assert loss[1][1] - loss[0][1] == pytest.approx(2 * (loss[2][1] - loss[1][1]), abs=0.2)
     assert kd[0][1] == kd[1][1] == loss[2][1]
+
+
+def test_what_failed_is_drawn_but_no_part_of_the_front() -> None:
+    dots = [Dot(1, 9, "failed", 9, 9, failed=True), Dot(2, 5, "small", 5, 5), Dot(3, 8, "good", 8, 8)]
+    assert [dot.name for dot in front(dots, -1, 1)] == ["small", "good"]
+    svg = scatter(dots, "size", "accuracy", x_better=-1, y_better=1, ring="")
+    assert svg.count("<circle") == 3 and "failed (failed): accuracy 9" in svg

@@ -176,7 +176,8 @@ def test_a_total_of_one_term_is_drawn_once_and_long_curves_are_thinned() -> None
 
 
 def test_control_characters_of_a_sample_are_shown_and_no_part_of_the_page() -> None:
-    row = {"stage": "base", "needs": [], "state": "Completed", "details": {"samples": [{"prompt": "a\x07", "text": "b\x00\nc"}]}}
+    told = {"samples": [{"prompt": "a\x07", "text": "b\x00\nc"}]}
+    row = {"stage": "base", "needs": [], "state": "Completed", "metrics": {}, "details": told}
     assert "a\u2407" in (section := samples_section([row])) and "b\u2400\nc" in section
 
 
@@ -229,3 +230,11 @@ def test_the_best_of_many_are_those_no_other_beats() -> None:
     assert [one["stage"] for one in shown(rows)] == ["base", "p", "q@5"]
     assert len(leaves(rows)) == 50
     assert [one["stage"] for one in with_ancestors(rows, [rows[9]])] == ["base", "p", "q@7"]
+
+
+def test_how_sane_the_samples_are_stands_below_them() -> None:
+    told = {"samples": [{"prompt": "Once", "text": "and and and"}]}
+    sane = {"repetition_rate": 0.25, "repetition_rate_low": 0.2, "repetition_rate_high": 0.3, "empty_rate": 0.0, "invalid_utf8_rate": 0.0}
+    section = samples_section([row("base", [], metrics=sane, details=told)])
+    assert "repeated 4-grams" in section and "0.25<small>0.20–0.30</small>" in section
+    assert "repeated" not in samples_section([row("base", [], details=told)]), "a run of before"

@@ -42,3 +42,9 @@ def test_three_keys_have_charts_of_their_own() -> None:
     charts = page.partition("The graph")[0]
     assert charts.count("<svg") == 3 * 2, "of two metrics each"
     assert "perplexity 12, mean of 9" in charts and "perplexity 22, mean of 9" in charts and "Means over all other values" in charts
+
+
+def test_what_failed_is_the_best_of_nothing() -> None:
+    summary = sweep([{"q.bits": b} for b in (2, 3, 4)], lambda v: {"size_mb": v["q.bits"], "perplexity": 9.0 - v["q.bits"]})
+    summary["rows"][1]["state"] = "Failed"
+    assert [line.best for line in compare(summary).lines] == [set(), {"size_mb"}, {"perplexity"}]

@@ -1,6 +1,6 @@
 import pytest
 
-from tasks.figures import FIGURES, measured, noise, noise_text, within_noise
+from tasks.figures import FIGURES, crowded, measured, most_crowded, noise, noise_text, within_noise
 
 ACCURACY = next(figure for figure in FIGURES if figure.metric == "accuracy")
 
@@ -49,3 +49,14 @@ def test_filters_of_the_harness_and_metrics_of_which_nobody_knows_the_better_end
 def test_only_what_was_measured_has_a_column() -> None:
     assert [f.metric for f in measured([{"size_mb": 1.0}, {"accuracy": 0.5, "other": 1.0}])] == ["accuracy", "size_mb"]
     assert next(f for f in FIGURES if f.metric == "parameters").text({"parameters": 2.5e6}) == "2.50"
+
+
+def test_a_figure_that_says_the_same_plain_thing_of_all_has_no_column() -> None:
+    assert [figure.metric for figure in measured([{"sparsity": 0.0}, {"sparsity": 0.0, "size_mb": 0.0}])] == ["size_mb"]
+    assert [figure.metric for figure in measured([{"sparsity": 0.0}, {"sparsity": 0.5}])] == ["sparsity"]
+
+
+def test_timings_are_doubtful_where_their_threads_waited_for_cores() -> None:
+    busy = {"cpu_wait_share": 0.4, "latency_cpu_wait_share": 0.02}
+    assert crowded(busy, "tokens_per_second") and not crowded(busy, "token_seconds_p95") and not crowded(busy, "size_mb")
+    assert most_crowded(busy) == 0.4 and most_crowded({"cpu_wait_share": 0.05}) == 0.0

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows.planning import Plan
 from tests.flows.recipes import edgepress, recipe
 
 GOOD = "  pruned: {uses: prune.width, keep: 0.5}\n"
@@ -241,3 +242,15 @@ def test_sensitivity_names_the_layers_and_spends_the_bits(checkpoint: Path, here
     for bad, words in ((["--bits", "9"], "2, 3, 4 or 8"), (["--group-size", "48"], "does not divide")):
         code, _, err = edgepress(["sensitivity", "micro.yaml", *bad], capfd)
         assert code == 2 and words in err
+
+
+def test_run_passes_on_what_is_to_be_done_again(
+    checkpoint: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[Plan] = []
+    monkeypatch.setattr("flows.cli.carry_out", lambda plan, store, outputs: plans.append(plan))
+    Path("micro.yaml").write_text(recipe(checkpoint, GOOD))
+    for options in ([], ["--remeasure"], ["--force", "pruned"]):
+        assert edgepress(["run", "micro.yaml", *options], capfd)[0] == 0
+    assert [plan.remeasure for plan in plans] == [False, True, False]
+    assert [plan.by_name["pruned"].again for plan in plans] == [False, False, True]

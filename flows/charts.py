@@ -182,7 +182,7 @@ def _name(frame: Frame, ys: Scale, named: Sequence[Dot], dots: Sequence[Dot], be
         sides += [(x + 10, y + step, "start") for step in (-13, 13, -26, 26)] + [(x - 10, y + step, "end") for step in (-13, 13, -26, 26)]
         for across, middle, anchor in sides:
             start = across - {"start": 0.0, "middle": long / 2, "end": long}[anchor]
-            box = (start, middle - 7, start + long, middle + 7)
+            box = (start - 3, middle - 7, start + long + 3, middle + 7)
             inside = box[0] >= frame.left and box[2] <= frame.width and box[1] >= TOP - 6 and box[3] <= frame.height - BOTTOM
             if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
                 taken.append(box)

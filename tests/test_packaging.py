@@ -34,4 +34,4 @@ def test_make_test_checks_everything_in_order_and_ci_calls_it():
     assert checks == ["ruff check", "ruff format --check", "lint-imports", "mypy", "python -m pytest"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
-    assert commands == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test"]
+    assert [*commands[:2], commands[-1]] == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test"]

@@ -208,6 +208,7 @@ def test_whatever_goes_wrong_on_a_worker_is_answered(children: LocalChildren, tm
 
 def test_a_host_that_was_killed_is_told_and_another_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEPRESS_LOCKS", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # the host's children find `tests`
     host = Host()
 
     def ask(name: str) -> "Future[dict[str, Any]]":

@@ -16,7 +16,7 @@ class Figure:
 
     better  1 where higher is better, -1 where lower is, 0 where neither is
     scale   what a value is divided by
-    plain   a value that says nothing: where no other was measured, there is nothing to show
+    plain   a text that says nothing: where every value reads so, there is nothing to show
     """
 
     metric: str
@@ -24,7 +24,7 @@ class Figure:
     form: str
     better: int = 0
     scale: float = 1.0
-    plain: float | None = None
+    plain: str = ""
 
     def value(self, value: float) -> str:
         return self.form.format(value / self.scale)
@@ -49,7 +49,7 @@ FIGURES = (
     Figure("parameters", "params M", "{:.2f}", scale=1e6),
     Figure("documents", "documents", "{:.0f}"),
     Figure("tokens", "tokens", "{:.0f}"),
-    Figure("sparsity", "sparsity", "{:.2f}", plain=0.0),
+    Figure("sparsity", "sparsity", "{:.2f}", plain="0.00"),
     Figure("tokens_per_second", "decode t/s", "{:.0f}", 1),
     Figure("prefill_tokens_per_second", "prefill t/s", "{:.0f}", 1),
     Figure("peak_memory_mb", "memory MB", "{:.0f}", -1),
@@ -81,7 +81,7 @@ def measured(metrics: Iterable[Metrics]) -> list[Figure]:
     each = list(metrics)
     names = {name: None for one in each for name in one}
     tasks = [_of_a_task(name) for name in names if name.startswith(_HARNESS) and not name.endswith(BESIDE)]
-    return [figure for figure in FIGURES if any(one.get(figure.metric, figure.plain) != figure.plain for one in each)] + tasks
+    return [figure for figure in FIGURES if any(figure.text(one) not in ("", figure.plain) for one in each)] + tasks
 
 
 def _of_a_task(name: str) -> Figure:

@@ -1,7 +1,7 @@
 """Whether other programs take the cores from what is timed.
 
-Locks keep other work of edgepress away, but nobody else's. On a machine that others keep busy a model seems slower than it is, up to thirty times where
-its threads wait for each other (33 tokens/s for 1,055 were seen). So the kernel is asked how long our threads waited for a core.
+Locks keep other work of edgepress away, but nobody else's. On a machine that others keep busy a model seems slower than it is, many times where
+its threads wait for each other (docs/evaluation.md says how to see it). So the kernel is asked how long our threads waited for a core.
 """
 
 import time

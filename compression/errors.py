@@ -1,14 +1,17 @@
 """The errors people see. Each says what is wrong, where, and what would be right."""
 
+from compression.redaction import redacted
+
 
 class EdgepressError(Exception):
     """Base of every error that is the user's to mend: printed as one message, without a traceback.
 
     `key` names the parameter at fault (`group_size`, `model`), where one is, so that a recipe error can point to its line.
+    The message carries no secrets: user and password of every address in it are masked.
     """
 
     def __init__(self, message: str, *, key: str | None = None):
-        super().__init__(message)
+        super().__init__(redacted(message))
         self.key = key
 
 

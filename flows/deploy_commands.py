@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from compression.errors import EdgepressError
 from flows.options import DEFAULT_OUTPUTS, DEFAULT_STORE, OutputsFolder, Overrides, RecipeFile, StoreFolder, find_recipe
-from flows.yaml_lines import nearest
+from flows.yaml_lines import nearest, read_value
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import WorkPool
@@ -154,9 +153,9 @@ def _job_variables(words: Sequence[str]) -> dict[str, Any]:
             variables["env"][key.removeprefix("env.")] = value
             continue
         try:
-            variables[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise EdgepressError(f"--job-variable {word}: the value is not YAML: {getattr(error, 'problem', error)}") from None
+            variables[key] = read_value(value)
+        except ValueError as error:
+            raise EdgepressError(f"--job-variable {word}: {error}") from None
     return variables
 
 

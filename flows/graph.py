@@ -13,23 +13,25 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from compression.errors import EdgepressError
+from compression.settings import Settings
 from flows.matrix import SEED, Cell, key_of
-from flows.yaml_lines import KeyPath, Located, nearest
+from flows.yaml_lines import KeyPath, Located, kind_of, nearest, shortened
 from tasks.gate_presets import StageGates, gate_key
 from tasks.gates import Bound
 from tasks.stage import Stage, stage_kinds
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+LONGEST_NAME = 80  # of a recipe or a stage: names of files hold it beside a run's number or the values of a sweep's cell, and end at 255
 BASE = "base"
+_MANY = 3  # unknown keys of one mapping
 _ALTERNATIVE = re.compile(r"[A-Z]\w*Source|bool|(literal|list)\[.*\]")  # in a path of pydantic: one of several kinds
 
 
-class Execution(BaseModel):
+class Execution(Settings):
     """How a stage is executed; outside its identity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     needs: str | None = Field(
         default=None, description="The stage whose checkpoint this one takes, or `base`. Default: the stage before it in the file."
@@ -220,9 +222,9 @@ def _put(entry: Any, path: KeyPath, value: Any, source: Located) -> None:
 
 def _parse(name: str, entry: Any, previous: str, source: Located) -> _Entry:
     where: KeyPath = ("stages", name)
-    if not NAME.fullmatch(name) or name == BASE:
+    if (problem := name_problem(name)) or name == BASE:
         raise EdgepressError(
-            f"{source.where(where)}: a stage cannot be called {name!r}: use lower case letters, digits, - _ . (and not {BASE!r})"
+            f"{source.where(where)}: a stage cannot be called {shortened(name)!r}: it {problem or f'is the name of the base model'}"
         )
     if not isinstance(entry, dict) or "uses" not in entry:
         raise source.error(where, f"a stage needs `uses`, one of {', '.join(stage_kinds())}")
@@ -240,6 +242,13 @@ def _parse(name: str, entry: Any, previous: str, source: Located) -> _Entry:
         raise told(error, source, where, kind) from None
     parent = execution.needs or previous
     return _Entry(name=name, stage=stage, parent=parent, execution=execution, text=f"{name} {parent} {stage.model_dump_json()}")
+
+
+def name_problem(name: str) -> str:
+    """Why a recipe or a stage cannot have a name, which is that of a file; empty where it can."""
+    if not NAME.fullmatch(name):
+        return "is not a file name in lower case (letters, digits, - _ .)"
+    return f"is longer than {LONGEST_NAME} characters" if len(name) > LONGEST_NAME else ""
 
 
 def _in_order(entries: list[_Entry], source: Located) -> list[_Entry]:
@@ -267,26 +276,42 @@ def _in_order(entries: list[_Entry], source: Located) -> list[_Entry]:
 def told(error: ValidationError, source: Located, prefix: KeyPath, model: type[BaseModel]) -> EdgepressError:
     """Pydantic's findings as lines of `file:line: key: what is wrong`."""
     found: dict[KeyPath, list[str]] = {}
+    unknown: dict[KeyPath, list[KeyPath]] = {}  # keys that there are not, by the mapping that has them
     for finding in error.errors(include_url=False):
         place = tuple(part for part in finding["loc"] if not _ALTERNATIVE.fullmatch(str(part)))
-        message = finding["msg"].removeprefix("Value error, ")
-        if finding["type"] == "extra_forbidden":
-            known = _keys_at(model, place[:-1])
-            keys = f"{nearest(str(place[-1]), known)}; keys: {', '.join(known)}" if known else ""
-            message = f"there is no such key{keys}"
-        elif finding["type"] == "missing":
-            message = "this key is missing"
-        elif finding["type"] in ("tuple_type", "list_type"):
-            message = "this must be a list: [one, another]"
-        elif finding["type"] in ("dict_type", "model_type"):
-            known = _keys_at(model, place)
-            message = f"this must be a mapping of {', '.join(known)}" if known else "this must be a mapping: {key: value}"
+        message = _message(finding, place, model)
+        if finding["type"] == "extra_forbidden" and place not in found:
+            unknown.setdefault(place[:-1], []).append(place)
         messages = found.setdefault(place, [])
         messages.append(f"or {message[0].lower()}{message[1:]}" if place != finding["loc"] and messages else message)
+    for first, *others in unknown.values():
+        if len(others) >= _MANY:  # one message for all of them
+            found[first].append(f"nor {', '.join(str(place[-1]) for place in others[:_MANY])} and so on ({1 + len(others)} keys)")
+            for place in others:
+                del found[place]
     told_below = {place[:length] for place in found for length in range(len(place))}  # what is wrong there is more to the point
     return EdgepressError(
         "\n".join(str(source.error((*prefix, *place), ", ".join(m))) for place, m in found.items() if place not in told_below)
     )
+
+
+def _message(finding: ErrorDetails, place: KeyPath, model: type[BaseModel]) -> str:
+    kind, read = finding["type"], kind_of(finding["input"])
+    if kind == "extra_forbidden":
+        known = _keys_at(model, place[:-1])
+        keys = f"{nearest(str(place[-1]), known)}; keys: {', '.join(known)}" if known else ""
+        return f"there is no such key{keys}"
+    if kind == "missing":
+        return "this key is missing"
+    if kind in ("tuple_type", "list_type"):
+        return "this must be a list: [one, another]"
+    if kind in ("dict_type", "model_type"):
+        known = _keys_at(model, place)
+        return f"this must be a mapping of {', '.join(known)}" if known else "this must be a mapping: {key: value}"
+    message = finding["msg"].removeprefix("Value error, ")
+    if kind in ("string_type", "literal_error") and read and not (kind == "literal_error" and read == "number"):
+        return f"{message}; in YAML this is a {read}, and quotes make it a text"
+    return message
 
 
 def _keys_at(model: type[BaseModel], path: KeyPath) -> list[str]:

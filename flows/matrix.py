@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from compression.settings import Settings
 from flows.yaml_lines import KeyPath, Located, dotted, nearest
 
 MOST_CELLS = 10_000
@@ -24,10 +25,10 @@ _UNSWEPT = {"retries", "timeout", "bounds"}  # of a stage's entry: they decide n
 _LABEL, _NAME = 32, 160  # longest label of a value, and name of a stage or cell: file names end at 255
 
 
-class Matrix(BaseModel):
+class Matrix(Settings):
     """Every further key is a parameter of a stage, `<stage>.<parameter>`, with the list of its values. Several lists make a product."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Annotated[list[Any], Field(min_length=1)]]
 
     seed: list[Annotated[int, Field(ge=0)]] | None = Field(

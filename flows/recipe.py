@@ -4,41 +4,40 @@ The graph of its stages is flows/graph.py's matter, the lists of its matrix flow
 """
 
 import operator
+import re
 from collections.abc import Sequence
 from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from compression.data import DataSpec
 from compression.errors import EdgepressError
 from compression.evaluation.spec import EvaluationSpec
-from flows.graph import NAME, Branch, Execution, Node, expand, told
+from compression.settings import Settings
+from flows.graph import Branch, Execution, Node, expand, name_problem, told
 from flows.matrix import Matrix, cells_of
 from flows.study import Mistake, Study, check_study
-from flows.yaml_lines import KeyPath, Located, read_yaml
+from flows.yaml_lines import KeyPath, Located, read_value, read_yaml, shortened
 from tasks.gate_presets import Gates
 from tasks.registry import Registry
 from tasks.runners.settings import Runner
 from tasks.stage import stage_kinds
 
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
-class ModelSource(BaseModel):
+
+class ModelSource(Settings):
     """Where the base model comes from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str = Field(description="`embedded`, a local directory, or a hub id (organisation/name).")
     revision: str | None = Field(default=None, description="Commit, tag or branch of a hub model; pinned to the commit in the identity.")
     license: str | None = Field(default=None, description="Licence of the model, where its model card does not say it.")
 
 
-class Recipe(BaseModel):
+class Recipe(Settings):
     """A whole recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(default="", description="Name of the pipeline; default: the file's name.")
     model: ModelSource = Field(description="The base model: `embedded`, a directory, a hub id, or {path:, revision:}.")
@@ -124,8 +123,8 @@ def load_recipe(file: Path, overrides: tuple[str, ...] = (), text: str | None = 
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
         raise told(error, source, (), Recipe) from None
-    if not NAME.fullmatch(recipe.name):
-        raise source.error(("name",), f"{recipe.name!r} is not a file name in lower case (letters, digits, - _ .)")
+    if problem := name_problem(recipe.name):
+        raise source.error(("name",), f"{shortened(recipe.name)!r} {problem}")
     cells = cells_of(recipe.matrix, recipe.stages, source)
     nodes, branches = expand(recipe.stages, recipe.gates, recipe.seed, cells, source)
     _check_study(recipe, branches, source)
@@ -144,14 +143,28 @@ def _check_study(recipe: Recipe, branches: Sequence[Branch], source: Located) ->
 
 
 def _short_model(text: str) -> dict[str, str]:
-    path, _, revision = text.partition("@")
+    path, revision = split_revision(text)
     return {"path": path, "revision": revision} if revision else {"path": path}
+
+
+def split_revision(text: str) -> tuple[str, str | None]:
+    """`organisation/name@revision` as its two parts. A path may hold an @ of its own: it is cut neither where it exists as spelled nor where no part does."""
+    path, _, revision = text.partition("@")
+    cut = revision and not _is_directory(text) and (_HUB_ID.fullmatch(path) or _is_directory(path))
+    return (path, revision) if cut else (text, None)
+
+
+def _is_directory(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_dir()
+    except (OSError, RuntimeError):  # a name that is too long, `~` of a user that is not there: the model's own check says so
+        return False
 
 
 def _put(document: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
-        raise EdgepressError(f"--set {override}: write it as key.of.the.recipe=value")
+        raise EdgepressError(f"--set {shortened(override)}: write it as key.of.the.recipe=value")
     # a key of the matrix has dots of its own
     *folders, last = ["matrix", key.removeprefix("matrix.")] if key.startswith("matrix.") else key.split(".")
     for folder in folders:
@@ -160,6 +173,6 @@ def _put(document: dict[str, Any], override: str) -> None:
             raise EdgepressError(f"--set {override}: {folder} is no mapping in the recipe")
         document[folder] = document = dict(inner)  # which a YAML alias may share with other places
     try:
-        document[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise EdgepressError(f"--set {override}: the value is not YAML: {getattr(error, 'problem', error)}") from None
+        document[last] = read_value(value)
+    except ValueError as error:
+        raise EdgepressError(f"--set {shortened(override)}: {error}") from None

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from compression.settings import Settings
 from flows.yaml_lines import KeyPath, nearest
 from tasks.figures import BETTER
 
@@ -27,11 +28,7 @@ Label = Annotated[str, BeforeValidator(lambda value: label(value) if isinstance(
 Cells = Sequence[tuple[Mapping[str, Any], str]]  # of each result: the cell's values by key, and the stage
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Axis(_Frozen):
+class Axis(Settings):
     """What settings differ in, and how it is called."""
 
     keys: list[str] = Field(min_length=1, description="Keys of the matrix, or `stage`: the names of the stages at the ends of the graph.")
@@ -58,7 +55,7 @@ class Axis(_Frozen):
         return dict(zip(found, self.names or map(" ".join, found), strict=True))
 
 
-class Published(_Frozen):
+class Published(Settings):
     """Figures of the paper: places of its x axis, and values of metrics there."""
 
     at: list[Label] = Field(min_length=2, description="Places on the paper's x axis.")
@@ -72,14 +69,14 @@ class Published(_Frozen):
         return self
 
 
-class Reference(_Frozen):
+class Reference(Settings):
     """The setting in which neither of two compressions is applied."""
 
     x: Label
     line: Label
 
 
-class Claim(_Frozen):
+class Claim(Settings):
     """One thing the literature says that a run can show or refute. Give `better` and `than`, or `compounds`."""
 
     says: str = Field(description="The claim in words.")
@@ -105,7 +102,7 @@ class Claim(_Frozen):
         return self
 
 
-class Study(_Frozen):
+class Study(Settings):
     """What a sweep is run to find out."""
 
     question: str = Field(description="In one line.")

@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from compression.evaluation.findings import Items
+from compression.settings import Settings
 from tasks.figures import crowded, noise
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
@@ -39,10 +40,8 @@ Increase = Annotated[float, Field(ge=0), BeforeValidator(_share, json_schema_inp
 Decrease = Annotated[float, Field(ge=0, le=1), BeforeValidator(_share, json_schema_input_type=Annotated[float, Field(ge=0, le=1)] | str)]
 
 
-class Bound(BaseModel):
+class Bound(Settings):
     """Bounds of one metric: absolute, or relative to another stage's value of it. What breaks one beyond noise fails its stage."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     min: float | None = Field(default=None, description="Smallest value that passes.")
     max: float | None = Field(default=None, description="Largest value that passes.")

@@ -5,18 +5,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from compression.settings import Settings
 from tasks.serving import FOLDER, PARAMETERS
 
 CONTENT = "edgepress.content"  # tag of a version: the digest of the artifact's bytes
 _MODEL = "model"  # where the model lies among the artifacts of its run
 
 
-class Registry(BaseModel):
+class Registry(Settings):
     """Which results become versions of a registered model in MLflow."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$", description="The registered model; of several stages each has `<name>-<stage>`."

@@ -13,12 +13,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from compression.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
 from compression.errors import Incompatible
+from compression.settings import Settings
 from export.proof import Change
 
 Reads = Literal["nothing", "calibration", "validation", "training"]
@@ -73,7 +72,7 @@ class Workplace:
     shared: Path | None = None
 
 
-class Stage(BaseModel):
+class Stage(Settings):
     """Base of every stage kind. Fields are its parameters and part of its identity; so are `version` and `libraries`.
 
     A subclass declares `uses: Literal["group.name"] = "group.name"` and
@@ -85,8 +84,6 @@ class Stage(BaseModel):
     extra      the extra of edgepress whose packages it needs, if any
     metrics    names of what `run` returns (`*` stands for any), so that a gate on no metric is refused while planning
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     uses: str
     version: ClassVar[int] = 1

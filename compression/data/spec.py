@@ -10,9 +10,11 @@ data:
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
+
+from compression.settings import Settings
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -26,14 +28,12 @@ EMBEDDED = {
 }  # `data: embedded`
 
 
-class Source(BaseModel):
+class Source(Settings):
     """Records in local files or in a hub data set.
 
     A local directory holds a file or folder per split (`train.jsonl`, `train-00000-of-00002.parquet`, `train/*.txt`).
     A single local file is divided by a stable hash of each record: 90% train, 5% validation, 5% test.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str = Field(min_length=1, description="A directory, a .txt, .jsonl or .parquet file, or the id of a hub data set.")
     revision: str | None = Field(None, description="Commit, branch or tag of a hub data set; resolved to a commit before anything runs.")
@@ -55,10 +55,8 @@ class QuestionSource(Source):
     """Multiple-choice items in CommonsenseQA's shape: question, choices {label, text}, answerKey, and optionally passage."""
 
 
-class DataSpec(BaseModel):
+class DataSpec(Settings):
     """What is trained on, calibrated with and measured on, and how much of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: Embedded | TextSource = Field(description="Running text for training, calibration and perplexity.")
     questions: Embedded | QuestionSource | None = Field(

@@ -9,7 +9,9 @@ evaluation:
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from compression.settings import Settings
 
 EMBEDDED = "embedded"
 SUITE_GENERATIONS = 16
@@ -17,10 +19,8 @@ SUITE_GENERATIONS = 16
 EnergySource = Literal["counters", "estimate", "off"]
 
 
-class EvaluationSpec(BaseModel):
+class EvaluationSpec(Settings):
     """What is measured of every stage, and of the base, beyond quality, speed and memory."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     suite: Literal["release"] | None = Field(
         None,

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compression.checkpoint import Checkpoint
 from compression.errors import Incompatible
+from compression.settings import Settings
 
 ROW = -1  # group size: one group, the whole row
 GROUP_SIZES = (256, 128, 64, 32, 16)
@@ -36,10 +37,8 @@ class Codes:
         return in_features if self.group_size == ROW else self.group_size
 
 
-class Override(BaseModel):
+class Override(Settings):
     """Bits and groups of the layers that a pattern names; what is left out is as for all."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: Annotated[Literal[2, 3, 4, 8, 16] | None, Field(description="Bits of a weight; 16 leaves the layers as they are.")] = None
     group_size: Annotated[int | None, Field(ge=-1, description="Input channels that share a scale; -1 for a row.")] = None

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compression.checkpoint import Checkpoint
 from compression.context import Context
@@ -14,6 +14,7 @@ from compression.data import DataSpec, TextSource
 from compression.data.rows import encode_document, pack
 from compression.data.sources import documents, questions, stream_documents
 from compression.errors import Incompatible, UnusableData
+from compression.settings import Settings
 from compression.synthesis_settings import CORPUS
 from compression.training_settings import Precision, Schedule, TrainingSettings
 from tasks.stage import Corpus, Inputs, Planned, Reads, Stage
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Distributed(BaseModel):
+class Distributed(Settings):
     """Processes that train together: on a CPU they share its threads, of GPUs each has one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     processes: Annotated[int, Field(ge=2, description="Each takes `batch_size` rows in one forward pass.")]
 

@@ -3,16 +3,18 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+from compression.settings import Settings
 
 _BELONGS_TO = {"address": "dask", "pool": "prefect"}
 
 
-class Runner(BaseModel):
+class Runner(Settings):
     """How the whole graph is executed; outside every identity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(validate_default=True)
 
     runner: Literal["local", "dask", "prefect"] = Field(
         default="local", description="Where stages work: on this machine, on a Dask cluster, or on the workers of a Prefect work pool."

@@ -39,7 +39,7 @@ class Execution(Settings):
     retries: int = Field(
         default=1, ge=0, le=10, description="How often a stage whose process was lost (killed, out of memory) is started again."
     )
-    timeout: float | None = Field(default=None, gt=0, description="Seconds after which the stage is stopped.")
+    timeout: float | None = Field(default=None, gt=0, description="Seconds after which the stage is stopped, for good: `retries` does not start it again.")
     job_variables: dict[str, Any] = Field(
         default_factory=dict,
         description="With `runner: prefect`: variables of the work pool for this stage's job, as a GPU or memory request of kubernetes or docker.",
@@ -286,7 +286,8 @@ def told(error: ValidationError, source: Located, prefix: KeyPath, model: type[B
         messages.append(f"or {message[0].lower()}{message[1:]}" if place != finding["loc"] and messages else message)
     for first, *others in unknown.values():
         if len(others) >= _MANY:  # one message for all of them
-            found[first].append(f"nor {', '.join(str(place[-1]) for place in others[:_MANY])} and so on ({1 + len(others)} keys)")
+            names = ", ".join(str(place[-1]) for place in (first, *others[: _MANY - 1]))
+            found[first] = [f"there are no such keys: {names} and {1 + len(others) - _MANY} more; keys: {', '.join(_keys_at(model, first[:-1]))}"]
             for place in others:
                 del found[place]
     told_below = {place[:length] for place in found for length in range(len(place))}  # what is wrong there is more to the point

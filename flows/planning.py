@@ -14,10 +14,10 @@ from compression.quantization.settings import linear_bits
 from export.proof import KL_TO_PARENT
 from flows.gate_checks import check_gates, metrics_of
 from flows.graph import BASE, Node
-from flows.recipe import ParsedRecipe, Recipe
+from flows.recipe import ParsedRecipe, Recipe, split_revision
 from flows.registering import registered
 from flows.study import Mistake, check_metrics
-from flows.yaml_lines import nearest
+from flows.yaml_lines import nearest, shortened
 from tasks.assignment import Assignment
 from tasks.base import Base, open_base
 from tasks.extras import require
@@ -29,6 +29,7 @@ from tasks.runners.machine import default_device, why_no_cuda
 from tasks.stage import Artifact, Corpus, Planned, Reads, check_accepts
 from tasks.store import Store
 
+_CANNOT = (EdgepressError, OSError)  # a mistake, or a file that cannot be read: both are told with the line that names it
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -78,14 +79,15 @@ def make_plan(parsed: ParsedRecipe, store: Store, *, elsewhere: bool = False) ->
     try:
         base = open_base(recipe.model.path, recipe.model.revision, recipe.model.license, store.root)
         _ = base.checkpoint.linear_widths()  # an architecture that no stage and no estimate knows
-    except EdgepressError as error:
-        raise parsed.error(("model",), str(error)) from None
+    except _CANNOT as error:
+        raise parsed.error(("model",), _words(error)) from None
     try:
         recipe = recipe.model_copy(update={"data": pinned(recipe.data)})
         check_data(recipe.data)
         data_digest = fingerprint(recipe.data)
-    except EdgepressError as error:
-        raise parsed.error(("data", error.key) if error.key else ("data",), str(error)) from None
+    except _CANNOT as error:
+        key = getattr(error, "key", None)
+        raise parsed.error(("data", key) if key else ("data",), _words(error)) from None
     parsed = parsed.model_copy(update={"recipe": recipe})
     if recipe.data.length > base.checkpoint.max_length:
         raise parsed.error(
@@ -134,8 +136,9 @@ def _check_evaluation(parsed: ParsedRecipe, base: Base) -> None:
         for extra, key in extras(spec).items():
             require(extra, f"evaluation.{key}")
         check_evaluation(spec, base.checkpoint.path, base.checkpoint.max_length)
-    except EdgepressError as error:
-        raise parsed.error(("evaluation", error.key or key), str(error)) from None
+    except _CANNOT as error:
+        key = getattr(error, "key", None) or key
+        raise parsed.error(("evaluation", key) if key else ("evaluation",), _words(error)) from None
 
 
 def _measured_with(recipe: Recipe, tasks: Iterable[Assignment], machine: Machine) -> dict[str, str]:
@@ -165,9 +168,10 @@ def _assign(
         planned = stage.plan(parent, others, recipe.data)
         if stage.extra:
             require(stage.extra, f"the stage {node.name} ({stage.uses})")
-    except EdgepressError as error:
-        key = "uses" if error.key == "model" else error.key  # the kind does not take this model
-        raise parsed.stage_error(node, (key,) if key else (), str(error)) from None
+    except _CANNOT as error:
+        key = getattr(error, "key", None)
+        key = "uses" if key == "model" else key  # the kind does not take this model
+        raise parsed.stage_error(node, (key,) if key else (), _words(error)) from None
     bounds: dict[str, Bound] = dict(node.execution.bounds)
     if isinstance(planned, Artifact):
         bounds = {"kl_to_parent": Bound(max=KL_TO_PARENT[planned.change], strict=True), **bounds}
@@ -182,11 +186,16 @@ def _assign(
 
 
 def _open_outside(parsed: ParsedRecipe, node: Node, role: str, source: str, store: Store) -> Base:
-    path, _, revision = source.partition("@")
+    path, revision = split_revision(source)
     try:
-        return open_base(path, revision or None, None, store.root)
-    except EdgepressError as error:
-        raise parsed.stage_error(node, (role,), str(error)) from None
+        return open_base(path, revision, None, store.root)
+    except _CANNOT as error:
+        raise parsed.stage_error(node, (role,), _words(error)) from None
+
+
+def _words(error: Exception) -> str:
+    """What is wrong; of a file that the system does not give, its name and the system's word for it."""
+    return f"{shortened(str(error.filename))}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
 def _cells(parsed: ParsedRecipe) -> dict[str, str]:

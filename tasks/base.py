@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compression.checkpoint import Checkpoint, file_digests, open_checkpoint
+from compression.data.hub import why_not_given
 from compression.errors import UnusableModel
 from tasks.files import write_json
 from tasks.identity import digest
@@ -52,21 +53,24 @@ def is_unchanged(base: Base, cache: Path) -> bool:
 def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
     if source == "embedded":
         return EMBEDDED, None
-    local = Path(source).expanduser()
-    if local.is_dir():
+    try:
+        local = Path(source).expanduser()
+        found = local.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long, `~` of a user that is not there
+        raise UnusableModel(f"there is no model directory {source}: {getattr(error, 'strerror', error)}", key="model") from None
+    if found:
         if revision:
             raise UnusableModel(f"{source} is a local directory, which has no revision {revision!r}", key="model")
         return local.resolve(), None
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or local.is_absolute() or source.startswith("."):
         raise UnusableModel(f"there is no model directory {source}", key="model")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        where = "the hub is switched off (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "the hub did not give it"
-        raise UnusableModel(f"there is no directory {source}, and {where}: {str(error).splitlines()[0]}", key="model") from None
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise UnusableModel(f"there is no directory {source}, and {why_not_given(error)}", key="model") from None
     return folder, folder.name  # a snapshot's folder is named by its commit
 
 

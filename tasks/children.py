@@ -36,11 +36,12 @@ class Job:
     """One call of `module:function(**arguments, threads=, context=)` in a child.
 
     call, arguments, threads, seed, device  what the child is told; the rest says how it is executed
-    timeout    seconds it may work
+    timeout    seconds it may work; one that takes longer has failed, and is not tried again
     alone      timing: nothing else of edgepress may run on the machine meanwhile, and it is the flow's own machine
     name       of the stage, for people
     memory     bytes it claims of a budget; from shapes alone, so rough
     devices    GPUs it claims, where `device` is one
+    order      place of its stage in the plan: of jobs that wait for cores and memory the first goes first
     variables  for the infrastructure of a Prefect work pool: what a GPU or a memory request is there
     """
 
@@ -55,6 +56,7 @@ class Job:
     memory: int = 0
     devices: int = 1
     variables: Mapping[str, Any] = field(default_factory=dict)
+    order: int = 0
 
 
 @dataclass(frozen=True)

@@ -64,15 +64,15 @@ class Measured:
     seconds: float = 0.0
 
 
-def measure(subject: Subject, store: Store, children: Children, sink: EventSink, *, again: bool = False) -> Measured:
+def measure(subject: Subject, store: Store, children: Children, sink: EventSink, *, again: bool = False, order: int = 0) -> Measured:
     """Every record that the recipe asks for about a target: from the store, or made now and kept. `again`: what is taken alone is made now, and takes
-    the place of what the store has."""
+    the place of what the store has. `order`: that of its jobs."""
     found = Measured()
     for measurement in measurements():
         parts = measurement.parts(subject.asked) if measurement.applies(subject.asked) else {}
         for name, asked in parts.items():
             key, record, seconds = _record(
-                measurement, replace(subject, asked=asked), store, children, sink, again=again and measurement.alone
+                measurement, replace(subject, asked=asked), store, children, sink, again=again and measurement.alone, order=order
             )
             found.metrics |= record["metrics"]
             found.items |= {metric: Items.read(items) for metric, items in record["items"].items()}
@@ -83,7 +83,7 @@ def measure(subject: Subject, store: Store, children: Children, sink: EventSink,
 
 
 def _record(
-    measurement: Measurement, subject: Subject, store: Store, children: Children, sink: EventSink, *, again: bool
+    measurement: Measurement, subject: Subject, store: Store, children: Children, sink: EventSink, *, again: bool, order: int
 ) -> tuple[str, dict[str, Any], float]:  # fmt: skip
     """A record with its key, and the seconds a child worked for it now."""
     from compression.evaluation.bootstrap import BOOTSTRAP_VERSION, interval_figures
@@ -102,6 +102,7 @@ def _record(
         job = Job(
             call, arguments, subject.machine.threads, device=subject.machine.device, alone=measurement.alone, name=measurement.name,
             memory=2 * sum(size_of(path) for path in opened),  # files of 16 bits, worked with in 32
+            order=order,
         )  # fmt: skip
         folder = store.root / "work" / f"measure-{digest(document)}"  # whoever holds the lock of the key is alone in it
         done = children.run(job, folder, sink)

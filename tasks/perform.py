@@ -202,7 +202,7 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
     devices = stage.distributed.processes if isinstance(stage, TrainingStage) and stage.distributed else 1
     job = Job(
         "tasks.jobs:run_stage", arguments, pipeline.machine.threads, seed_of(task.identity), pipeline.machine.device, task.timeout,
-        name=task.name, memory=task.memory, devices=devices, variables=task.job_variables,
+        name=task.name, memory=task.memory, devices=devices, variables=task.job_variables, order=task.index,
     )  # fmt: skip
     curves: list[tuple[int, dict[str, float]]] = []
 
@@ -288,7 +288,7 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
 
     asked = Asked(task.planned, task.roles, pipeline.data, pipeline.evaluation)
     subject = Subject(asked, Reference(Path(result.path), result.content), references, pipeline.base.path, pipeline.machine)
-    measured = measure(subject, pipeline.store, pipeline.children, sink, again=pipeline.remeasure)
+    measured = measure(subject, pipeline.store, pipeline.children, sink, again=pipeline.remeasure, order=task.index)
     pipeline.measured[task.name] = measured
     result.metrics |= measured.metrics | _static(result.path, task.planned)
     result.details = measured.details

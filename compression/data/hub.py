@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face hub, pinned to a commit. Imports no torch; `HF_HUB_OFFLINE` is honoured."""
 
+import os
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -10,6 +11,20 @@ from compression.data.spec import Source, Split
 from compression.errors import UnusableData
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def why_not_given(error: Exception) -> str:
+    """Why the hub gave nothing, from what huggingface_hub raised: it is switched off, it cannot be reached, or it answered so."""
+    from huggingface_hub import constants, errors
+
+    said = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    reason = (str(said).strip().splitlines() or [type(said).__name__])[0]
+    if isinstance(said, errors.HFValidationError):
+        return f"it is no name that the hub has: {reason}"
+    if constants.is_offline_mode():
+        switch = "TRANSFORMERS_OFFLINE" if os.environ.get("TRANSFORMERS_OFFLINE") and not os.environ.get("HF_HUB_OFFLINE") else "HF_HUB_OFFLINE"
+        return f"the hub is switched off ({switch} is set): {reason}"
+    return f"the hub {'refuses it' if isinstance(said, errors.HfHubHTTPError) else f'at {constants.ENDPOINT} cannot be reached'}: {reason}"
 
 
 def is_hub_id(path: str) -> bool:
@@ -27,15 +42,20 @@ def resolve_commit(path: str, revision: str | None) -> str:
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(path)
+    except HFValidationError as error:
+        raise UnusableData(f"there is no file or directory {path}, and {why_not_given(error)}", key="path") from None
     name = revision or "main"
     if not constants.is_offline_mode():
         return _asked(path, name)
     seen = _seen(path, name)
     if not seen.is_file():
-        raise UnusableData(
-            f"there is no file or directory {path}; as a hub data set it cannot be reached: HF_HUB_OFFLINE is set", key="path"
-        )
+        reason = why_not_given(FileNotFoundError("it was never seen on this machine"))
+        raise UnusableData(f"there is no file or directory {path}, and {reason}", key="path")
     return seen.read_text().strip()
 
 
@@ -46,10 +66,10 @@ def _asked(path: str, name: str) -> str:
 
     try:
         commit = huggingface_hub.HfApi().dataset_info(path, revision=name).sha
-    except (OSError, errors.HTTPError) as error:  # not found, refused, or not reachable
+    except (OSError, errors.HTTPError) as error:
         hint = "; HF_HUB_OFFLINE=1 takes what was last seen on this machine" if _seen(path, name).is_file() else ""
         raise UnusableData(
-            f"there is no file or directory {path}, and the hub gives no data set of that name at {name}: {error}{hint}", key="path"
+            f"there is no file or directory {path}, and as a data set at {name}, {why_not_given(error)}{hint}", key="path"
         ) from None
     if commit is None:
         raise UnusableData(f"the hub tells no commit for the data set {path} at {name}; give one with revision:", key="revision")

@@ -1,5 +1,7 @@
 """How much may run at once on one machine: cores and memory. Imports no torch."""
 
+import bisect
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -18,6 +20,9 @@ PROCESS = 512 << 20
 class Budget:
     """Cores and bytes of memory that jobs take and give back; a job that claims more than there is waits until it has all.
 
+    Jobs that wait form a queue, in the order of the plan's stages, and of a stage as they came. Only the first takes what is free: no small job
+    slips past one that needs the whole machine, which would never have it.
+
     Limits only how many run side by side, never a job's threads, which decide its bytes.
     """
 
@@ -27,6 +32,8 @@ class Budget:
         self.memory = memory or machine_memory()
         self._free = {"cores": self.cores, "memory": self.memory}
         self._changed = threading.Condition()
+        self._queue: list[tuple[int, int]] = []  # of each job that waits: its stage's place in the plan, and a number that grows
+        self._numbers = itertools.count()
 
     @contextmanager
     def taken(self, job: Job, sink: EventSink, given_up: GivenUp) -> Iterator[None]:
@@ -40,12 +47,18 @@ class Budget:
             else {"cores": min(job.threads, self.cores), "memory": min(memory, self.memory)}
         )
         with self._changed:
-            while any(self._free[name] < count for name, count in claim.items()):
-                if given_up():
-                    raise Stopped()
-                self._changed.wait(0.5)
-            for name, count in claim.items():
-                self._free[name] -= count
+            place = (job.order, next(self._numbers))
+            bisect.insort(self._queue, place)
+            try:
+                while self._queue[0] != place or any(self._free[name] < count for name, count in claim.items()):
+                    if given_up():
+                        raise Stopped()
+                    self._changed.wait(0.5)
+                for name, count in claim.items():
+                    self._free[name] -= count
+            finally:
+                self._queue.remove(place)
+                self._changed.notify_all()  # the next is the first now
         try:
             yield
         finally:

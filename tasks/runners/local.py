@@ -163,7 +163,7 @@ def _end_group(process: BaseProcess) -> None:
 def _outcome(folder: Path, exitcode: int | None, timeout: float | None, memory: MemoryWatch) -> Done:
     log = folder / "log.txt"
     if timeout is not None:
-        raise JobFailed(f"ran past its timeout of {timeout:g} s and was stopped", transient=True, log=log)
+        raise JobFailed(f"ran past its timeout of {timeout:g} s and was stopped", transient=False, log=log)
     if (folder / "result.json").exists():
         return Done.read(json.loads((folder / "result.json").read_text()))
     if (folder / "error.json").exists():

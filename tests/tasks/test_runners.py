@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,6 +89,47 @@ def test_a_stage_larger_than_the_budget_runs_alone_and_says_so() -> None:
         assert not small.wait(0.7)
     assert small.wait(20)
     assert [event["note"] for event in events] == ["needs about 9.5 GiB of memory, and there are 2.0 GiB: it runs alone"]
+
+
+def test_nobody_passes_the_first_who_waits() -> None:
+    budget, order = Budget(cores=4), []
+    cores = ThreadPoolExecutor(8)
+
+    def run(name: str, job: Job, waiting: int) -> None:
+        def work() -> None:
+            with budget.taken(job, silent, never):
+                order.append(name)
+
+        cores.submit(work)
+        while len(budget._queue) < waiting:
+            time.sleep(0.01)
+
+    with cores, budget.taken(claim(threads=2), silent, never):
+        run("timed", replace(claim(alone=True), order=1), 1)
+        run("late", replace(claim(threads=4), order=3), 2)
+        run("small", replace(claim(), order=2), 3)  # which would fit beside what runs
+        run("early", replace(claim(threads=4), order=0), 4)
+        assert order == []
+    assert order == ["early", "timed", "small", "late"]
+
+
+def test_who_gives_up_lets_the_next_go() -> None:
+    budget, gives_up = Budget(cores=2), threading.Event()
+    with budget.taken(claim(), silent, never), ThreadPoolExecutor(1) as thread:
+
+        def stopped() -> None:
+            with pytest.raises(Stopped), budget.taken(claim(alone=True), silent, gives_up.is_set):
+                pass
+
+        first = thread.submit(stopped)
+        while not budget._queue:
+            time.sleep(0.01)
+        second = taken_by_another(lambda: budget.taken(claim(), silent, never))
+        assert not second.wait(0.2)
+        gives_up.set()
+        budget.wake()
+        first.result(20)
+        assert second.wait(20)
 
 
 def test_who_waits_for_a_budget_can_give_up() -> None:

@@ -16,8 +16,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from compression.errors import EdgepressError
+from compression.redaction import redacted
 from flows.deploy_commands import deploy_app
+from flows.failures import report_failure
 from flows.model_commands import model_app
 from flows.options import (
     DEFAULT_OUTPUTS,
@@ -56,22 +57,18 @@ app.add_typer(tracking_app)
 
 
 def main() -> None:
-    """Entry of the console script: errors people can mend become one message and exit code 2."""
+    """Entry of the console script: errors people can mend become one message and exit code 2, all others a message, a log and exit code 1."""
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
     signal.signal(signal.SIGTERM, _interrupt)
-    error_console = Console(stderr=True, soft_wrap=True)
     try:
         app()
-    except EdgepressError as error:
-        if debug:
-            raise
-        error_console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        sys.exit(2)
+    except Exception as error:  # noqa: BLE001  (the outermost place)
+        sys.exit(report_failure(error, debug=debug))
     except SystemExit as ended:
         if ended.code == 130 and sys.argv[1:2] in (["run"], ["resume"]):  # what typer makes of a KeyboardInterrupt
-            error_console.print(
+            Console(stderr=True, soft_wrap=True).print(
                 "interrupted: the same command goes on from here, and `edgepress resume` in the same MLflow run", markup=False
             )
         raise
@@ -235,10 +232,12 @@ def doctor() -> None:
             f"extra {extra}",
             "complete" if not absent else f"[red]missing {', '.join(absent)}[/]: pip install 'edgepress\\[{extra}]' (for {stages})",
         )
-    table.add_row("MLflow", _reached(tracking_uri()))
+    table.add_row("MLflow", redacted(_reached(tracking_uri())))
     table.add_row(
         "Prefect",
-        _reached(os.environ["PREFECT_API_URL"] + "/health") if "PREFECT_API_URL" in os.environ else "embedded (no PREFECT_API_URL)",
+        redacted(_reached(os.environ["PREFECT_API_URL"] + "/health"))
+        if "PREFECT_API_URL" in os.environ
+        else "embedded (no PREFECT_API_URL)",
     )
     terminal().print(table)
 

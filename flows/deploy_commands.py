@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compression.errors import EdgepressError
+from compression.redaction import redacted
 from flows.options import DEFAULT_OUTPUTS, DEFAULT_STORE, OutputsFolder, Overrides, RecipeFile, StoreFolder, find_recipe
 from flows.yaml_lines import nearest, read_value
 
@@ -51,12 +52,12 @@ def serve(
 
     Example: `edgepress serve demo --cron "0 3 * * 0"`
     """
-    from flows.server import prefect_server
+    from flows.server import prefect_server, reached_server
 
     wish = _checked(recipe, name, overrides or (), only or (), store, outputs, Path.cwd(), elsewhere=False)
     with prefect_server(store / "prefect", port):
         schedule = _schedule(cron, timezone)
-        api = _reached_server()
+        api = redacted(reached_server())
         deployment = _deployment(wish, schedule)
         # a run imports from where it starts: an empty place, for a tasks.py or flows/ here would shadow ours
         with tempfile.TemporaryDirectory(prefix="edgepress-serve-") as empty, contextlib.chdir(empty):
@@ -79,10 +80,12 @@ def deploy(
 
     Example: `edgepress deploy demo --pool edge --cron "0 3 * * 0" --timezone Europe/Berlin`
     """
+    from flows.server import reached_server
+
     schedule = _schedule(cron, timezone)
     wish = _checked(recipe, name, overrides or (), only or (), store, outputs, (directory or Path()).absolute(), elsewhere=True)
     variables = _job_variables(job_variables or ())
-    api = _reached_server()
+    api = redacted(reached_server())
     deployment = _deployment(wish, schedule, pool=_pool(pool, variables).name, job_variables=variables)
     identifier = deployment.apply()
     print(f"deployed: {deployment.full_name}   {api.removesuffix('/api')}/deployments/deployment/{identifier}")
@@ -125,21 +128,6 @@ def _schedule(cron: str | None, timezone: str) -> "Schedule | None":
         return CronSchedule(cron, timezone=timezone) if cron is not None else None
     except ValueError as error:
         raise EdgepressError(f"--cron: {error}; it is minute, hour, day, month, day of the week, as in '0 3 * * 0'") from None
-
-
-def _reached_server() -> str:
-    """The address of Prefect's API. Raises EdgepressError where none is named, or none answers."""
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL
-
-    api = PREFECT_API_URL.value()
-    if not api:
-        raise EdgepressError("PREFECT_API_URL names no server: a deployment needs one that stays, such as that of `prefect server start`")
-    with get_client(sync_client=True) as client:
-        error = client.api_healthcheck()
-    if error is not None:
-        raise EdgepressError(f"Prefect's server at {api} does not answer ({error or type(error).__name__}); PREFECT_API_URL names another")
-    return str(api)
 
 
 def _job_variables(words: Sequence[str]) -> dict[str, Any]:

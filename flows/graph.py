@@ -39,7 +39,9 @@ class Execution(Settings):
     retries: int = Field(
         default=1, ge=0, le=10, description="How often a stage whose process was lost (killed, out of memory) is started again."
     )
-    timeout: float | None = Field(default=None, gt=0, description="Seconds after which the stage is stopped, for good: `retries` does not start it again.")
+    timeout: float | None = Field(
+        default=None, gt=0, description="Seconds after which the stage is stopped, for good: `retries` does not start it again."
+    )
     job_variables: dict[str, Any] = Field(
         default_factory=dict,
         description="With `runner: prefect`: variables of the work pool for this stage's job, as a GPU or memory request of kubernetes or docker.",
@@ -224,7 +226,7 @@ def _parse(name: str, entry: Any, previous: str, source: Located) -> _Entry:
     where: KeyPath = ("stages", name)
     if (problem := name_problem(name)) or name == BASE:
         raise EdgepressError(
-            f"{source.where(where)}: a stage cannot be called {shortened(name)!r}: it {problem or f'is the name of the base model'}"
+            f"{source.where(where)}: a stage cannot be called {shortened(name)!r}: it {problem or 'is the name of the base model'}"
         )
     if not isinstance(entry, dict) or "uses" not in entry:
         raise source.error(where, f"a stage needs `uses`, one of {', '.join(stage_kinds())}")
@@ -278,7 +280,7 @@ def told(error: ValidationError, source: Located, prefix: KeyPath, model: type[B
     found: dict[KeyPath, list[str]] = {}
     unknown: dict[KeyPath, list[KeyPath]] = {}  # keys that there are not, by the mapping that has them
     for finding in error.errors(include_url=False):
-        place = tuple(part for part in finding["loc"] if not _ALTERNATIVE.fullmatch(str(part)))
+        place = tuple(part for part in finding["loc"] if part != "[key]" and not _ALTERNATIVE.fullmatch(str(part)))
         message = _message(finding, place, model)
         if finding["type"] == "extra_forbidden" and place not in found:
             unknown.setdefault(place[:-1], []).append(place)
@@ -287,7 +289,9 @@ def told(error: ValidationError, source: Located, prefix: KeyPath, model: type[B
     for first, *others in unknown.values():
         if len(others) >= _MANY:  # one message for all of them
             names = ", ".join(str(place[-1]) for place in (first, *others[: _MANY - 1]))
-            found[first] = [f"there are no such keys: {names} and {1 + len(others) - _MANY} more; keys: {', '.join(_keys_at(model, first[:-1]))}"]
+            found[first] = [
+                f"there are no such keys: {names} and {1 + len(others) - _MANY} more; keys: {', '.join(_keys_at(model, first[:-1]))}"
+            ]
             for place in others:
                 del found[place]
     told_below = {place[:length] for place in found for length in range(len(place))}  # what is wrong there is more to the point
@@ -309,6 +313,8 @@ def _message(finding: ErrorDetails, place: KeyPath, model: type[BaseModel]) -> s
     if kind in ("dict_type", "model_type"):
         known = _keys_at(model, place)
         return f"this must be a mapping of {', '.join(known)}" if known else "this must be a mapping: {key: value}"
+    if kind == "invalid_key" or finding["loc"][-1] == "[key]":
+        return f"the key {finding['input']} is a {read} in YAML, and a text is needed; put quotes round it: '{finding['input']}'"
     message = finding["msg"].removeprefix("Value error, ")
     if kind in ("string_type", "literal_error") and read and not (kind == "literal_error" and read == "number"):
         return f"{message}; in YAML this is a {read}, and quotes make it a text"

@@ -10,6 +10,7 @@ import psutil
 import typer
 from rich.console import Console
 
+from compression.errors import EdgepressError
 from flows.options import terminal
 
 model_app = typer.Typer()
@@ -34,7 +35,7 @@ def generate(
     """
     from flows.generate import generate_text
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _text(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
     if not generate_text(
         model, text, new_tokens=new, temperature=temperature, top_p=top_p, seed=seed, threads=threads or _cores(), chat=chat
     ):
@@ -90,6 +91,14 @@ def inspect(
         print_inspection(found, terminal())
     if altered(found):
         raise typer.Exit(1)
+
+
+def _text(prompt: bytes) -> str:
+    """Raises EdgepressError for a prompt that is no UTF-8."""
+    try:
+        return prompt.decode()
+    except UnicodeDecodeError as error:
+        raise EdgepressError(f"the prompt is not UTF-8 ({error}); iconv translates it") from None
 
 
 def _cores() -> int:

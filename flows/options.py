@@ -36,7 +36,10 @@ def open_store(store: Path) -> "Store":
 def find_recipe(recipe: Path) -> Path:
     """A file as given, or a shipped recipe by its name."""
     shipped = RECIPES / f"{recipe}.yaml"
-    return shipped if not recipe.exists() and shipped.is_file() else recipe
+    try:
+        return shipped if not recipe.exists() and shipped.is_file() else recipe
+    except OSError:  # a name that is too long: reading it says so
+        return recipe
 
 
 def write_page(file: Path, text: str) -> None:

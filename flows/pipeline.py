@@ -1,17 +1,19 @@
 """Running a plan as a Prefect flow, from the first process to the summary. Prefect and MLflow are imported here, after the server was started."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from compression.redaction import redacted
 from flows.graph import BASE
 from flows.planning import Plan, check_disk
-from flows.server import prefect_server
+from flows.server import prefect_server, reached_server
 from flows.summary import summarize
 from flows.tracked import close_interrupted, end_cells, end_parent, known_stages, leaves, open_cells, open_parent, series, settle
 from tasks.assignment import Result
@@ -20,9 +22,9 @@ from tasks.journal import Run, RunBase, RunStage, Told, journal
 from tasks.owner import is_dead, owner_tag
 from tasks.perform import Pipeline
 from tasks.runners.choice import open_children
-from tasks.store import Store, withdraw
+from tasks.store import Store, check_links, withdraw
 from tasks.summaries import write_summary
-from tasks.tracking import Begun, Tracking
+from tasks.tracking import Begun, Tracking, whole_address
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -53,29 +55,40 @@ def run_pipeline(
     Stages that do not depend on a failed one go on. On Ctrl-C the children are ended, the runs are closed, KeyboardInterrupt goes on.
     """
     check_disk(plan, store)
-    started = time.time()
     recipe = plan.parsed.recipe
+    check_links(outputs, recipe.name, [task.name for task in plan.assignments if task.stage is not None])
+    started = time.time()
+
+    def shown(stage: str, event: dict[str, Any]) -> None:
+        progress(stage, {**event, "warning": redacted(event["warning"])} if "warning" in event else event)
 
     def warn(message: str) -> None:
-        progress("MLflow", {"warning": message})
+        shown("MLflow", {"warning": message})
 
     children = open_children(recipe.execution, [store.root, plan.base.path])
-    server = prefect_server(store.root / "prefect") if flow_run is None else nullcontext()
-    with journal(store, _described(plan, outputs, resumes, flow_run)) as journaled, server:
+    given = flow_run is None and os.environ.get("PREFECT_API_URL")
+    with ExitStack() as stack:
+        server = prefect_server(store.root / "prefect") if flow_run is None else nullcontext(nullcontext)
+        blamed = stack.enter_context(server)
+        stack.callback(children.close)
+        # whatever must answer is asked before the run is in the journal: what is away leaves none there
+        if given:
+            reached_server()
         children.preload()
-        uri = resumes.tracking_uri if resumes and not os.environ.get("MLFLOW_TRACKING_URI") else None
-        tracking = Tracking(uri, store.root / "outbox", warn)
+        tracking = Tracking(_address(resumes), store.root / "outbox", warn)
         tracking.send_left()
         tracking.end_orphans()
-        begun = _begun(tracking, resumes, progress) if resumes else None
+        journaled = stack.enter_context(journal(store, _described(plan, outputs, resumes, flow_run)))
+        stack.enter_context(blamed())
+        begun = _begun(tracking, resumes, shown) if resumes else None
         run = open_parent(tracking, plan, store, begun)
-        journaled.note(tracking_uri=tracking.uri, tracking_run=run)
+        journaled.note(tracking_uri=redacted(tracking.uri), tracking_run=run)
 
         known_runs, superseded = known_stages(plan, begun)
         heard: set[str] = set()
 
         def told(stage: str, event: dict[str, Any]) -> None:
-            progress(stage, event)
+            shown(stage, event)
             if "ended" in event or stage not in heard:
                 heard.add(stage)
                 with pipeline.lock:  # until it is written, or an older state could come after a newer one
@@ -109,6 +122,13 @@ def run_pipeline(
         journaled.stages({row["stage"]: Told(row["state"], row["reason"], row["seconds"]) for row in summary["rows"]})
         journaled.end("Completed" if succeeded else "Failed")
     return Outcome(journaled.run.run, summary, succeeded, state)
+
+
+def _address(resumes: Run | None) -> str | None:
+    """The MLflow store to go on in; None: that of `tracking_uri`. Raises EdgepressError where it had a user or a password, which no journal keeps."""
+    if resumes is None or not resumes.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return None
+    return whole_address(resumes.tracking_uri)
 
 
 def withdraw_descendants(plan: Plan, results: Mapping[str, Result], outputs: Path) -> None:
@@ -206,14 +226,20 @@ def _wait(future: Any) -> Any:
     return future.state
 
 
+class _Redacted(logging.Formatter):
+    """Keeps no password that an error of Prefect's quotes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 def _quiet_prefect(home: Path) -> None:
     """Prefect's console messages go to a file; its API keeps them too. To be called after `from prefect import flow`, which sets logging up."""
-    import logging
-
     from prefect.logging.handlers import PrefectConsoleHandler
 
     home.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(home / "prefect.log")
+    file.setFormatter(_Redacted())
     for name in [None, *logging.root.manager.loggerDict]:
         logger = logging.getLogger(name)
         for console in [h for h in logger.handlers if isinstance(h, PrefectConsoleHandler)]:

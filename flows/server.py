@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from compression.errors import EdgepressError
@@ -25,17 +25,17 @@ _EMBEDDED = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}  # nei
 
 
 @contextmanager
-def prefect_server(home: Path, port: int | None = None) -> Iterator[None]:
+def prefect_server(home: Path, port: int | None = None) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Point Prefect to `PREFECT_API_URL`, or to a server with its database in `home` for as long as the block runs.
 
     With a `port` it is a whole one, with UI and scheduler; without, it is embedded: an API on any port.
     Must be entered before prefect is imported, from the main thread. Raises EdgepressError where the port is taken, and in place of
-    whatever went wrong in the block when the server died under it for good.
+    whatever went wrong in the block when the server died under it for good. Yields a block that does so too, for within another.
     """
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     if os.environ.get("PREFECT_API_URL"):
-        yield
+        yield nullcontext
         return
     home = home.absolute()  # whose log and lock are needed again when the server is, wherever this process has gone
     home.mkdir(parents=True, exist_ok=True)
@@ -53,17 +53,32 @@ def prefect_server(home: Path, port: int | None = None) -> Iterator[None]:
     server = _Server(home, listening, environment)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{server.port}/api"
     try:
-        yield
-    except Exception as error:
-        if (status := server.ended()) is None:
-            raise
-        raise EdgepressError(
-            f"the Prefect server of this command was ended from outside (status {status}; {server.log}) and did not come "
-            "back; `edgepress resume` goes on from here"
-        ) from error
+        with server.blamed():
+            yield server.blamed
     finally:
         del os.environ["PREFECT_API_URL"]
         server.stop()
+
+
+def reached_server() -> str:
+    """The address of Prefect's API. Raises EdgepressError where none is named, or none answers."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    api = PREFECT_API_URL.value()
+    if not api:
+        raise EdgepressError("PREFECT_API_URL names no server: a deployment needs one that stays, such as that of `prefect server start`")
+    try:
+        with get_client(sync_client=True) as client:
+            error = client.api_healthcheck()
+    except ValueError as wrong:  # an address that is none
+        error = wrong
+    if error is not None:
+        raise EdgepressError(
+            f"Prefect's server at {api} does not answer ({error or type(error).__name__}); start it, or let PREFECT_API_URL name another "
+            "(unset: `edgepress run` and `edgepress serve` start one of their own); nothing was run"
+        )
+    return str(api)
 
 
 class _Server:
@@ -101,6 +116,21 @@ class _Server:
                 self.log.write_text(f"{self.log.read_text()}it was ended, and cannot be started again on port {self.port}: {error}\n")
                 return
         self.process.wait()  # the kernel ends a child with the thread that started it
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Raises EdgepressError in place of whatever went wrong in the block when the server died under it for good."""
+        try:
+            yield
+        except EdgepressError:
+            raise
+        except Exception as error:
+            if (status := self.ended()) is None:
+                raise
+            raise EdgepressError(
+                f"the Prefect server of this command was ended from outside (status {status}; {self.log}) and did not come "
+                "back; `edgepress resume` goes on from here"
+            ) from error
 
     def ended(self) -> int | None:
         """The exit status of a server that is no more, which may take a moment to be known; None of one that runs."""

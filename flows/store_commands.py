@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from compression.redaction import redacted
 from flows.options import DEFAULT_OUTPUTS, DEFAULT_STORE, OutputsFolder, StoreFolder, open_store, terminal
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def export_store(
         chosen = with_ancestors(opened, chosen)
     done = export_entries(opened, place, chosen)
     there = f", {len(done.present)} were there" if done.present else ""
-    print(f"exported {len(done.entries)} entries and {done.records} records, {_size(done.bytes)}, to {place}{there}")
+    print(f"exported {len(done.entries)} entries and {done.records} records, {_size(done.bytes)}, to {redacted(place)}{there}")
 
 
 @store_app.command("import")
@@ -150,7 +151,7 @@ def import_store(place: Place, store: StoreFolder = DEFAULT_STORE) -> None:
 
     done = import_entries(Store(store), place)
     there = f", {len(done.present)} were there" if done.present else ""
-    print(f"imported {len(done.entries)} entries and {done.records} records, {_size(done.bytes)}, from {place}{there}")
+    print(f"imported {len(done.entries)} entries and {done.records} records, {_size(done.bytes)}, from {redacted(place)}{there}")
     if done.entries:
         print("no run names them yet: `edgepress store pin` keeps them from garbage collection until one does")
 

@@ -9,6 +9,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from compression.redaction import redacted
 from flows.graph import BASE
 from flows.planning import Plan, estimate
 from flows.registering import register_results
@@ -46,7 +47,7 @@ def open_parent(tracking: Tracking, plan: Plan, store: Store, begun: Begun | Non
     tracking.log_text(run, json.dumps(planned_stages(plan, store), indent=1), "plan.json")
     environment = {
         "python": platform.python_version(), "platform": platform.platform(), "machine": machine_fingerprint(), "device": plan.machine.device,
-        "threads": plan.machine.threads, "git_commit": commit, "git_changed": changed, "command": sys.argv,
+        "threads": plan.machine.threads, "git_commit": commit, "git_changed": changed, "command": [redacted(word) for word in sys.argv],
     }  # fmt: skip
     tracking.log_text(run, json.dumps(environment, indent=1), "environment/environment.json")
     tracking.log_text(run, lock(), "environment/requirements.txt")

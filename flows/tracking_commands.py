@@ -3,6 +3,7 @@
 import typer
 
 from compression.errors import EdgepressError
+from compression.redaction import redacted
 from flows.options import DEFAULT_STORE, StoreFolder, open_store
 
 tracking_app = typer.Typer()
@@ -17,14 +18,14 @@ def sync(store: StoreFolder = DEFAULT_STORE) -> None:
     Example: `edgepress sync`
     """
     from tasks.outbox import addresses, waiting
-    from tasks.tracking import Tracking
+    from tasks.tracking import Tracking, whole_address
 
     folder = open_store(store).root / "outbox"
     left: list[str] = []
     for uri in addresses(folder):
         try:
-            tracking = Tracking(uri, folder, left.append)
-            print(f"MLflow at {uri}: {tracking.send_left()} calls sent")
+            tracking = Tracking(whole_address(uri), folder, left.append)
+            print(f"MLflow at {redacted(uri)}: {tracking.send_left()} calls sent")
             tracking.end_orphans()
         except EdgepressError as error:
             left.append(str(error))

@@ -13,8 +13,8 @@ from compression.errors import EdgepressError
 
 KeyPath = tuple[str | int, ...]
 _MOST_PLACES = 100_000  # values in a recipe, aliases written out; those of a few lines can stand for billions
-_TEXTS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
-_KINDS = {"bool": "truth value", "int": "number", "float": "number", "timestamp": "date"}
+_TAG = "tag:yaml.org,2002:"
+_NO_KEYS = {f"{_TAG}bool": "truth value", f"{_TAG}float": "number", f"{_TAG}timestamp": "date", f"{_TAG}null": "null"}  # an int may be one
 
 
 def dotted(path: KeyPath) -> str:
@@ -103,7 +103,7 @@ class _Loader(yaml.SafeLoader):
 def _parsed(text: str) -> tuple[yaml.Node | None, Any]:
     """The tree of a document and its value. Raises YAMLError."""
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader), yaml.load(text, Loader=_Loader)  # noqa: S506  (it is a SafeLoader)
+        return yaml.compose(text, Loader=yaml.SafeLoader), yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise yaml.YAMLError("brackets are nested too deep") from None
 
@@ -117,13 +117,12 @@ def _locate(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], file: Pat
         raise EdgepressError(f"{file}: its aliases make more than {_MOST_PLACES:,} values of it; write out those that are meant")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag not in _TEXTS:
-                kind = key.tag.rpartition(":")[2]
+            if kind := _NO_KEYS.get(key.tag):
                 raise EdgepressError(
-                    f"{file}:{key.start_mark.line + 1}: {dotted((*path, key.value))}: the key {key.value} is a {_KINDS.get(kind, kind)} in YAML, "
-                    f"and keys are texts; put quotes round it: {key.value!r}"
+                    f"{file}:{key.start_mark.line + 1}: {dotted((*path, key.value))}: the key {key.value} is a {kind} in YAML, and keys are texts; "
+                    f"put quotes round it: {key.value!r}"
                 )
-            here = (*path, key.value)
+            here = (*path, yaml.safe_load(key.value) if key.tag == f"{_TAG}int" else key.value)
             if here in lines:
                 raise EdgepressError(f"{file}:{key.start_mark.line + 1}: the key {key.value!r} stands twice (first on line {lines[here]})")
             lines[here] = key.start_mark.line + 1
@@ -135,7 +134,14 @@ def _locate(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], file: Pat
 
 def kind_of(value: object) -> str | None:
     """What YAML made of a scalar where a text was meant: "truth value" for `on`, "date" for `2026-01-01`; None of a text or a collection."""
-    names = {bool: "truth value (as are on, off, yes and no)", int: "number", float: "number", date: "date", datetime: "date", type(None): "null"}
+    names = {
+        bool: "truth value (as are on, off, yes and no)",
+        int: "number",
+        float: "number",
+        date: "date",
+        datetime: "date",
+        type(None): "null",
+    }
     return names.get(type(value))
 
 

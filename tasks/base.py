@@ -1,7 +1,6 @@
 """The base model: from the package, a directory or the hub, and its identity. Imports no torch."""
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from compression.evaluation.findings import Items
+from compression.redaction import redacted
 
 EventSink = Callable[[dict[str, Any]], None]
 """Hears of a job: {"progress": [done, total, what]}, {"metrics": {}, "step": n}, {"warning": text} from the job itself; {"note": text} about
@@ -19,7 +20,7 @@ class JobFailed(Exception):
     """A child that did not bring a result. `transient` says whether trying again can help."""
 
     def __init__(self, message: str, *, transient: bool, log: Path | None = None):
-        super().__init__(message)
+        super().__init__(redacted(message))
         self.transient = transient
         self.log = log
 

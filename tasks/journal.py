@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compression.errors import EdgepressError
+from compression.redaction import redacted
 from tasks.files import write_json
 from tasks.owner import owner_tag
 from tasks.store import Store
@@ -143,7 +144,7 @@ def journal(store: Store, run: Run) -> Iterator[Journal]:
             yield opened
         except BaseException as error:
             if isinstance(error, Exception):
-                opened.end("Failed", str(error) or type(error).__name__)
+                opened.end("Failed", redacted(str(error)) or type(error).__name__)
             else:
                 opened.end("Interrupted")
             raise

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from compression.redaction import redacted
 from tasks.runners.machine import one_at_a_time
 
 OWNER = "edgepress.owner"
@@ -73,7 +74,7 @@ def translate(error: Exception) -> NoReturn:
     kind = _meaning(error)
     if kind is None:
         raise error
-    raise kind(f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__) from error
+    raise kind(redacted(f"{error}".strip().splitlines()[0]) if f"{error}".strip() else type(error).__name__) from error
 
 
 def _meaning(error: BaseException | None) -> type[Away] | type[Refused] | None:

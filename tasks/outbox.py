@@ -24,6 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from compression.files import fsync
+from compression.redaction import redacted
 from tasks.mlflow_calls import Call, Refused, Sender
 
 _REFUSED = "refused.jsonl"
@@ -135,7 +136,7 @@ class Outbox:
 def set_aside(folder: Path, uri: str, call: Call, refusal: Refused, ids: Mapping[str, str]) -> None:
     """Keep a call that MLflow at `uri` refused, with the reason. `ids`: MLflow's of runs that it may name by ours."""
     folder.mkdir(parents=True, exist_ok=True)
-    _append(folder / _REFUSED, {"uri": uri, "error": str(refusal), **call.document(), "ids": dict(ids)})
+    _append(folder / _REFUSED, {"uri": uri, "error": redacted(str(refusal)), **call.document(), "ids": dict(ids)})
 
 
 def addresses(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from compression.checkpoint import Checkpoint
 from compression.data import DataSpec, fingerprint
 from compression.errors import EdgepressError
+from compression.redaction import redacted
 from export.runtimes import runtime_name
 from tasks.artifact import CARRIED, complete_artifact
 from tasks.assignment import Assignment, Result
@@ -75,7 +76,7 @@ def perform(pipeline: Pipeline, task: Assignment) -> Result:
             publish(Path(result.path), pipeline.outputs, pipeline.name, task.name)
     except BaseException as error:
         stopped = isinstance(error, Stopped)
-        result.state, result.reason = "Stopped" if stopped else "Failed", str(error) or type(error).__name__
+        result.state, result.reason = "Stopped" if stopped else "Failed", redacted(str(error)) or type(error).__name__
         if isinstance(error, GateFailed):
             withdraw(pipeline.outputs, pipeline.name, task.name)
             _log_series(pipeline, task, result)  # where quality went is asked most of what failed
@@ -208,7 +209,7 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
 
     def sink(event: dict[str, Any]) -> None:
         if "warning" in event:
-            result.warnings.append(event["warning"])
+            result.warnings.append(redacted(event["warning"]))
         elif "metrics" in event:
             curves.append((event["step"], event["metrics"]))
             pipeline.tracking.log_live(result.run, event["step"], event["metrics"])
@@ -280,7 +281,7 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
 
     def sink(event: dict[str, Any]) -> None:
         if "warning" in event:
-            result.warnings.append(event["warning"])
+            result.warnings.append(redacted(event["warning"]))
         elif told := event.get("again") or event.get("note"):
             pipeline.progress(task.name, {"warning": told})
         elif "progress" in event:

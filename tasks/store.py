@@ -19,7 +19,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,15 +58,34 @@ class Store:
     def __init__(self, root: Path):
         self.root = root.absolute()
         schema = self.root / "schema.json"
-        if not schema.exists():
-            write_json(schema, {"schema": SCHEMA})
-        found = json.loads(schema.read_text())["schema"]
+        with self._writing():
+            if not schema.exists():
+                write_json(schema, {"schema": SCHEMA})
+            for name in FOLDERS:
+                (self.root / name).mkdir(exist_ok=True)
+            text = schema.read_bytes()
+        try:
+            found = json.loads(text)["schema"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise EdgepressError(
+                f"{schema} is damaged ({error}); if this is a store of edgepress, write {json.dumps({'schema': SCHEMA})} into it, else name another --store"
+            ) from None
         if found != SCHEMA:
             raise EdgepressError(
                 f"the store {self.root} has schema {found}, this edgepress reads {SCHEMA}; use another --store or matching version"
             )
-        for name in FOLDERS:
-            (self.root / name).mkdir(exist_ok=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises EdgepressError where the store cannot be written."""
+        try:
+            yield
+        except Timeout:  # an OSError, and no fault of the store
+            raise
+        except OSError as error:
+            raise EdgepressError(
+                f"the store {self.root} cannot be written ({error.strerror or error}); --store or EDGEPRESS_STORE names another"
+            ) from None
 
     @contextmanager
     def lock(self, identity: str, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
@@ -76,7 +95,8 @@ class Store:
         """
         lock = FileLock(self.root / "locks" / f"{identity}.lock")
         try:
-            lock.acquire(cancel_check=given_up)
+            with self._writing():
+                lock.acquire(cancel_check=given_up)
         except Timeout:
             raise Stopped() from None
         try:
@@ -89,7 +109,8 @@ class Store:
         """Hold the lock if nobody does; yields whether it is held now."""
         lock = FileLock(self.root / "locks" / f"{identity}.lock", timeout=0)
         try:
-            lock.acquire()
+            with self._writing():
+                lock.acquire()
         except Timeout:
             yield False
             return
@@ -246,13 +267,35 @@ def open_record(text: bytes) -> dict[str, Any]:
     return document
 
 
+def check_links(outputs: Path, recipe: str, stages: Iterable[str]) -> None:
+    """Raises EdgepressError where `publish` could not put its links, before anything is computed for them."""
+    folder = outputs / recipe
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{uuid.uuid4().hex[:8]}"
+        probe.symlink_to(folder)
+        probe.unlink()
+    except OSError as error:
+        raise EdgepressError(f"the folder {folder} cannot take links to results ({error.strerror}); --outputs names another") from None
+    for stage in stages:
+        link = folder / stage
+        if link.exists() and not link.is_symlink():
+            raise EdgepressError(
+                f"{link} is in the way of a link to the result of {stage}: it is no link itself, and stays; move it, or name another folder in --outputs"
+            )
+
+
 def publish(entry: Path, outputs: Path, recipe: str, stage: str) -> Path:
     """Link `outputs/<recipe>/<stage>` to a content directory, so that people find results by name."""
     link = outputs / recipe / stage
     link.parent.mkdir(parents=True, exist_ok=True)
     beside = link.with_name(f".{stage}.{uuid.uuid4().hex[:8]}")
     beside.symlink_to(entry.absolute(), target_is_directory=True)
-    beside.replace(link)
+    try:
+        beside.replace(link)
+    except OSError as error:
+        beside.unlink()
+        raise EdgepressError(f"{link} cannot become a link to the result of {stage}: {error.strerror}") from None
     return link
 
 

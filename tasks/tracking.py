@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.errors import EdgepressError
+from compression.redaction import MASK, redacted
 from tasks.mlflow_calls import KEY, OWNER, Away, Call, Point, Refused, Sender, prepare_mlflow, translate
 from tasks.mlflow_database import make_database
 from tasks.outbox import Outbox, set_aside
@@ -53,7 +54,8 @@ class Tracking:
         """
         prepare_mlflow()
         self.uri = uri or tracking_uri()
-        self._folder, self._say = outbox, say
+        self.kept_uri = redacted(absolute_uri(self.uri))  # as files have it
+        self._folder, self._say = outbox, lambda text: say(redacted(text))
         self._outbox: Outbox | None = None
         self._guard = threading.RLock()
         self._wake, self._closed = threading.Event(), False
@@ -206,7 +208,7 @@ class Tracking:
         count = 0
         for box in Outbox.left(self._folder):
             try:
-                if box.uri == absolute_uri(self.uri):
+                if redacted(box.uri) == self.kept_uri:
                     count += self._deliver(box, Sender(self.client, self.experiment, box.ids()))
             except Away as away:
                 raise _no_answer(self.uri, str(away)) from None
@@ -259,7 +261,7 @@ class Tracking:
         if self._folder is None:
             raise refusal
         with self._guard:
-            set_aside(self._folder, absolute_uri(self.uri), call, refusal, self._sender.ids)
+            set_aside(self._folder, self.kept_uri, call, refusal, self._sender.ids)
             self.refused += 1
             if self.refused == 1:
                 self._say(
@@ -274,7 +276,7 @@ class Tracking:
                 self._say(
                     f"MLflow at {self.uri} does not answer ({reason}); what it misses is kept in {self._folder}, and sent when it answers"
                 )
-                self._outbox = Outbox(self._folder, absolute_uri(self.uri))
+                self._outbox = Outbox(self._folder, self.kept_uri)
                 threading.Thread(target=self._send_when_back, args=[self._outbox], daemon=True, name="outbox").start()
             self._outbox.add(call)
 
@@ -302,6 +304,18 @@ class Tracking:
                 self.refused += box.refused - before
             self._say(f"MLflow at {self.uri} refused {box.refused - before} calls that waited; they are in {self._folder}/refused.jsonl")
         return count
+
+
+def whole_address(kept: str) -> str:
+    """An address as files have it, which keep neither user nor password: with those of `MLFLOW_TRACKING_URI`, where it is that address.
+
+    Raises EdgepressError where it is not.
+    """
+    if redacted(absolute_uri(tracking_uri())) == redacted(kept):
+        return tracking_uri()
+    if MASK in kept:
+        raise EdgepressError(f"MLflow at {kept} needs a user or a password, which is not kept: give the address in MLFLOW_TRACKING_URI")
+    return kept
 
 
 def absolute_uri(uri: str) -> str:

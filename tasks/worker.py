@@ -24,6 +24,7 @@ from typing import Any, TextIO
 from compression.context import Context
 from compression.errors import EdgepressError
 from compression.evaluation.findings import Findings
+from compression.redaction import redacted
 from tasks.files import write_json
 from tasks.runners.folder import held
 from tasks.sampler import sampled
@@ -63,8 +64,8 @@ def _main(job_file: str) -> int:
             write_json(folder / "error.json", {"kind": "user", "type": type(error).__name__, "message": str(error), "key": error.key})
             return 2
         except BaseException as error:  # noqa: BLE001  (the parent is told, whatever it was)
-            reason = NO_SPACE if isinstance(error, OSError) and error.errno == errno.ENOSPC else str(error)
-            details = {"kind": "crash", "type": type(error).__name__, "message": reason, "traceback": traceback.format_exc()}
+            reason = NO_SPACE if isinstance(error, OSError) and error.errno == errno.ENOSPC else redacted(str(error))
+            details = {"kind": "crash", "type": type(error).__name__, "message": reason, "traceback": redacted(traceback.format_exc())}
             write_json(folder / "error.json", details)
             return 1
         write_json(folder / "result.json", {**findings.document(), "seconds": time.monotonic() - started})

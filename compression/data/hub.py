@@ -22,7 +22,9 @@ def why_not_given(error: Exception) -> str:
     if isinstance(said, errors.HFValidationError):
         return f"it is no name that the hub has: {reason}"
     if constants.is_offline_mode():
-        switch = "TRANSFORMERS_OFFLINE" if os.environ.get("TRANSFORMERS_OFFLINE") and not os.environ.get("HF_HUB_OFFLINE") else "HF_HUB_OFFLINE"
+        switch = (
+            "TRANSFORMERS_OFFLINE" if os.environ.get("TRANSFORMERS_OFFLINE") and not os.environ.get("HF_HUB_OFFLINE") else "HF_HUB_OFFLINE"
+        )
         return f"the hub is switched off ({switch} is set): {reason}"
     return f"the hub {'refuses it' if isinstance(said, errors.HfHubHTTPError) else f'at {constants.ENDPOINT} cannot be reached'}: {reason}"
 

@@ -169,7 +169,8 @@ def test_an_unlisted_architecture_is_refused_by_the_stage_that_needs_its_names(
     refused(recipe(copy, GOOD), "uses: prune.width", ["'sesame'", "llama", "quantize.rtn"], capfd)
 
 
-def test_a_hub_model_without_a_hub(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_hub_model_without_a_hub(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read when it was imported
     refused(recipe("nobody/nothing", GOOD), "model:", ["nobody/nothing", "HF_HUB_OFFLINE"], capfd)
 
 

@@ -26,6 +26,8 @@ from tasks.stage import Stage, stage_kinds
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 LONGEST_NAME = 80  # of a recipe or a stage: names of files hold it beside a run's number or the values of a sweep's cell, and end at 255
 BASE = "base"
+_LIST = "this must be a list: [one, another]"
+_MESSAGES = {"missing": "this key is missing", "tuple_type": _LIST, "list_type": _LIST}  # in place of pydantic's
 _MANY = 3  # unknown keys of one mapping
 _ALTERNATIVE = re.compile(r"[A-Z]\w*Source|bool|(literal|list)\[.*\]")  # in a path of pydantic: one of several kinds
 
@@ -306,10 +308,8 @@ def _message(finding: ErrorDetails, place: KeyPath, model: type[BaseModel]) -> s
         known = _keys_at(model, place[:-1])
         keys = f"{nearest(str(place[-1]), known)}; keys: {', '.join(known)}" if known else ""
         return f"there is no such key{keys}"
-    if kind == "missing":
-        return "this key is missing"
-    if kind in ("tuple_type", "list_type"):
-        return "this must be a list: [one, another]"
+    if kind in _MESSAGES:
+        return _MESSAGES[kind]
     if kind in ("dict_type", "model_type"):
         known = _keys_at(model, place)
         return f"this must be a mapping of {', '.join(known)}" if known else "this must be a mapping: {key: value}"

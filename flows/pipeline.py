@@ -3,8 +3,8 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from flows.server import prefect_server, reached_server
 from flows.summary import summarize
 from flows.tracked import close_interrupted, end_cells, end_parent, known_stages, leaves, open_cells, open_parent, series, settle
 from tasks.assignment import Result
+from tasks.children import Children
 from tasks.files import write_json
 from tasks.journal import Run, RunBase, RunStage, Told, journal
 from tasks.owner import is_dead, owner_tag
@@ -65,21 +66,10 @@ def run_pipeline(
     def warn(message: str) -> None:
         shown("MLflow", {"warning": message})
 
-    children = open_children(recipe.execution, [store.root, plan.base.path])
-    given = flow_run is None and os.environ.get("PREFECT_API_URL")
-    with ExitStack() as stack:
-        server = prefect_server(store.root / "prefect") if flow_run is None else nullcontext(nullcontext)
-        blamed = stack.enter_context(server)
-        stack.callback(children.close)
-        # whatever must answer is asked before the run is in the journal: what is away leaves none there
-        if given:
-            reached_server()
-        children.preload()
-        tracking = Tracking(_address(resumes), store.root / "outbox", warn)
-        tracking.send_left()
-        tracking.end_orphans()
-        journaled = stack.enter_context(journal(store, _described(plan, outputs, resumes, flow_run)))
-        stack.enter_context(blamed())
+    with (
+        _ready(plan, store, resumes, flow_run, warn) as (children, tracking, blamed),
+        journal(store, _described(plan, outputs, resumes, flow_run)) as journaled, blamed(),
+    ):  # fmt: skip
         begun = _begun(tracking, resumes, shown) if resumes else None
         run = open_parent(tracking, plan, store, begun)
         journaled.note(tracking_uri=redacted(tracking.uri), tracking_run=run)
@@ -122,6 +112,29 @@ def run_pipeline(
         journaled.stages({row["stage"]: Told(row["state"], row["reason"], row["seconds"]) for row in summary["rows"]})
         journaled.end("Completed" if succeeded else "Failed")
     return Outcome(journaled.run.run, summary, succeeded, state)
+
+
+@contextmanager
+def _ready(
+    plan: Plan, store: Store, resumes: Run | None, flow_run: UUID | None, warn: Callable[[str], None]
+) -> Iterator[tuple[Children, Tracking, Callable[[], AbstractContextManager[None]]]]:
+    """What a run works with: children, MLflow, and a block that blames Prefect's server where that died.
+
+    All that must answer is asked here, before the run is in the journal. Raises EdgepressError for what does not: nothing was run then.
+    """
+    children = open_children(plan.parsed.recipe.execution, [store.root, plan.base.path])
+    given = flow_run is None and os.environ.get("PREFECT_API_URL")
+    with prefect_server(store.root / "prefect") if flow_run is None else nullcontext(nullcontext) as blamed:
+        try:
+            if given:
+                reached_server()
+            children.preload()
+            tracking = Tracking(_address(resumes), store.root / "outbox", warn)
+            tracking.send_left()
+            tracking.end_orphans()
+            yield children, tracking, blamed
+        finally:
+            children.close()
 
 
 def _address(resumes: Run | None) -> str | None:

@@ -145,8 +145,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not (path / "config.json").is_file():
         raise UnusableModel(f"{path} has no config.json, so it is no Hugging Face model directory", key="model")
     try:
-        config = json.loads((path / "config.json").read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads((path / "config.json").read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("it holds no mapping")
+    except ValueError as error:
         raise UnusableModel(f"{path / 'config.json'} is not JSON: {error}", key="model") from None
     if "auto_map" in config:
         raise UnusableModel(

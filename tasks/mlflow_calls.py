@@ -80,7 +80,7 @@ def translate(error: Exception) -> NoReturn:
 def _meaning(error: BaseException | None) -> type[Away] | type[Refused] | None:
     """What an exception says of the call, by the status of an answer where there was one; None where it is neither of MLflow nor of a carrier."""
     from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import OperationalError
+    from sqlalchemy.exc import OperationalError, SQLAlchemyError
     from sqlalchemy.exc import TimeoutError as NoConnection
 
     if error is None:
@@ -91,6 +91,8 @@ def _meaning(error: BaseException | None) -> type[Away] | type[Refused] | None:
         return Refused
     if isinstance(error, OSError | OperationalError | NoConnection):
         return Away
+    if isinstance(error, SQLAlchemyError):  # a file that is no database, an address that is none
+        return Refused
     # the client's own words for what it met on the way, or for an address or a setting that is wrong; boto3's for what botocore was answered
     own = Refused if isinstance(error, MlflowException) else Away if type(error).__module__.startswith(_CARRIERS) else None
     return own and (_meaning(error.__cause__ or error.__context__) or own)

@@ -23,6 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from compression.errors import EdgepressError
 from compression.files import fsync
 from compression.redaction import redacted
 from tasks.mlflow_calls import Call, Refused, Sender
@@ -161,8 +162,11 @@ def _append(file: Path, document: dict[str, Any]) -> None:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; none where it is not there."""
+    """The whole lines of a file; none where it is not there. Raises EdgepressError for a damaged one."""
     if not file.exists():
         return []
-    whole, _, _ = file.read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    whole, _, _ = file.read_bytes().rpartition(b"\n")
+    try:
+        return [dict(json.loads(line)) for line in whole.splitlines()]
+    except (ValueError, TypeError) as error:
+        raise EdgepressError(f"{file} is damaged ({error}): move it elsewhere to go on without what MLflow missed") from None

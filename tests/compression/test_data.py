@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from itertools import chain, pairwise
@@ -29,6 +30,7 @@ from compression.data import (
     questions,
     training_rows,
 )
+from compression.data.hub import why_not_given
 from compression.data.rows import encode_document, pack
 from compression.errors import UnusableData
 from compression.reference.world import Question
@@ -194,6 +196,23 @@ def test_fingerprint_is_content_not_path_and_covers_what_decides(tmp_path: Path)
     longer = here.model_copy(update={"evaluation_questions": 7})
     assert {use for use in before if fingerprint(longer, use) != before[use]} == {"evaluation", None}
     assert fingerprint(DataSpec.model_validate("embedded")) != fingerprint(DataSpec(text="embedded"))
+
+
+@pytest.mark.parametrize(
+    ("offline", "error", "reason"),
+    [
+        (True, ConnectionError("refused"), r"is switched off \(HF_HUB_OFFLINE is set\)"),
+        (False, ConnectionError("refused"), "at http://hub.test cannot be reached: refused"),
+        (False, huggingface_hub.errors.HFValidationError("Cannot have --"), "no name that the hub has"),
+    ],
+)
+def test_a_hub_that_gives_nothing_says_why(monkeypatch: pytest.MonkeyPatch, offline: bool, error: Exception, reason: str) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://hub.test")
+    without_snapshot = huggingface_hub.errors.LocalEntryNotFoundError("check your connection")
+    without_snapshot.__cause__ = error
+    assert re.search(reason, why_not_given(error)) and re.search(reason, why_not_given(without_snapshot))
 
 
 def test_hub_data_sets_are_pinned_and_read_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

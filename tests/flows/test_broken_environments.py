@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.failures import report_failure
 from tasks.journal import journal, read_runs
@@ -22,7 +23,10 @@ RUN = [["run", "micro.yaml"]]
 PLANS = [["validate", "micro.yaml"], ["plan", "micro.yaml"], ["serve", "micro.yaml"], ["deploy", "micro.yaml", "--pool", "edge"], *RUN]
 RECIPES = [*PLANS, ["sensitivity", "micro.yaml"], ["study", "micro.yaml"]]
 RUNS = [["runs", "demo-1"], ["resume", "demo-1"], ["report", "demo-1"], ["compare", "demo-1", "demo-2"]]
-STORE = [["store", *words.split()] for words in ("ls", "verify", "gc --keep-last 1", "pin demo-1", "unpin demo-1", "export x.tar", "import x.tar")]
+STORE = [
+    ["store", *words.split()]
+    for words in ("ls", "verify", "gc --keep-last 1", "pin demo-1", "unpin demo-1", "export x.tar", "import x.tar")
+]
 MODELS = [["generate", "model", "-p", "x"], ["bench", "model"], ["inspect", "model"]]
 
 
@@ -69,7 +73,7 @@ CASES: dict[str, tuple[Callable[[pytest.MonkeyPatch], object], list[list[str]], 
     "recipe-nested": (lambda _: write("micro.yaml", b"a: " + b"[" * 5000), RECIPES, "micro.yaml"),
     "recipe-long-name": (lambda _: None, [[command, "x" * 400, *more] for command, _, *more in RECIPES], "x" * 80),
     "model-file": (lambda _: (shutil.rmtree("model"), Path("model").touch()), [*PLANS, *MODELS], "model"),
-    "model-config-no-utf8": (lambda _: write("model/config.json", b"\xff"), [*PLANS, *MODELS], "config.json"),
+    "model-config-no-utf8": (lambda _: write("model/config.json", b"\xff"), [*PLANS, MODELS[0], MODELS[2]], "config.json"),
     "model-config-directory": (lambda _: directory("model/config.json"), [*PLANS, *MODELS], "config.json"),
     "store-below-file": (lambda _: None, below_a_file([*RECIPES[:-1], *RUNS, *STORE, ["sync"]]), "file/store"),
     "store-file": (lambda patch: patch.setenv("EDGEPRESS_STORE", "file"), [*RECIPES[:-1], *RUNS, *STORE, ["sync"]], "file"),
@@ -77,15 +81,15 @@ CASES: dict[str, tuple[Callable[[pytest.MonkeyPatch], object], list[list[str]], 
     "journal-damaged": (lambda _: write(".edgepress/runs/demo-1.json", b"\xff{"), [*RUNS, ["runs"], ["store", "gc", "--keep-last", "1"]], "demo-1.json"),
     "journal-directory": (lambda _: directory(".edgepress/runs/demo-1.json"), [*RUNS, ["runs"], ["store", "gc", "--keep-last", "1"]], "demo-1.json"),
     "summary-damaged": (lambda _: write(".edgepress/runs/demo-1.summary.json", b"[]"), [RUNS[2], RUNS[3]], "demo-1.summary.json"),
-    "outbox-damaged": (lambda _: write(".edgepress/outbox/1-a.jsonl", b"\xff\n"), [["sync"], *RUN], "1-a.jsonl"),
+    "outbox-damaged": (lambda _: write(".edgepress/outbox/1-a.jsonl", b"\xff\n"), [["sync"]], "1-a.jsonl"),
     "outputs-below-file": (lambda _: None, [["run", "micro.yaml", "--outputs", "file/outputs"]], "file/outputs"),
     "outputs-directory-in-the-way": (lambda _: write("outputs/micro/rtn/mine.txt", b"x"), RUN, "outputs/micro/rtn"),
     "page-below-file": (lambda _: None, [["report", "demo-1", "--out", "file/x.html"], ["compare", "demo-1", "demo-2", "--html", "file/x.html"]], "file/x.html"),
     "export-below-file": (lambda _: None, [["store", "export", "file/x.tar"], ["store", "import", "file/x.tar"]], "file/x.tar"),
     "mlflow-away": (lambda patch: patch.setenv("MLFLOW_TRACKING_URI", AWAY), [["ui"], *RUN], "http://***@127.0.0.1:9"),
-    "mlflow-below-file": (lambda patch: patch.setenv("MLFLOW_TRACKING_URI", "sqlite:///file/x.db"), [["ui"], *RUN], "file/x.db"),
-    "mlflow-no-database": (lambda patch: (write("x.db", b"text" * 100), patch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")), [["ui"], *RUN], "x.db"),
-    "mlflow-no-address": (lambda patch: patch.setenv("MLFLOW_TRACKING_URI", "nonsense://x"), [["ui"], *RUN], "nonsense://x"),
+    "mlflow-below-file": (lambda patch: patch.setenv("MLFLOW_TRACKING_URI", "sqlite:///file/x.db"), [["ui"]], "file/x.db"),
+    "mlflow-no-database": (lambda patch: (write("x.db", b"text" * 100), patch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")), [["ui"]], "x.db"),
+    "mlflow-no-address": (lambda patch: patch.setenv("MLFLOW_TRACKING_URI", "nonsense://x"), [["ui"]], "nonsense://x"),
     "prefect-away": (lambda patch: patch.setenv("PREFECT_API_URL", f"{AWAY}/api"), [PLANS[2], PLANS[3], *RUN], "http://***@127.0.0.1:9"),
     "prefect-no-address": (lambda patch: patch.setenv("PREFECT_API_URL", "nonsense"), [PLANS[2], PLANS[3], *RUN], "nonsense"),
     "dask-away": (lambda _: write("micro.yaml", recipe("model", STAGES, "execution: {runner: dask, address: 'tcp://127.0.0.1:9'}\n").encode()), RUN, "tcp://127.0.0.1:9"),
@@ -102,7 +106,8 @@ def commands() -> Iterator[object]:
 def test_what_is_broken_is_named(kind: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     broken, _, named = CASES[kind]
     broken(monkeypatch)
-    code, out, err = edgepress(command, capfd)
+    with temporary_settings({PREFECT_API_URL: os.environ.get("PREFECT_API_URL")}):  # Prefect reads the environment when it is imported
+        code, out, err = edgepress(command, capfd)
     assert "Traceback" not in out + err and "unexpected" not in err and "hunter2" not in out + err
     assert (code, named in err) == (2, True), out + err
     if command[0] == "run":
@@ -131,7 +136,9 @@ def test_a_directory_that_cannot_be_written(folder: Path, capfd: pytest.CaptureF
         subprocess.run(["umount", place], check=True)
 
 
-def test_what_nobody_expected_leaves_its_traceback_in_a_file(folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_expected_leaves_its_traceback_in_a_file(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(folder))
 
     def fail(*_: object) -> None:

@@ -165,3 +165,26 @@ def test_the_plan_knows_what_figures_are_measured_with(plan: Any, tmp_path: Path
     assert differ() == {"quality", "samples"}
     questions.write_text('{"question": "Where?", "answers": ["here"]}\n{"question": "Who?", "answers": ["she"]}\n')
     assert differ() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        (f"model={'x' * 400}", "model"),
+        (f"model=/{'x' * 400}", "model"),
+        ("model=~nobody-of-that-name/x", "model"),
+        (f"data.text={{path: {'x' * 400}}}", "data"),
+        (f"data.text={{path: {'x' * 400}.txt}}", "data"),
+        (f"evaluation={{question_answering: {'x' * 400}.jsonl}}", "evaluation"),
+        (f"stages.distilled.teacher=/{'x' * 400}", "stages.distilled.teacher"),
+    ],
+)
+def test_paths_that_the_system_refuses_are_told_with_their_key(plan: Any, override: str, key: str) -> None:
+    with pytest.raises(EdgepressError, match=rf"micro\.yaml:\d+: {key}"):
+        plan(override)
+
+
+def test_a_teacher_may_have_an_at_sign_in_its_path(plan: Any, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "teacher@home").symlink_to(checkpoint)
+    made = plan(f"stages.distilled.teacher={tmp_path}/teacher@home")
+    assert made.by_name["distilled"].outside["teacher"].checkpoint.path.is_dir()

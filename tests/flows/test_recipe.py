@@ -10,7 +10,7 @@ from jsonschema import Draft202012Validator
 
 from compression.errors import EdgepressError
 from flows.options import RECIPES
-from flows.recipe import json_schema, load_recipe
+from flows.recipe import json_schema, load_recipe, split_revision
 from flows.yaml_lines import read_yaml
 from tasks.stage import stage_kinds
 from tests.flows.recipes import recipe
@@ -204,3 +204,100 @@ def test_the_schema_describes_every_parameter_of_every_kind() -> None:
         assert set(kind.model_fields) | {"needs", "retries", "timeout", "bounds", "job_variables"} == set(properties)
         assert all("description" in value for key, value in properties.items() if key != "uses"), kind
     json.dumps(definitions)
+
+
+STAGE = "  pruned: {uses: prune.width, keep: 0.5}\n"
+
+
+@pytest.mark.parametrize(
+    ("rest", "told"),
+    [
+        ("seed: 2026-13-45\n", "micro.yaml:7: not YAML: '2026-13-45' is no timestamp"),
+        ("seed: !!int x\n", "micro.yaml:7: not YAML: 'x' is no int"),
+        ("seed: !!bool x\n", "micro.yaml:7: not YAML: 'x' is no bool"),
+        ("seed: !!timestamp x\n", "micro.yaml:7: not YAML: 'x' is no timestamp"),
+        (f"seed: {'9' * 5000}\n", "micro.yaml:7: not YAML: '99"),
+        (f"seed: {'[' * 5000}\n", "micro.yaml:1: not YAML: brackets are nested too deep"),
+        ("execution: &a [*a]\n", "micro.yaml:7: execution.0: this contains itself"),
+        ("execution: &a {x: {y: *a}}\n", "micro.yaml:7: execution.x.y: this contains itself"),
+        ("a: &a {b: 1, c: 2}\nd: 3\ne: 4\nf: 5\ng: 6\n", "micro.yaml:7: a: there are no such keys: a, d, e and 2 more; keys: name, model"),
+    ],
+)
+def test_traps_of_yaml_are_told_in_one_line(tmp_path: Path, rest: str, told: str) -> None:
+    with pytest.raises(EdgepressError) as caught:
+        load(tmp_path, recipe("tiny", STAGE, rest))
+    assert str(caught.value).startswith(f"{tmp_path}/{told}") and "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:
+    bomb = "a: &a [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else '*a'] * 10)}]\n" for n in range(12))
+    with pytest.raises(EdgepressError, match="aliases make more than 100,000 values"):
+        load(tmp_path, recipe("tiny", STAGE, bomb))
+
+
+@pytest.mark.parametrize(
+    ("rest", "told"),
+    [
+        ("stages:\n  on: {uses: prune.width, keep: 1}\n", "micro.yaml:2: stages.on: the key on is a truth value in YAML"),
+        ("stages:\n  1: {uses: prune.width, keep: 1}\n", "micro.yaml:2: stages.1: the key 1 is a number in YAML"),
+        ("stages:\n  2026-01-01: {uses: prune.width, keep: 1}\n", "micro.yaml:2: stages.2026-01-01: the key 2026-01-01 is a date in YAML"),
+        ("stages:\n  a: {uses: prune.width, keep: 1, needs: no}\n", "micro.yaml:2: stages.a.needs: Input should be a valid string; in YAML this is a truth value"),
+        ("name: 1\n", "micro.yaml:1: name: Input should be a valid string; in YAML this is a number"),
+        ("name: 2026-01-01\n", "micro.yaml:1: name: Input should be a valid string; in YAML this is a date"),
+        ("evaluation: {energy: off}\n", "micro.yaml:1: evaluation.energy: Input should be 'counters', 'estimate' or 'off'; in YAML this is a truth value"),
+    ],
+)  # fmt: skip
+def test_what_yaml_takes_for_no_text_is_explained(tmp_path: Path, rest: str, told: str) -> None:
+    text = "".join(
+        line
+        for line in (recipe("tiny", STAGE).splitlines(keepends=True))
+        if "stages" not in rest or ("tages" not in line and "pruned" not in line)
+    )
+    with pytest.raises(EdgepressError) as caught:
+        load(tmp_path, rest + text)
+    assert f"{tmp_path}/{told}" in str(caught.value) and "quotes" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999", "'nan'"])
+@pytest.mark.parametrize(
+    ("rest", "place"),
+    [
+        ("  d: {uses: distill, learning_rate: VALUE}\n", "stages.d.learning_rate"),
+        ("  d: {uses: prune.width, keep: 1, timeout: VALUE}\n", "stages.d.timeout"),
+        ("  x: {uses: export.gguf, bounds: {kl_to_parent: {max: VALUE}}}\n", "stages.x.bounds.kl_to_parent.max"),
+        ("gates: {pruned: {perplexity: {max_rise: VALUE}}}\n", "gates.pruned.perplexity.max_rise"),
+        ("execution: {memory_gib: VALUE}\n", "execution.memory_gib"),
+        ("matrix: {pruned.keep: [VALUE, 0.5]}\n", "matrix.pruned.keep.0"),
+        ("study: {question: a, paper: b, finding: c, metrics: [d], x: {keys: [e], label: f}, published: {at: [1, 2], values: {p: [VALUE, 1]}}}\n", "study.published.values.p.0"),
+    ],
+)  # fmt: skip
+def test_every_number_of_a_recipe_is_finite(tmp_path: Path, rest: str, place: str, value: str) -> None:
+    with pytest.raises(EdgepressError, match=rf"{place}: .*finite"):
+        load(tmp_path, recipe("tiny", STAGE, rest.replace("VALUE", value)))
+
+
+def test_an_override_is_finite_too(tmp_path: Path) -> None:
+    with pytest.raises(EdgepressError, match="keep: .*finite"):
+        load(tmp_path, recipe("tiny", STAGE), "stages.pruned.keep=.nan")
+
+
+def test_every_kind_of_stage_takes_finite_numbers_only() -> None:
+    assert all(kind.model_config["allow_inf_nan"] is False for kind in stage_kinds().values())
+
+
+@pytest.mark.parametrize("text", [f"name: {'x' * 400}\n" + recipe("tiny"), recipe("tiny", STAGE.replace("pruned", "x" * 400))])
+def test_names_that_no_file_can_have_are_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(EdgepressError, match=r"400 characters\).* longer than 80"):
+        load(tmp_path, text)
+
+
+def test_an_at_sign_in_a_path_is_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "a@b").mkdir(parents=True)
+    (tmp_path / "plain").mkdir()
+    assert split_revision("models/a@b") == ("models/a@b", None)
+    assert split_revision(f"{tmp_path}/models/a@b") == (f"{tmp_path}/models/a@b", None)
+    assert split_revision("./gone@b") == ("./gone@b", None)
+    assert split_revision("org/name@refs/pr/1") == ("org/name", "refs/pr/1")
+    assert split_revision("plain@main") == ("plain", "main")  # which the model's check refuses
+    assert split_revision("embedded") == ("embedded", None)

@@ -19,6 +19,7 @@ from tests.kinds import installed
 
 NAMES = ["one", "two", "three"]
 STAGES = "".join(f"  {name}: {{uses: test.trivial, number: {number}, seconds: 3, needs: base}}\n" for number, name in enumerate(NAMES))
+SECRET = "hunter2"  # a password in the address
 CORES = "execution: {cores: 1}\n"  # one stage after the other
 
 
@@ -70,7 +71,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def shop(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, server: Server) -> Workshop:
     made = Workshop(tmp_path_factory.mktemp("away") / "work", checkpoint)
     (made.folder / "micro.yaml").write_text(recipe(checkpoint, STAGES, CORES))
-    made.environment |= {"MLFLOW_TRACKING_URI": server.uri, "PYTHONPATH": installed(made.folder / "kinds")}
+    made.environment |= {
+        "MLFLOW_TRACKING_URI": f"http://ada:{SECRET}@127.0.0.1:{server.port}",
+        "PYTHONPATH": installed(made.folder / "kinds"),
+    }
     return made
 
 
@@ -80,6 +84,11 @@ def wait_for(process: subprocess.Popen[str], moment: Callable[[], bool]) -> None
     while not moment():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)
+
+
+def holding(secret: str, *folders: Path) -> list[Path]:
+    """Files that a secret stands in."""
+    return [file for folder in folders for file in folder.rglob("*") if file.is_file() and secret.encode() in file.read_bytes()]
 
 
 def test_a_run_lives_on_and_its_metrics_arrive_when_the_server_is_back(shop: Workshop, server: Server) -> None:
@@ -95,6 +104,7 @@ def test_a_run_lives_on_and_its_metrics_arrive_when_the_server_is_back(shop: Wor
     told = " ".join(out.split())
     assert "does not answer" in told and "`edgepress sync`" in told and "Traceback" not in out + err
     assert list(outbox.glob("*.jsonl"))
+    assert holding(SECRET, shop.folder, server.folder) == [] and "http://***@127.0.0.1" in told
 
     refused = subprocess.run(
         [*SAFE, "sync"], cwd=shop.folder, env=shop.environment, text=True, capture_output=True, timeout=100, check=False
@@ -107,6 +117,9 @@ def test_a_run_lives_on_and_its_metrics_arrive_when_the_server_is_back(shop: Wor
     sent = subprocess.run([*SAFE, "sync"], cwd=shop.folder, env=shop.environment, text=True, capture_output=True, timeout=100, check=False)
     assert sent.returncode == 0 and "MLflow has everything" in sent.stdout, sent.stdout + sent.stderr
     assert not list(outbox.glob("*.jsonl"))
+    assert holding(SECRET, shop.folder, server.folder) == [] and SECRET not in "".join(
+        (out, err, refused.stdout, refused.stderr, nothing.out, nothing.err, sent.stdout, sent.stderr)
+    )
     client = MlflowClient(server.uri)
     (experiment,) = client.search_experiments(filter_string="name = 'edgepress'")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}

@@ -13,7 +13,7 @@ import pytest
 from compression.errors import EdgepressError
 from tasks.children import Stopped
 from tasks.files import write_json
-from tasks.store import Entry, Store, publish, withdraw
+from tasks.store import Entry, Store, check_links, publish, withdraw
 from tests.tasks.entries import KNOWN, commit, document_of, identity_of
 
 A = identity_of("a")
@@ -316,6 +316,44 @@ def test_publishing_replaces_the_link_and_leaves_the_content_alone(store: Store,
     assert (link / "model.safetensors").read_text() == "two"
     assert (first.path / "model.safetensors").read_text() == "one"
     assert [p.name for p in link.parent.iterdir()] == ["pruned"]
+
+
+def test_what_stands_where_a_link_goes_is_refused_before_and_after(store: Store, tmp_path: Path) -> None:
+    entry, outputs = commit(store), tmp_path / "outputs"
+    publish(entry.path, outputs, "demo", "linked")
+    (outputs / "demo" / "own").mkdir()
+    (outputs / "demo" / "file").touch()
+    check_links(outputs, "demo", ["linked", "new"])
+    for name in ("own", "file"):
+        with pytest.raises(EdgepressError, match=rf"demo/{name} is in the way .*--outputs"):
+            check_links(outputs, "demo", ["linked", name])
+    (outputs / "demo" / "own" / "mine").touch()
+    with pytest.raises(EdgepressError, match="demo/own cannot become a link"):
+        publish(entry.path, outputs, "demo", "own")
+    assert sorted(p.name for p in (outputs / "demo").iterdir()) == ["file", "linked", "own"]  # and nothing beside
+
+
+def test_links_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EdgepressError, match="--outputs"):
+        check_links(tmp_path / "file", "demo", [])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", "null"])
+def test_a_damaged_schema_of_a_store_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "schema.json").write_text(text)
+    with pytest.raises(EdgepressError, match=r"schema\.json is damaged"):
+        Store(tmp_path)
+
+
+def test_a_store_that_cannot_be_written_is_named(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EdgepressError, match=r"file/store cannot be written .*--store"):
+        Store(tmp_path / "file" / "store")
+    (store.root / "locks").rmdir()
+    (store.root / "locks").touch()
+    with pytest.raises(EdgepressError, match="cannot be written"), store.lock("a"):
+        pass
 
 
 def test_a_withdrawn_link_is_gone_and_its_content_stays(tmp_path: Path) -> None:

@@ -189,9 +189,9 @@ def ui(
     tracking = Tracking(outbox=store / "outbox")
     tracking.send_left()
     tracking.end_orphans()
-    servers = [[sys.executable, "-P", "-m", "mlflow", "ui", "--backend-store-uri", tracking.uri, "--port", str(port)]]
+    servers = [[sys.executable, "-P", "-m", "mlflow", "ui", "--port", str(port)]]
     print(f"MLflow: http://127.0.0.1:{port}/#/experiments/{tracking.experiment}/runs?workflowType=machine_learning", flush=True)
-    environment = {**os.environ, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": tracking.uri, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     if prefect:
         environment.setdefault("PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{store.absolute() / 'prefect' / 'prefect.db'}")
         servers.append([sys.executable, "-P", "-m", "prefect", "server", "start"])

@@ -1,5 +1,6 @@
 """Every command in every kind of broken environment: one message and exit code 2, no traceback, nothing that nobody expected."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -114,9 +115,10 @@ def test_what_is_broken_is_named(kind: str, command: list[str], monkeypatch: pyt
         assert len(list(Path(".edgepress/runs").glob("*.json"))) == 4  # nothing was run
 
 
-@pytest.mark.parametrize("command", [["generate", "model", "-p", os.fsdecode(b"caf\xe9")]])
-def test_a_prompt_that_is_no_utf8(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    code, _, err = edgepress(command, capfd)
+@pytest.mark.parametrize("prompt", [os.fsdecode(b"caf\xe9"), "-"])
+def test_a_prompt_that_is_no_utf8(prompt: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    code, _, err = edgepress(["generate", "model", "-p", prompt], capfd)
     assert code == 2 and "UTF-8" in err and "Traceback" not in err
 
 

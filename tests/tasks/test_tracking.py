@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
+from compression.errors import EdgepressError
 from tasks import tracking as tracking_module
-from tasks.tracking import Tracking
+from tasks.tracking import Tracking, whole_address
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +142,11 @@ def test_figures_of_the_machine_go_on_in_a_reopened_run(uri: str) -> None:
     second.reopen(run)
     second.log_system(run, {"cpu_percent": 60.0}, started + 65)
     assert points(second, run, "system/cpu_percent") == [(5, 50.0), (65, 60.0)]
+
+
+def test_an_address_is_whole_again_with_what_the_environment_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:hunter2@h:5000")
+    assert whole_address("http://***@h:5000") == "http://ada:hunter2@h:5000"
+    assert whole_address("http://elsewhere:5000") == "http://elsewhere:5000"
+    with pytest.raises(EdgepressError, match="MLFLOW_TRACKING_URI"):
+        whole_address("http://***@elsewhere:5000")

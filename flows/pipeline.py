@@ -59,7 +59,7 @@ def run_pipeline(
     def warn(message: str) -> None:
         progress("MLflow", {"warning": message})
 
-    children = open_children(recipe.execution, [store.root, plan.base.path])
+    children = open_children(recipe.execution, [store.root, plan.base.origin])
     server = prefect_server(store.root / "prefect") if flow_run is None else nullcontext()
     with journal(store, _described(plan, outputs, resumes, flow_run)) as journaled, server:
         children.preload()

@@ -17,7 +17,16 @@ from compression.errors import UnusableModel
 from compression.families import FAMILIES, Family
 
 Layout = Literal["dense", "gptq", "awq", "w8a8", "fp8"]
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+UNLIMITED = 2**31 - 1
+"""Positions of an architecture that has no limit of them."""
 COMPRESSED_TENSORS: dict[str, Layout] = {"int-quantized": "w8a8", "float-quantized": "fp8"}  # the format of that package -> layout
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "generation_config.json",
+)  # fmt: skip
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of chat templates besides the default one, each named by its use
+PRUNING_FILES = ("masks.safetensors", "kept.safetensors")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _IN_A_LIST = re.compile(r"(.+?)\.\d+\..+\.weight")
 
@@ -33,10 +42,19 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What an architecture does not take, each with its reason; empty where nothing stands against it (`compression.normalization`)."""
+
+    compression: str = ""  # of the linear layers of its blocks
+    training: str = ""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint directory that has been looked at (`open_checkpoint`), or one that is planned.
 
-    A planned one has the config and layout it will have, and the `path` of the checkpoint whose tokenizer it will carry.
+    A planned one has the config and layout it will have, and the `path` of the checkpoint whose tokenizer it will carry. Configs are
+    complete (`compression.normalization`): what one does not state is an error here, never a default.
     """
 
     path: Path
@@ -44,10 +62,21 @@ class Checkpoint:
     layout: Layout = "dense"
     sparse: bool = False  # carries masks.safetensors
     tensors: dict[str, TensorInfo] = field(default_factory=dict, repr=False)
+    limits: Limits = Limits()
+
+    def setting(self, key: str) -> Any:
+        """A value of the config. Raises UnusableModel where it does not state one."""
+        if key not in self.config:
+            raise UnusableModel(
+                f"{self.path / 'config.json'} states no {key}, and transformers alone knows what it then is; "
+                "compression.normalization.normalize writes it out",
+                key="model",
+            )
+        return self.config[key]
 
     @property
     def model_type(self) -> str:
-        return self.config["model_type"]
+        return self.setting("model_type")
 
     @property
     def family(self) -> Family:
@@ -62,36 +91,38 @@ class Checkpoint:
 
     @property
     def hidden_size(self) -> int:
-        return self.config["hidden_size"]
+        return self.setting("hidden_size")
 
     @property
     def intermediate_size(self) -> int:
-        return self.config["intermediate_size"]
+        return self.setting("intermediate_size")
 
     @property
     def num_layers(self) -> int:
-        return self.config["num_hidden_layers"]
+        return self.setting("num_hidden_layers")
 
     @property
     def head_dim(self) -> int:
-        return self.config.get("head_dim") or self.hidden_size // self.config["num_attention_heads"]
+        return self.config.get("head_dim") or self.hidden_size // self.setting("num_attention_heads")
 
     @property
     def vocab_size(self) -> int:
-        return self.config["vocab_size"]
+        return self.setting("vocab_size")
 
     @property
     def tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", False))
+        return bool(self.setting("tie_word_embeddings"))
 
     @property
     def max_length(self) -> int:
-        return self.config["max_position_embeddings"]
+        """Positions that it takes; UNLIMITED where its architecture has no limit (null in the config)."""
+        limit = self.setting("max_position_embeddings")
+        return UNLIMITED if limit is None else limit
 
     @property
     def dtype(self) -> str:
-        """ "float16", "bfloat16" or "float32"."""
-        return self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        """ "float16", "bfloat16" or "float32"; `torch_dtype` is what transformers 4 calls it."""
+        return self.config.get("torch_dtype") or self.setting("dtype")
 
     @cached_property
     def blocks(self) -> str:
@@ -136,8 +167,7 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Look at a model directory without loading weights.
 
-    Raises UnusableModel: no such directory, no config.json, no causal language model, pickled weights only, a model
-    that wants remote code, a truncated or missing safetensors file, no tokenizer.
+    Raises UnusableModel: no such directory, no config.json, pickled weights only, a truncated or missing safetensors file, no tokenizer.
     """
     path = Path(path)
     if not path.is_dir():
@@ -150,17 +180,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise ValueError("it holds no mapping")
     except ValueError as error:
         raise UnusableModel(f"{path / 'config.json'} is not JSON: {error}", key="model") from None
-    if "auto_map" in config:
-        raise UnusableModel(
-            f"{path} wants to run code of its own (auto_map in config.json); edgepress loads only architectures of transformers",
-            key="model",
-        )
-    architectures = config.get("architectures") or []
-    if not any(a.endswith("ForCausalLM") for a in architectures):
-        raise UnusableModel(
-            f"{path} is no causal language model (architectures: {', '.join(architectures) or 'none'}); one ending in ForCausalLM is needed",
-            key="model",
-        )
     tensors = _read_headers(path)
     if not (path / "tokenizer.json").is_file():
         raise UnusableModel(f"{path} has no tokenizer.json; save the tokenizer into it in the fast format", key="model")
@@ -182,21 +201,46 @@ def _layout(path: Path, quantization: dict[str, Any] | None) -> Layout:
     )
 
 
+def weight_map(path: Path) -> dict[str, Path]:
+    """The file of each tensor of a model directory: those of model.safetensors, or else those that the index names, as transformers reads them.
+
+    Raises UnusableModel when there are neither, or a file is missing or damaged.
+    """
+    if (path / SINGLE).is_file():
+        return dict.fromkeys(read_safetensors_header(path / SINGLE), path / SINGLE)
+    if (path / INDEX).is_file():
+        try:
+            return {name: path / file for name, file in json.loads((path / INDEX).read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UnusableModel(f"{path / INDEX} is damaged: it holds no weight_map of tensors to files", key="model") from None
+    pickled = [f.name for pattern in PICKLED for f in path.glob(pattern)]
+    if pickled:
+        raise UnusableModel(
+            f"{path} holds only pickled weights ({pickled[0]}), which can run code when opened; convert them to safetensors first",
+            key="model",
+        )
+    raise UnusableModel(f"{path} has no {SINGLE}", key="model")
+
+
+def tokenizer_files(path: Path) -> list[str]:
+    """The files of a model directory that make its tokenizer, its chat templates and its generation settings, relative to it."""
+    templates = sorted(f"{MORE_TEMPLATES}/{file.name}" for file in (path / MORE_TEMPLATES).glob("*.jinja"))
+    return [name for name in TOKENIZER_FILES if (path / name).is_file()] + templates
+
+
+def model_files(path: Path) -> list[Path]:
+    """Every file of a model directory that is read, the model card included: it states the licence."""
+    weights = {*weight_map(path).values()} | ({path / INDEX} if not (path / SINGLE).is_file() else set())
+    named = [path / name for name in ("config.json", "README.md", *PRUNING_FILES) if (path / name).is_file()]
+    return sorted({*weights, *named, *(path / name for name in tokenizer_files(path))})
+
+
 def _read_headers(path: Path) -> dict[str, TensorInfo]:
-    index = path / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    if not index.is_file() and not (path / names[0]).is_file():
-        pickled = [f.name for pattern in PICKLED for f in path.glob(pattern)]
-        if pickled:
-            raise UnusableModel(
-                f"{path} holds only pickled weights ({pickled[0]}), which can run code when opened; convert them to safetensors first",
-                key="model",
-            )
-        raise UnusableModel(f"{path} has no model.safetensors", key="model")
-    tensors: dict[str, TensorInfo] = {}
-    for name in names:
-        tensors |= read_safetensors_header(path / name)
-    return tensors
+    files = weight_map(path)
+    headers = {file: read_safetensors_header(file) for file in sorted(set(files.values()))}
+    if lost := [name for name, file in files.items() if name not in headers[file]]:
+        raise UnusableModel(f"{path / INDEX} names tensors that are not in its files: {', '.join(lost[:4])}", key="model")
+    return {name: headers[file][name] for name, file in files.items()}
 
 
 def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:

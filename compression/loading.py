@@ -1,30 +1,26 @@
 """Opening and saving checkpoints as torch modules, and their tokenizers."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
-from compression.checkpoint import COMPRESSED_TENSORS, Checkpoint, open_checkpoint
+from compression.checkpoint import COMPRESSED_TENSORS, Checkpoint, open_checkpoint, tokenizer_files
 from compression.errors import UnusableModel
 from compression.quantization.compressed_tensors import read_scaled_linears, round_inputs
 from compression.quantization.layouts import read_quantized_linears
 from compression.quantization.schemes import read_scheme
 from compression.shards import read_tensors
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "generation_config.json",
-)  # fmt: skip
 
 
 def load_model(
@@ -36,16 +32,18 @@ def load_model(
 
     dtype           of the weights; None keeps the checkpoint's own
     inputs_rounded  False leaves the inputs of W8A8 and fp8 layers as they are, for who rounds them in another way
-    Raises UnusableModel for a directory that `open_checkpoint` refuses.
+    Raises UnusableModel for a directory that `open_checkpoint` refuses, and where tensors are missing or unknown to the model's class.
     """
     path = Path(path)
     checkpoint = open_checkpoint(path)
     if checkpoint.layout != "dense":
         model = _load_dequantized(checkpoint, dtype or getattr(torch, checkpoint.dtype), inputs_rounded)
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+        causal: Any = AutoModelForCausalLM  # annotated without the second value
+        model, found = causal.from_pretrained(
+            path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
+        check_tensors(model, path, missing=found["missing_keys"], unknown=found["unexpected_keys"])
     torch.nn.Module.to(model, device)
     return model.eval()
 
@@ -65,21 +63,41 @@ def _load_dequantized(checkpoint: Checkpoint, dtype: torch.dtype, inputs_rounded
     del config.quantization_config
     models: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     model, found = models[type(config)].from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
-    if found["missing_keys"] or found["unexpected_keys"]:
-        raise UnusableModel(
-            f"{checkpoint.path}: its tensors are not those of {type(model).__name__}: missing {sorted(found['missing_keys'])}, "
-            f"unknown {sorted(found['unexpected_keys'])}",
-            key="model",
-        )
+    check_tensors(model, checkpoint.path, missing=found["missing_keys"], unknown=found["unexpected_keys"])
     if scheme and inputs_rounded:
         for path in linears:
             round_inputs(model.get_submodule(path), scheme)
     return model
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's own fast tokenizer."""
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+def check_tensors(model: PreTrainedModel, path: Path, *, missing: Iterable[str], unknown: Iterable[str]) -> None:
+    """Raise UnusableModel, naming the first few, where the tensors of `path` are not those of the model's class."""
+    faults = [(how, sorted(names)) for how, names in (("it lacks", missing), ("the class does not know", unknown))]
+    if wrong := [
+        f"{how} {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}" for how, names in faults if names
+    ]:
+        tied = str(model.config.tie_word_embeddings).lower()
+        raise UnusableModel(
+            f"{path}: its tensors are not those of {type(model).__name__} (tie_word_embeddings: {tied}): {', and '.join(wrong)}. "
+            "transformers would fill in random numbers, or leave tensors out",
+            key="model",
+        )
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a directory's tokenizer.json, as it stands there, without truncation and padding.
+
+    transformers' AutoTokenizer may build another one from the class that tokenizer_config.json names, and may write the post-processor
+    anew; only special tokens and chat templates are taken from that file.
+    """
+    stored = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    backend = tokenizer.backend_tokenizer
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        setattr(backend, part, getattr(stored, part))
+    backend.no_truncation()
+    backend.no_padding()
+    return tokenizer
 
 
 def save_model(model: PreTrainedModel, out: Path, *, like: Path, dtype: str | None = None) -> None:
@@ -95,6 +113,6 @@ def save_model(model: PreTrainedModel, out: Path, *, like: Path, dtype: str | No
 
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copy the tokenizer (and generation settings) of a checkpoint byte for byte."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+    for name in tokenizer_files(source):
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, out / name)

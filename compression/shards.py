@@ -9,23 +9,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from compression.checkpoint import INDEX, SINGLE, weight_map
 from compression.errors import UnusableModel
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 512 * 2**20  # bounds what the writer holds in memory
-
-
-def shard_files(path: Path) -> dict[str, Path]:
-    """The file that holds each tensor of a checkpoint directory."""
-    if (path / INDEX).is_file():
-        return {name: path / file for name, file in json.loads((path / INDEX).read_text())["weight_map"].items()}
-    with safe_open(path / SINGLE, framework="pt") as file:
-        return dict.fromkeys(file.keys(), path / SINGLE)
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """Read the tensors `names` of a checkpoint directory. Raises UnusableModel for one that it does not hold."""
-    files = shard_files(path)
+    files = weight_map(path)
     by_file: dict[Path, list[str]] = {}
     for name in names:
         if name not in files:

@@ -11,9 +11,9 @@ from onnxruntime_genai.models import builder
 from compression.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.loading import copy_tokenizer, load_tokenizer
+from compression.tokenizer_corpus import TEXTS, every_two_byte_character
 from export.checks import check_genai, outer_types
 from export.quiet import quiet_and_offline
-from export.torture import TEXTS, every_two_byte_character
 from export.whole import whole
 
 HEAD, EMBEDDING = "/lm_head/MatMul", "/model/embed_tokens/Gather"  # the builder's node names

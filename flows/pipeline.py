@@ -122,7 +122,7 @@ def _ready(
 
     All that must answer is asked here, before the run is in the journal. Raises EdgepressError for what does not: nothing was run then.
     """
-    children = open_children(plan.parsed.recipe.execution, [store.root, plan.base.path])
+    children = open_children(plan.parsed.recipe.execution, [store.root, plan.base.origin])
     given = flow_run is None and os.environ.get("PREFECT_API_URL")
     with prefect_server(store.root / "prefect") if flow_run is None else nullcontext(nullcontext) as blamed:
         try:

@@ -1,26 +1,38 @@
-"""The base model: from the package, a directory or the hub, and its identity. Imports no torch."""
+"""The base model: from the package, a directory or the hub, normalised once, and its identity. Imports no torch."""
 
 import json
 import re
-from dataclasses import dataclass
+import shutil
+import sys
+import uuid
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from compression.checkpoint import Checkpoint, file_digests, open_checkpoint
+from compression.checkpoint import Checkpoint, Limits, digest_file, model_files, open_checkpoint
 from compression.data.hub import why_not_given
-from compression.errors import UnusableModel
+from compression.errors import EdgepressError, UnusableModel
+from tasks.children import Job, JobFailed
 from tasks.files import write_json
-from tasks.identity import digest
+from tasks.identity import digest, library_versions
+from tasks.runners.budget import Budget
+from tasks.runners.local import LocalChildren
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "compression" / "reference" / "model"
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md", "LICENSE*"]
+_NORMALIZATION = 1
+"""Raise it whenever `compression.normalization` makes other bytes, limits or warnings of the same directory."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model everything starts from.
+    """The model everything starts from, normalised (`compression.normalization`).
 
     identity  digest of its content, or `hub:id@commit`
-    content   digest of its bytes
+    content   digest of the bytes that are read
+    origin    the directory it was found in, and
+    found     the digest of what is read of that
+    warnings  what was found on the way that a person must see
     """
 
     checkpoint: Checkpoint
@@ -29,6 +41,9 @@ class Base:
     source: str
     revision: str | None
     license: str
+    origin: Path
+    found: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -36,17 +51,62 @@ class Base:
 
 
 def open_base(source: str, revision: str | None, license_name: str | None, cache: Path) -> Base:
-    """Find the model and look at it. Raises UnusableModel. `cache` keeps digests of unchanged directories."""
-    path, commit = _locate(source, revision)
-    checkpoint = open_checkpoint(path)
-    content = _content_digest(path, cache)
-    identity = f"hub:{source}@{commit}" if commit else content
-    return Base(checkpoint, identity, content, source, commit, license_name or _license(path))
+    """Find the model, normalise it and look at it. Raises UnusableModel.
+
+    cache  a store: it keeps digests of unchanged directories, and what they were normalised to (`bases/`)
+    """
+    origin, commit = _locate(source, revision)
+    open_checkpoint(origin)  # what can be refused without transformers is refused at once
+    found = _content_digest(origin, cache)
+    checkpoint, content, warnings = _normalized(origin, found, cache)
+    identity = f"hub:{source}@{commit}{'' if content == found else f'+{content[:16]}'}" if commit else content
+    return Base(checkpoint, identity, content, source, commit, license_name or _license(origin), origin, found, warnings)
 
 
 def is_unchanged(base: Base, cache: Path) -> bool:
     """Whether a model's directory holds the bytes that were planned with."""
-    return _content_digest(base.path, cache) == base.content
+    return _content_digest(base.origin, cache) == base.found
+
+
+def _normalized(origin: Path, found: str, cache: Path) -> tuple[Checkpoint, str, tuple[str, ...]]:
+    """The normalised checkpoint, the digest of its content, and warnings. It is the directory itself where nothing is to change."""
+    if origin == EMBEDDED:  # it is kept as it has to be (a test sees to it), so that the demo need not wait
+        return open_checkpoint(origin), found, ()
+    versions = library_versions(("transformers", "tokenizers", "torch"))
+    home = cache / "bases" / digest({"origin": str(origin), "content": found, "version": _NORMALIZATION, "libraries": versions})[:16]
+    if not home.exists():
+        beside = home.with_name(f".{home.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            report = _normalize(origin, beside / origin.name)
+            content = _content_digest(beside / origin.name, cache) if report["changed"] else found
+            write_json(beside / "report.json", report | {"content": content})
+            if not home.exists():
+                beside.rename(home)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    report = json.loads((home / "report.json").read_text())
+    checkpoint = open_checkpoint(home / origin.name if report["changed"] else origin)
+    return replace(checkpoint, limits=Limits(**report["limits"])), report["content"], tuple(report["warnings"])
+
+
+def _normalize(origin: Path, out: Path) -> dict[str, Any]:
+    """Normalise in a child, or here where transformers is loaded already (a notebook, a test)."""
+    if "transformers" in sys.modules:
+        from compression.normalization import normalize
+
+        return asdict(normalize(origin, out))
+    children = LocalChildren(Budget())
+    folder = out.parent / "job"
+    job = Job("tasks.jobs:normalize_base", {"source": str(origin), "out": str(out)}, threads=1, name="base")
+    children.preload()
+    try:
+        return children.run(job, folder, lambda _: None).details
+    except EdgepressError as error:
+        raise UnusableModel(str(error), key="model") from None
+    except JobFailed as error:
+        raise UnusableModel(f"{origin} could not be opened: {error}", key="model") from error
+    finally:
+        children.close()
 
 
 def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
@@ -74,22 +134,22 @@ def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def _content_digest(path: Path, cache: Path) -> str:
-    """sha256 over the directory's files, looked up by their sizes and modification times when they were hashed before."""
-    stamp = digest(
-        {
-            str(f.relative_to(path)): [f.stat().st_size, f.stat().st_mtime_ns, f.stat().st_ino]
-            for f in sorted(path.rglob("*"))
-            if f.is_file()
-        }
-    )
-    known = cache / "digests" / f"{digest(str(path))}.json"
+    """sha256 over the files of a model directory that are read."""
+    return digest({file.relative_to(path).as_posix(): _file_digest(file.resolve(), cache) for file in model_files(path)})
+
+
+def _file_digest(file: Path, cache: Path) -> str:
+    """sha256 of a file, looked up by its size, inode and time of modification where it was hashed before."""
+    status = file.stat()
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
+    known = cache / "digests" / f"{digest(str(file))}.json"
     if known.exists():
-        found = json.loads(known.read_text())
-        if found["stamp"] == stamp:
-            return found["content"]
-    content = digest(file_digests(path))
-    write_json(known, {"path": str(path), "stamp": stamp, "content": content})
-    return content
+        kept = json.loads(known.read_text())
+        if kept["stamp"] == stamp:
+            return kept["sha256"]
+    sha256 = digest_file(file)
+    write_json(known, {"path": str(file), "stamp": stamp, "sha256": sha256})
+    return sha256
 
 
 def _license(path: Path) -> str:

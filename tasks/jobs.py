@@ -1,6 +1,7 @@
-"""What a child can be asked to do: run a stage, measure quality, measure speed. The only place in tasks/ that works with torch."""
+"""What a child can be asked to do: normalise a base, run a stage, measure quality, measure speed. The only place in tasks/ that works with torch."""
 
 import shutil
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,13 @@ from compression.context import Context
 from compression.data import DataSpec
 from compression.evaluation.findings import Findings
 from tasks.stage import Inputs, Workplace, stage_kinds
+
+
+def normalize_base(*, source: str, out: str, threads: int, context: Context) -> Findings:
+    """Normalise a base model into the directory `out`; its details are those of `Normalized`."""
+    from compression.normalization import normalize
+
+    return Findings({}, details=asdict(normalize(Path(source), Path(out))))
 
 
 def run_stage(

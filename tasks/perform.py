@@ -68,6 +68,7 @@ def perform(pipeline: Pipeline, task: Assignment) -> Result:
         if task.stage is None:
             entry = Reference(pipeline.base.path, pipeline.base.content)
             result.state, result.path, result.content = "Cached", str(entry.path), entry.content
+            result.warnings += pipeline.base.warnings
         else:
             _compute(pipeline, task, task.stage, result, again=task.again and not (before and before.path))
         _measure(pipeline, task, result)

@@ -80,6 +80,7 @@ class Stage(Settings):
     libraries  distributions whose version decides bytes
     accepts    layouts of the checkpoint before it
     sparse     whether it takes a checkpoint with masks
+    compresses whether it works on the linear layers of the blocks, so that these have to be what the blocks are made of
     reads      the part of the recipe's data it reads, and so depends on
     extra      the extra of edgepress whose packages it needs, if any
     metrics    names of what `run` returns (`*` stands for any), so that a gate on no metric is refused while planning
@@ -90,6 +91,7 @@ class Stage(Settings):
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     accepts: ClassVar[frozenset[Layout]] = frozenset({"dense"})
     sparse: ClassVar[bool] = False
+    compresses: ClassVar[bool] = False
     reads: ClassVar[Reads] = "nothing"
     extra: ClassVar[str | None] = None
     metrics: ClassVar[tuple[str, ...]] = ("*",)
@@ -148,6 +150,10 @@ def check_accepts(stage: Stage, parent: Planned) -> Checkpoint:
         raise Incompatible(
             f"{stage.uses} takes {' or '.join(sorted(stage.accepts))} checkpoints, not {parent.layout}; what can follow {parent.layout}: {', '.join(others)}",
             key="uses",
+        )
+    if stage.compresses and parent.limits.compression:
+        raise Incompatible(
+            f"{stage.uses} works on the linear layers of the decoder blocks, and here {parent.limits.compression}", key="uses"
         )
     if parent.sparse and not stage.sparse:
         takers = ", ".join(uses for uses, kind in stage_kinds().items() if kind.sparse)

@@ -4,6 +4,7 @@ What must stay: everything that the last runs of each recipe, living runs, and p
 it takes none of them, but computing it, or what follows it, again does.
 """
 
+import json
 import os
 import re
 import time
@@ -223,6 +224,7 @@ def _find_garbage(
         )
         if all(run.identities.issubset(present) for run in kept.values()):  # otherwise a stage that is still to be made may read it
             yield from (_garbage("shared", path) for path in sorted((store.root / "shared").glob("*/*/")))
+        yield from (_garbage("base", path) for path in sorted((store.root / "bases").glob("*")) if _base_content(path) not in contents)
     yield from (_garbage("damaged", path) for path in sorted((store.root / "damaged").iterdir()))
     yield from (Garbage("summary", run, file) for run, file in summary_files(store).items() if run not in kept)
     yield from (_garbage("run", store.root / RUNS / f"{run.run}.json") for run in runs if run.run not in kept)
@@ -234,6 +236,12 @@ def _content_of(record: Path) -> str | None:
         return open_record(record.read_bytes()).get("key", {}).get("content")
     except (FileNotFoundError, ValueError):
         return None
+
+
+def _base_content(base: Path) -> str | None:
+    """What a model was normalised to; None where that was never finished."""
+    report = base / "report.json"
+    return json.loads(report.read_text())["content"] if report.is_file() else None
 
 
 def _garbage(kind: str, path: Path) -> Garbage:

@@ -12,6 +12,14 @@ WidthCriterion = Literal["l2", "activation", "taylor", "random"]
 DepthCriterion = Literal["influence", "perplexity"]
 Heads = Literal["groups", "queries"]
 
+# Config entries that hold a value for every block
+_BY_BLOCK = {
+    "gemma3_text": ("layer_types",),
+    "qwen2": ("layer_types",),
+    "qwen3": ("layer_types",),
+    "smollm3": ("layer_types", "no_rope_layers"),
+}  # fmt: skip
+
 # Their config classes refuse any other number of heads (validate_architecture), though head_dim makes it well defined.
 _HEADS_DIVIDE_HIDDEN_SIZE = frozenset({"llama", "gemma3_text"})
 
@@ -77,7 +85,7 @@ def pruned_heads(checkpoint: Checkpoint, keep_heads: float, heads: Heads) -> tup
 
 def _refuse_scaled_rotation(checkpoint: Checkpoint) -> None:
     """Phi3Config wants a factor for every rotary frequency, and counts these as hidden_size / heads / 2 whatever head_dim says."""
-    rotation = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
+    rotation = checkpoint.config.get("rope_parameters") or {}
     if checkpoint.model_type == "phi3" and ("short_factor" in rotation or "long_factor" in rotation):
         raise Incompatible(
             f"{checkpoint.path} scales its rotary frequencies one by one (longrope), and transformers opens such a phi3 model only with "
@@ -114,25 +122,10 @@ def depth_config(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]:
     Raises UnusableModel for an unlisted family.
     """
     assert checkpoint.family  # an unlisted one may tell its blocks apart in ways that are not known here
-    config = checkpoint.config | _implied(checkpoint)
-    for name in ("layer_types", "no_rope_layers"):
-        if config.get(name) is not None:
+    config = dict(checkpoint.config)
+    for name in _BY_BLOCK.get(checkpoint.model_type, ()):
+        if checkpoint.setting(name) is not None:
             config[name] = [config[name][block] for block in kept]
     if config.get("max_window_layers") is not None:  # the blocks below it attend to everything, the others to a window
         config["max_window_layers"] = sum(block < config["max_window_layers"] for block in kept)
     return config | {"num_hidden_layers": len(kept)}
-
-
-def _implied(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What transformers derives from the number of a block where the config is silent, written out for the blocks as they are now."""
-    config, numbers = checkpoint.config, range(1, checkpoint.num_layers + 1)
-    match checkpoint.model_type:
-        case "gemma3_text" if config.get("layer_types") is None:
-            pattern = config.get("sliding_window_pattern", 6)
-            return {"layer_types": ["sliding_attention" if number % pattern else "full_attention" for number in numbers]}
-        case "smollm3" if config.get("no_rope_layers") is None:
-            interval = config.get("no_rope_layer_interval", 4)
-            return {"no_rope_layers": [int(number % interval != 0) for number in numbers]}
-        case "qwen2" | "qwen3" if "max_window_layers" not in config:
-            return {"max_window_layers": 28}
-    return {}

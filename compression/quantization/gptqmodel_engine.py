@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoint import Checkpoint, open_checkpoint, weight_map
 from compression.context import Context
 from compression.errors import EdgepressError, MissingExtra, UnusableData
 from compression.loading import copy_tokenizer
 from compression.quantization.gptqmodel_limits import Method, check_gptqmodel
 from compression.quantization.settings import awq_config, gptq_config, plan_codes
-from compression.shards import CheckpointWriter, read_tensors, shard_files
+from compression.shards import CheckpointWriter, read_tensors
 
 SHORTEST_WINDOW = 10  # GPTQModel drops shorter calibration rows
 LAST_WORDS = 2000  # characters
@@ -128,7 +128,7 @@ def _rewrite(source: Checkpoint, saved: Path, out: Path, config: dict[str, Any])
 
     Raises EdgepressError where GPTQModel quantized other layers than asked.
     """
-    names = list(shard_files(saved))
+    names = list(weight_map(saved))
     quantized = {name.removesuffix(".qweight") for name in names if name.endswith(".qweight")}
     if other := quantized ^ {name.removesuffix(".weight") for name in source.linear_tensors()}:
         raise EdgepressError(

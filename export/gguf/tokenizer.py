@@ -19,7 +19,9 @@ class FastTokenizer(Protocol):
     unk_token_id: int | None
     pad_token_id: int | None
     chat_template: str | None
-    backend_tokenizer: Any
+
+    @property
+    def backend_tokenizer(self) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import unicodedata
 
 from gguf import TokenType
 
+from compression.tokenizer_corpus import TEXTS, every_two_byte_character
 from export.gguf.pretokenizer import SPACE
 from export.gguf.tokenizer import Vocabulary
-from export.torture import TEXTS, every_two_byte_character
 
 
 def torture_texts(vocabulary: Vocabulary) -> list[str]:

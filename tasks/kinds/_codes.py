@@ -15,6 +15,7 @@ class CodesStage(Stage):
     """Base of `quantize.rtn` and `quantize.gptq`."""
 
     sparse: ClassVar[bool] = True
+    compresses: ClassVar[bool] = True
 
     bits: Annotated[Literal[2, 3, 4, 8], Field(description="Bits of a weight.")] = 4
     group_size: Annotated[int, Field(ge=-1, description="Input channels that share a scale; 32 can be carried into GGUF, -1 is a row.")] = (

@@ -83,6 +83,9 @@ class TrainingStage(Stage):
     def check_data(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> None:
         """Refuse what the recipe's data does not hold, rows longer than the model's positions, and settings that contradict each other."""
         self.settings()
+        for checkpoint in (parent, *(other for other in others.values() if isinstance(other, Checkpoint))):
+            if checkpoint.limits.training:
+                raise Incompatible(f"{checkpoint.limits.training}, so this architecture is not trained yet", key="uses")
         if self.corpus and not isinstance(others["corpus"], Corpus):
             raise Incompatible(f"{self.corpus} writes no corpus; name a stage that does (uses: synthesize)", key="corpus")
         if self.corpus and self.train_on == "questions":

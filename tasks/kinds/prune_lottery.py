@@ -20,6 +20,7 @@ class PruneLottery(TrainingStage):
 
     uses: Literal["prune.lottery"] = "prune.lottery"
     version: ClassVar[int] = 1
+    compresses: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = (*TrainingStage.metrics, "sparsity")
 
     sparsity: Annotated[

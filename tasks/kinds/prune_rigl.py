@@ -20,6 +20,7 @@ class PruneRigL(TrainingStage):
 
     uses: Literal["prune.rigl"] = "prune.rigl"
     version: ClassVar[int] = 1
+    compresses: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = (*TrainingStage.metrics, "sparsity", "mask_updates")
 
     sparsity: Annotated[

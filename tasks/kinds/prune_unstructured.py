@@ -22,6 +22,7 @@ class PruneUnstructured(Stage):
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
     sparse: ClassVar[bool] = True
+    compresses: ClassVar[bool] = True
 
     method: Annotated[
         Method,

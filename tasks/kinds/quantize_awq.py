@@ -22,6 +22,7 @@ class QuantizeAwq(Stage):
     version: ClassVar[int] = 2
     metrics: ClassVar[tuple[str, ...]] = ("fallback_layers", "damped_layers", "scaled_pairs")
     sparse: ClassVar[bool] = True
+    compresses: ClassVar[bool] = True
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
 

@@ -20,6 +20,7 @@ class QuantizeFp8(Stage):
     version: ClassVar[int] = 1
     metrics: ClassVar[tuple[str, ...]] = ("quantized_layers",)
     sparse: ClassVar[bool] = True
+    compresses: ClassVar[bool] = True
 
     strategy: Annotated[
         Literal["channel", "tensor"], Field(description="One weight scale for each output channel, or one for the whole matrix.")

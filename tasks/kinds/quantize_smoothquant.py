@@ -20,6 +20,7 @@ class QuantizeSmoothquant(Stage):
     version: ClassVar[int] = 1
     metrics: ClassVar[tuple[str, ...]] = ("scaled_pairs",)
     sparse: ClassVar[bool] = True
+    compresses: ClassVar[bool] = True
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compression.checkpoint import open_checkpoint
 from compression.errors import UnusableModel
 from compression.families import FAMILIES
 from compression.loading import load_model
+from compression.shards import read_tensors
 from tests.tiny import tiny_checkpoint
 
 
@@ -45,7 +47,6 @@ def test_looking_imports_no_torch(checkpoint: Path) -> None:
 
 
 def broken(change: str, path: Path) -> None:
-    config = json.loads((path / "config.json").read_text())
     weights = path / "model.safetensors"
     match change:
         case "no directory":
@@ -54,10 +55,6 @@ def broken(change: str, path: Path) -> None:
             (path / "config.json").unlink()
         case "no json":
             (path / "config.json").write_text("{")
-        case "remote code":
-            (path / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}}))
-        case "no language model":
-            (path / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
         case "no tokenizer":
             (path / "tokenizer.json").unlink()
         case "no weights":
@@ -68,7 +65,11 @@ def broken(change: str, path: Path) -> None:
             weights.write_bytes(weights.read_bytes()[:-10])
         case "damaged":
             weights.write_bytes(b"\x10\0\0\0\0\0\0\0not json at all!")
+        case "damaged index":
+            weights.rename(path / "weights.safetensors")
+            (path / "model.safetensors.index.json").write_text("{}")
         case "missing shard":
+            weights.unlink()
             (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
 
 
@@ -78,13 +79,12 @@ def broken(change: str, path: Path) -> None:
         ("no directory", "no model directory"),
         ("no config", "no config.json"),
         ("no json", "is not JSON"),
-        ("remote code", "code of its own"),
-        ("no language model", "BertModel"),
         ("no tokenizer", "no tokenizer.json"),
         ("no weights", "no model.safetensors"),
         ("pickled", "pickled weights"),
         ("truncated", "truncated"),
         ("damaged", "damaged"),
+        ("damaged index", "no weight_map"),
         ("missing shard", "00001-of-00002.safetensors is missing"),
     ],
 )
@@ -102,3 +102,36 @@ def test_an_unknown_architecture_is_named(tmp_path: Path, checkpoint: Path) -> N
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     with pytest.raises(UnusableModel, match=r"'mamba'.*llama, mistral"):
         _ = open_checkpoint(tmp_path / "m").family
+
+
+def test_one_file_wins_over_an_index(tmp_path: Path, checkpoint: Path) -> None:
+    other = tiny_checkpoint(tmp_path / "other", seed=9)
+    shutil.copytree(checkpoint, tmp_path / "m")
+    shutil.copy(other / "model.safetensors", tmp_path / "m" / "model-00001-of-00001.safetensors")
+    names = open_checkpoint(other).tensors
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = load_model(tmp_path / "m").state_dict()
+    for name, tensor in read_tensors(tmp_path / "m", names).items():
+        torch.testing.assert_close(tensor, loaded[name])
+        assert not torch.equal(tensor, read_tensors(other, [name])[name]) or "norm" in name
+
+
+@pytest.mark.parametrize("key", ["tie_word_embeddings", "max_position_embeddings", "dtype"])
+def test_nothing_absent_is_guessed(tmp_path: Path, checkpoint: Path, key: str) -> None:
+    shutil.copytree(checkpoint, tmp_path / "m")
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config[key]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    found = open_checkpoint(tmp_path / "m")
+    with pytest.raises(UnusableModel, match=key):
+        _ = found.tied, found.max_length, found.dtype
+
+
+def test_missing_tensors_are_not_made_up(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path / "m", tied=False)
+    tensors = load_file(path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnusableModel, match=r"lm_head\.weight"):
+        load_model(path)

@@ -16,6 +16,7 @@ from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
 from compression.families import FAMILIES
 from compression.loading import load_model
+from compression.normalization import normalize
 from compression.pruning.depth import block_influence, prune_depth, redundant_blocks
 from compression.pruning.masks import read_masks, write_masks
 from compression.pruning.structure import blocks_left, depth_config
@@ -65,13 +66,15 @@ def test_every_family_is_the_original_with_blocks_skipped(tmp_path: Path, family
         "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8},
         "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 2},
     }
-    source = tiny_checkpoint(tmp_path / "in", family, layers=5, **differing.get(family, {}))
+    old = tiny_checkpoint(tmp_path / "in", family, layers=5, **differing.get(family, {}))
     # Older configs leave the lists to transformers' rule; they are the same model.
-    written = json.loads((source / "config.json").read_text())
+    written = json.loads((old / "config.json").read_text())
     for name in ("layer_types", "no_rope_layers"):
         written.pop(name, None)
     written |= differing.get(family, {})
-    (source / "config.json").write_text(json.dumps(written))
+    (old / "config.json").write_text(json.dumps(written))
+    source = tmp_path / "normal"
+    normalize(old, source)
     metrics = prune_depth(source, tmp_path / "out", blocks=(0, 3), context=Context())
     assert (metrics["kept_ratio"], metrics["num_hidden_layers"]) == (0.6, 3)
     pruned, original = opened(tmp_path / "out"), load_model(source)

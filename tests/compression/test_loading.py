@@ -102,7 +102,9 @@ def test_layouts_that_are_not_read_are_refused(tmp_path: Path, checkpoint: Path,
         load_model(tmp_path / "q")
 
 
-@pytest.mark.parametrize(("gone", "says"), [("model.layers.0.mlp.up_proj.scales", "up_proj lacks"), ("model.norm.weight", "missing")])
+@pytest.mark.parametrize(
+    ("gone", "says"), [("model.layers.0.mlp.up_proj.scales", "up_proj lacks"), ("model.norm.weight", "lacks model.norm")]
+)
 def test_a_quantized_checkpoint_with_missing_tensors_is_refused(tmp_path: Path, checkpoint: Path, gone: str, says: str) -> None:
     quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(2), group_size=32, context=Context())
     file = tmp_path / "q" / "model.safetensors"

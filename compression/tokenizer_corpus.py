@@ -4,6 +4,7 @@ TEXTS = (
     "", "a", " ", "Hello, world!", " leading", "trailing ", "  two   three    four", "\n", "\n\n\n", " \n", "\n ",
     "\t\ttabs\t\n\r\n mixed \r line ends",
     "a\n\n  b \t c   \n", "a\u00a0b\u2003c\u3000d",
+    "x    1", "a  12\n\n  3", "1   \n 22\t 333 \n\n4", "7\r\n  8 ,9  .0", "no1 2nd   3rd-4th", "if  x==  10:\n    return   -1\n\n\n  0",
     "0 1 12 123 1234 12345 1234567890", "3.14159, 1,000,000.00; 1e-9 0x1F 2²³ ½ ٣٤٥ Ⅷ",
     "I'm, you're, he'll, we've, they'd, it's, don't; I'M YOU'RE HE'LL 'Tis 'sx '' '",
     "def f(x: int) -> str:\n    return f\"{x!r}\" if x >= 0 else '-'  # comment\n\n\nclass A:\n\tpass\n",

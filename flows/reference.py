@@ -38,6 +38,8 @@ _SIZES = {
     "query_pre_attn_scalar": 64,
     "vocab_size": 1024,
     "max_position_embeddings": 2048,
+    "layer_types": ["full_attention", "full_attention"],
+    "no_rope_layers": [1, 1],
     "tie_word_embeddings": True,
     "dtype": "float16",
 }

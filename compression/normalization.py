@@ -19,7 +19,15 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from compression.checkpoint import INDEX, PRUNING_FILES, SINGLE, Checkpoint, Limits, open_checkpoint, tokenizer_files, weight_map
@@ -92,19 +100,15 @@ def complete_config(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _open_config(source: Path, warnings: list[str]) -> PreTrainedConfig:
     raw = json.loads((source / "config.json").read_text())
-    kind = raw.get("model_type")
+    kind, here = raw.get("model_type"), f"transformers {transformers.__version__}"
+    if kind not in CONFIG_MAPPING:
+        own = "; it would run code of its own (auto_map in config.json), which edgepress never does" if "auto_map" in raw else ""
+        raise UnusableModel(f"{source} has the model_type {kind!r}, and {here} has no such architecture{own}", key="model")
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a config class raises about values that it does not take
-        if "auto_map" in raw:
-            raise UnusableModel(
-                f"{source} wants to run code of its own (auto_map in config.json), and transformers {transformers.__version__} has no "
-                f"architecture {kind!r} itself; edgepress loads only architectures of transformers",
-                key="model",
-            ) from error
         raise UnusableModel(
-            f"transformers {transformers.__version__} does not open {source / 'config.json'} (model_type {kind!r}): {_reason(error)}",
-            key="model",
+            f"{here} does not open {source / 'config.json'} (model_type {kind!r}): {_reason(error)}", key="model"
         ) from error
     if "auto_map" in raw:
         warnings.append(

@@ -30,7 +30,7 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     export_gguf(checkpoint, out, type="q8_0", context=Context())
     document = {"uses": "export.gguf", "parameters": {"uses": "export.gguf", "type": "q8_0", "head_type": None}, "libraries": {"gguf": "1"}}
     before = [("2" * 64, {**document, "uses": "prune.width", "parameters": {"keep": 0.5}})]
-    base = Base(open_checkpoint(checkpoint), "1" * 64, "1" * 64, str(checkpoint), None, "mit")
+    base = Base(open_checkpoint(checkpoint), "1" * 64, "1" * 64, str(checkpoint), None, "mit", checkpoint, "1" * 64)
     complete_artifact(out, Artifact("llama.cpp", "int8", 0), document, "3" * 64, before, base)
     return out
 

@@ -2,10 +2,8 @@
 
 import unicodedata
 
-from gguf import TokenType
-
 from export.gguf.pretokenizer import SPACE
-from export.gguf.tokenizer import Vocabulary
+from export.gguf.tokenizer import TokenType, Vocabulary
 from export.torture import TEXTS, every_two_byte_character
 
 

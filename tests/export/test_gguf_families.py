@@ -16,7 +16,7 @@ from export.gguf.architectures import ARCHITECTURES
 from export.gguf.check import check_gguf
 from export.gguf.writer import export_gguf
 from tests.export.test_gguf import LLAMA3, YARN, divergence, write
-from tests.tiny import tiny_checkpoint, tiny_tokenizer
+from tests.tiny import tiny_checkpoint
 
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
@@ -59,7 +59,6 @@ def telling_checkpoint(path: Path, family: str, **settings: Any) -> Path:
         source / "model.safetensors",
         {"format": "pt"},
     )
-    tiny_tokenizer(300).save_pretrained(source)  # room for the token that transformers' Qwen2Tokenizer adds
     return source
 
 
@@ -93,7 +92,6 @@ def test_q8_0_of_the_newer_families_stays_close(tmp_path: Path, family: str) -> 
 )
 def test_where_llama_cpp_does_not_slide_the_context_is_cut(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
     source = tiny_checkpoint(tmp_path / "model", family, sliding_window=64, **settings)
-    tiny_tokenizer(300).save_pretrained(source)
     warnings: list[str] = []
     export_gguf(source, tmp_path / "out", type="f16", context=Context(warn=warnings.append))
     name = ARCHITECTURES[family].name

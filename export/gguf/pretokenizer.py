@@ -31,9 +31,15 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((LLAMA3,), False): "dbrx",
     ((QWEN2,), False): "qwen2",
     ((QWEN35,), False): "qwen35",
-    ((O200K,), False): "gpt-4o",
+    # Not "gpt-4o", whose words end at combining marks (Hindi, Bengali, Thai). This name skips the merges of whole words, which changes
+    # nothing: the merges of every word of o200k lead to it.
+    ((O200K,), False): "granite-embed-multi-97m",
+    ((O200K,), True): "granite-embed-multi-97m",
     ((TEKKEN,), True): "tekken",
 }
+# Where llama.cpp's words under a name are not the tokenizer's: they end at combining marks, or go on over a capital letter beyond ASCII that
+# follows a small one.
+INEXACT: dict[str, frozenset[str]] = {"tekken": frozenset({"marks", "capitals"}), "granite-embed-multi-97m": frozenset({"capitals"})}
 SPACE = "▁"  # SentencePiece's visible space
 
 
@@ -46,12 +52,14 @@ class Definition:
     prepend       where SentencePiece's leading space goes: "always" in front of a text and after a special token, as in llama.cpp;
                   "metaspace" only where there is none (and perhaps only in front of the text), which llama.cpp cannot do; "never"
     composes      text is normalized to NFC first, which llama.cpp does not do
+    inexact       where llama.cpp splits text otherwise (`INEXACT`)
     """
 
     model: str
     pre: str
     prepend: str = "never"
     composes: bool = False
+    inexact: frozenset[str] = frozenset()
 
 
 def recognize(tokenizer: dict[str, Any]) -> Definition:
@@ -71,7 +79,7 @@ def recognize(tokenizer: dict[str, Any]) -> Definition:
     name = PRE_TOKENIZERS.get((splits, bool(model.get("ignore_merges"))))
     if name is None:
         raise Incompatible(f"llama.cpp has no name known to edgepress for this pre-tokenizer: {json.dumps(splitters)}", key="model")
-    return Definition("gpt2", name, composes=bool(normalizers))
+    return Definition("gpt2", name, composes=bool(normalizers), inexact=INEXACT.get(name, frozenset()))
 
 
 def _flat(part: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:

@@ -41,7 +41,9 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
 @lru_cache(maxsize=2)
 def _read(path: Path, stamp: tuple[tuple[str, int, int], ...]) -> TokenizerFiles:
     definition = _json(path / "tokenizer.json")
-    backend = Tokenizer.from_str(json.dumps(definition | {"padding": None, "truncation": None}))
+    backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+    backend.no_padding()
+    backend.no_truncation()
     settings = _json(path / "special_tokens_map.json") | _json(path / "tokenizer_config.json")
     named: dict[str, int] = {}
     for name in NAMES:

@@ -11,7 +11,8 @@ def torture_texts(vocabulary: Vocabulary) -> list[str]:
     """The texts above, one of every two-byte character, and every special token alone and between words.
 
     Left out is what llama.cpp cannot do and the export warns of: texts that are not composed, where the tokenizer composes to NFC;
-    leading spaces and text after a special token, where the tokenizer prepends a space as Metaspace does.
+    combining marks and capital letters beyond ASCII, where it splits words otherwise; leading spaces and text after a special token, where the
+    tokenizer prepends a space as Metaspace does.
     """
     texts = [*TEXTS, *every_two_byte_character()]
     specials, metaspace = special_texts(vocabulary), vocabulary.definition.prepend == "metaspace"
@@ -19,7 +20,20 @@ def torture_texts(vocabulary: Vocabulary) -> list[str]:
     if metaspace:
         return [text for text in texts if not text.startswith((" ", SPACE))]
     texts += [text for token in specials for text in (f"one{token}two", f"one {token} two\n{token}")]
-    return [unicodedata.normalize("NFC", text) for text in texts] if vocabulary.definition.composes else texts
+    if vocabulary.definition.composes:
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
+    return ["".join(_exact(character, vocabulary.definition.inexact) for character in text) for text in texts]
+
+
+def _exact(character: str, inexact: frozenset[str]) -> str:
+    """A character of a text, or what stands for it where llama.cpp splits words otherwise at it."""
+    if character.isascii():
+        return character
+    if "capitals" in inexact:
+        character = character.lower()
+    left_out = ("M",) if "marks" in inexact else ()
+    left_out += ("Lu", "Lt") if "capitals" in inexact else ()
+    return "".join(part for part in character if not unicodedata.category(part).startswith(left_out))
 
 
 def special_texts(vocabulary: Vocabulary) -> list[str]:

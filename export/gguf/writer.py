@@ -94,6 +94,16 @@ def _warn(checkpoint: Checkpoint, vocabulary: Vocabulary, type: str, requantize:
         context.warn(loss)
     if vocabulary.definition.composes:
         context.warn("this tokenizer composes text to NFC and llama.cpp does not: compose prompts before they reach llama.cpp")
+    if "marks" in vocabulary.definition.inexact:
+        context.warn(
+            "llama.cpp ends words at combining marks, which this tokenizer keeps in them: text in Hindi, Bengali, Thai and the like becomes "
+            "other tokens than the model was trained on"
+        )
+    if "capitals" in vocabulary.definition.inexact:
+        context.warn(
+            "this tokenizer begins a new word where a capital letter follows a small one, llama.cpp only in ASCII: words such as мирТруд may "
+            "become other tokens"
+        )
     if vocabulary.definition.prepend == "metaspace":
         context.warn(
             "llama.cpp puts a space in front of every text and after every special token, this tokenizer only where there is none: "

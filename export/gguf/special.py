@@ -4,12 +4,14 @@ It cuts a text at the spelling of each of them and tokenizes what is between. A 
 llama.cpp knows that of Phi-3's tokens, which it finds by the model's name.
 """
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from compression.errors import Incompatible
 from export.gguf.pretokenizer import Definition
 
-STRIPPING_NAMES = ("phi-3", "phi3")  # a `general.name` with one of these has the tokens of `swallows_blanks` swallow the blanks behind them
+STRIPPING_NAMES = ("phi-3", "phi3")  # a `general.name` with one of these has the tokens of `blank_rule` swallow the blanks behind them
 STRIPPING_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}  # and llama.cpp opens no such file that lacks one of these
 _NEVER_STRIPPED = STRIPPING_TOKENS - {"</s>"}
 OTHER_NAMES = ("modern-bert",)  # another rule of that kind, which no file written here means
@@ -22,12 +24,14 @@ ENDS = frozenset({
 })  # fmt: skip
 
 
-def swallows_blanks(added: list[dict[str, Any]], spellings: set[str]) -> bool:
-    """Whether tokens swallow the blanks behind them as llama.cpp has it for Phi-3: all added ones but <unk>, <s> and <|endoftext|> do.
+def blank_rule(added: list[dict[str, Any]], spellings: set[str], templates: Iterable[str]) -> tuple[bool, frozenset[str]]:
+    """How tokens that swallow the blanks behind them are written: (by llama.cpp's rule for Phi-3, tokens behind which it keeps blanks).
 
     added      `added_tokens` of tokenizer.json
     spellings  every token of the vocabulary
-    Raises Incompatible for tokens that swallow blanks in another way, and for those that are found only as whole words.
+    templates  chat templates: one that puts blanks behind such a token needs them swallowed
+    Raises Incompatible where llama.cpp's rule does not fit and a template needs it, for tokens that swallow blanks in front of them, and for
+    those that are found only as whole words.
     """
     for flag, what in (("single_word", "is a token only as a whole word"), ("lstrip", "swallows the blanks in front of it")):
         if token := next((token["content"] for token in added if token[flag]), None):
@@ -35,17 +39,22 @@ def swallows_blanks(added: list[dict[str, Any]], spellings: set[str]) -> bool:
                 f"the token {token!r} {what} ({flag} in tokenizer.json), which llama.cpp cannot do; export.onnx can", key="model"
             )
     found = {token["content"] for token in added if token["rstrip"]}
-    if not found:
-        return False
     ours = {token["content"] for token in added} - _NEVER_STRIPPED | {"</s>"}
-    if found != ours or not spellings >= STRIPPING_TOKENS:
+    if found == ours and spellings >= STRIPPING_TOKENS:
+        return True, frozenset()
+    if token := next((token for token in sorted(found) if any(_is_before_blanks(token, template) for template in templates)), None):
         raise Incompatible(
-            f"the tokens {', '.join(sorted(found)[:4])} swallow the blanks behind them (rstrip in tokenizer.json); llama.cpp does that for "
-            f"Phi-3's tokens only: a vocabulary with {', '.join(sorted(STRIPPING_TOKENS))} in which every added token but "
-            f"{', '.join(sorted(_NEVER_STRIPPED))} does; export.onnx takes any",
+            f"the chat template puts blanks behind {token!r}, which swallows them (rstrip in tokenizer.json); llama.cpp does that for Phi-3's "
+            f"tokens only, a vocabulary with {', '.join(sorted(STRIPPING_TOKENS))} in which every added token but "
+            f"{', '.join(sorted(_NEVER_STRIPPED))} does; take them out of the template, which changes no token, or take export.onnx",
             key="model",
         )
-    return True
+    return False, frozenset(found)
+
+
+def _is_before_blanks(token: str, template: str) -> bool:
+    """Whether a template may put a blank behind a token: its last two characters are looked for, as the rest may be the name of a role."""
+    return re.search(re.escape(token[-2:]) + r"(\s|\\[nrt])", template) is not None
 
 
 def check_found_anywhere(added: list[dict[str, Any]], definition: Definition) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from compression.checkpoint import Checkpoint
 from compression.errors import Incompatible
 from export.gguf.pretokenizer import Definition, recognize
-from export.gguf.special import check_found_anywhere, end_tokens, swallows_blanks
+from export.gguf.special import blank_rule, check_found_anywhere, end_tokens
 from export.gguf.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 
@@ -34,6 +34,7 @@ class Vocabulary:
     special         ids of bos, eos, eot, eom, unk, pad, of those that are written
     templates       chat templates by name, the one for plain conversations is "default"
     strips          special tokens swallow the blanks behind them, in llama.cpp's way for Phi-3
+    keeps_blanks    tokens that swallow the blanks behind them here and not in llama.cpp
     losses          what the file cannot say, in words
     backend         the tokenizer that llama.cpp's must equal
     """
@@ -48,6 +49,7 @@ class Vocabulary:
     add_eos: bool
     templates: dict[str, str]
     strips: bool
+    keeps_blanks: frozenset[str]
     losses: tuple[str, ...]
     backend: Tokenizer
 
@@ -64,7 +66,7 @@ def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
     ids = {id: token for token, id in model["vocab"].items()} | {id: token["content"] for id, token in added.items()}
     named, lost_padding = _within(files.named, ids, checkpoint.vocab_size)
     kept = [token for id, token in added.items() if id < checkpoint.vocab_size]
-    strips = swallows_blanks(kept, set(ids.values()))
+    strips, keeps_blanks = blank_rule(kept, set(ids.values()), files.templates.values())
     check_found_anywhere(kept, definition)
     tokens = [ids.get(i, f"[PAD{i}]") for i in range(checkpoint.vocab_size)]
     special, lost_ends = _special_tokens(files, named, tokens)
@@ -81,6 +83,7 @@ def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
         add_eos=add_eos,
         templates=files.templates,
         strips=strips,
+        keeps_blanks=keeps_blanks,
         losses=(*lost_padding, *lost_ends),
         backend=files.backend,
     )

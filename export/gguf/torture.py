@@ -12,14 +12,15 @@ def torture_texts(vocabulary: Vocabulary) -> list[str]:
 
     Left out is what llama.cpp cannot do and the export warns of: texts that are not composed, where the tokenizer composes to NFC;
     combining marks and capital letters beyond ASCII, where it splits words otherwise; leading spaces and text after a special token, where the
-    tokenizer prepends a space as Metaspace does.
+    tokenizer prepends a space as Metaspace does; blanks behind tokens that swallow them.
     """
     texts = [*TEXTS, *every_two_byte_character()]
     specials, metaspace = special_texts(vocabulary), vocabulary.definition.prepend == "metaspace"
     texts += [text for token in specials for text in (token, f"word{token}")]
     if metaspace:
         return [text for text in texts if not text.startswith((" ", SPACE))]
-    texts += [text for token in specials for text in (f"one{token}two", f"one {token} two\n{token}")]
+    texts += [f"one{token}two" for token in specials]
+    texts += [f"one {token} two\n{token}" for token in specials if token not in vocabulary.keeps_blanks]
     if vocabulary.definition.composes:
         texts = [unicodedata.normalize("NFC", text) for text in texts]
     return ["".join(_exact(character, vocabulary.definition.inexact) for character in text) for text in texts]

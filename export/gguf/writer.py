@@ -104,6 +104,10 @@ def _warn(checkpoint: Checkpoint, vocabulary: Vocabulary, type: str, requantize:
             "this tokenizer begins a new word where a capital letter follows a small one, llama.cpp only in ASCII: words such as мирТруд may "
             "become other tokens"
         )
+    if vocabulary.keeps_blanks:
+        context.warn(
+            f"llama.cpp keeps the blanks behind {', '.join(sorted(vocabulary.keeps_blanks)[:4])}, which this tokenizer swallows: put none there"
+        )
     if vocabulary.definition.prepend == "metaspace":
         context.warn(
             "llama.cpp puts a space in front of every text and after every special token, this tokenizer only where there is none: "

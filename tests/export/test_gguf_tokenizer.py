@@ -189,22 +189,26 @@ def test_phi3s_tokens_swallow_blanks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("token", "pattern"),
     [
-        (AddedToken("<mask>", lstrip=True, normalized=False), "in front of it.*lstrip"),
-        (AddedToken("<mask>", rstrip=True, normalized=False), "behind them.*rstrip"),
-        (AddedToken("<mask>", single_word=True, normalized=False), "whole word"),
+        (AddedToken("<|mask|>", lstrip=True, normalized=False), "in front of it.*lstrip"),
+        (AddedToken("<|mask|>", rstrip=True, normalized=False), "swallows them.*rstrip"),
+        (AddedToken("<|mask|>", single_word=True, normalized=False), "whole word"),
     ],
 )
 def test_other_blank_eaters_are_refused(tmp_path: Path, token: AddedToken, pattern: str) -> None:
     tokenizer = byte_level(None)
     tokenizer.add_special_tokens([token])
-    with pytest.raises(Incompatible, match=f"<mask>.*{pattern}") as refused:
-        check(model_with(tokenizer, tmp_path))
+    source = model_with(tokenizer, tmp_path, chat_template="{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}")
+    with pytest.raises(Incompatible, match=rf"<\|mask\|>.*{pattern}") as refused:
+        check(source)
     assert refused.value.key == "model"
 
 
-def test_some_of_phi3s_tokens_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Incompatible, match="rstrip"):
-        check(model_with(phi3(strips={"<|user|>"}), tmp_path, unk_token="<unk>"))
+def test_blank_eaters_without_blanks_behind_them(tmp_path: Path) -> None:
+    tokenizer, warnings = byte_level(None), list[str]()
+    tokenizer.add_special_tokens([AddedToken("<|user|>", rstrip=True, normalized=False)])
+    template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+    export_with(tokenizer, tmp_path, Context(warn=warnings.append), chat_template=template)
+    assert any("<|user|>" in warning for warning in warnings)
 
 
 @pytest.mark.parametrize("name", ["microsoft/Phi-3-mini", "my phi3, phi3", "modern-bert-phi-3", "llama"])

@@ -1,10 +1,14 @@
 """Which checkpoints can become which GGUF file. Imports no torch: used while planning."""
 
+from functools import lru_cache
+from pathlib import Path
+
 from compression.checkpoint import Checkpoint
 from compression.errors import Incompatible
 from compression.quantization.settings import codes_of, layer_codes
 from export.gguf.architectures import check_architecture
 from export.gguf.tokenizer import read_vocabulary
+from export.gguf.tokenizer_files import stamp_of
 from export.gguf.types import BLOCK, CARRY, FLOATS, NEEDS_IMPORTANCE, QUANTIZED, TENSOR_TYPES, TYPES, tensor_types
 from export.refusals import check_tied_types
 
@@ -29,7 +33,13 @@ def check_gguf(
     _check_layout(checkpoint, type, requantize)
     _check_importance(type, importance)
     if checkpoint.path.is_dir() and (checkpoint.path / "tokenizer.json").is_file():
-        read_vocabulary(checkpoint)
+        _check_vocabulary(checkpoint.path, checkpoint.vocab_size, stamp_of(checkpoint.path))
+
+
+@lru_cache(maxsize=32)
+def _check_vocabulary(path: Path, vocab_size: int, stamp: tuple[tuple[str, int, int], ...]) -> None:
+    """Once for the exports of a sweep: a large tokenizer takes seconds."""
+    read_vocabulary(path, vocab_size)
 
 
 def _check_outer_types(checkpoint: Checkpoint, type: str, embedding_type: str | None, head_type: str | None) -> None:

@@ -4,11 +4,11 @@ while planning."""
 import re
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from compression.checkpoint import Checkpoint
 from compression.errors import Incompatible
 from export.gguf.pretokenizer import Definition, recognize
 from export.gguf.special import blank_rule, check_found_anywhere, end_tokens
@@ -54,28 +54,30 @@ class Vocabulary:
     backend: Tokenizer
 
 
-def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
-    """Describe a checkpoint's tokenizer in GGUF's terms. Ids that no token has, up to the rows of its embedding, are filled with unused ones.
+def read_vocabulary(path: Path, vocab_size: int) -> Vocabulary:
+    """Describe the tokenizer of a model directory in GGUF's terms.
+
+    vocab_size  rows of the embedding; ids that no token has are filled with unused ones
 
     Raises Incompatible: an unknown kind (`recognize`), tokens without a row, tokens that llama.cpp finds or strips otherwise (`special`), no
     end of text, other special tokens put around a text than begin and end.
     """
-    files = read_tokenizer_files(checkpoint.path)
+    files = read_tokenizer_files(path)
     definition, model = recognize(files.definition), files.definition["model"]
     added = {token["id"]: token for token in files.definition["added_tokens"]}
     ids = {id: token for token, id in model["vocab"].items()} | {id: token["content"] for id, token in added.items()}
-    named, lost_padding = _within(files.named, ids, checkpoint.vocab_size)
-    kept = [token for id, token in added.items() if id < checkpoint.vocab_size]
+    named, lost_padding = _within(files.named, ids, vocab_size)
+    kept = [token for id, token in added.items() if id < vocab_size]
     strips, keeps_blanks = blank_rule(kept, set(ids.values()), files.templates.values())
     check_found_anywhere(kept, definition)
-    tokens = [ids.get(i, f"[PAD{i}]") for i in range(checkpoint.vocab_size)]
+    tokens = [ids.get(i, f"[PAD{i}]") for i in range(vocab_size)]
     special, lost_ends = _special_tokens(files, named, tokens)
     add_bos, add_eos = _adds(files.backend, special)
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     return Vocabulary(
         definition,
         tokens,
-        types=[_type(ids.get(i), added.get(i), i == named.get("unk"), definition.model) for i in range(checkpoint.vocab_size)],
+        types=[_type(ids.get(i), added.get(i), i == named.get("unk"), definition.model) for i in range(vocab_size)],
         merges=[" ".join(m) for m in merges] if definition.model == "gpt2" else None,
         scores=merge_scores(tokens, merges) if definition.model == "llama" else None,
         special=special,

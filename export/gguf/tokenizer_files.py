@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,14 @@ class TokenizerFiles:
     ends: tuple[int, ...]
 
 
-def read_tokenizer_files(path: Path) -> TokenizerFiles:
-    """Read a model directory. What was read once is kept while its files stay as they are: planning asks for each export of a sweep."""
+def stamp_of(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """What changes when a file of the tokenizer does: names, times of modification, sizes."""
     files = [path / name for name in _FILES] + [file for pattern in _TEMPLATES for file in sorted(path.glob(pattern))]
-    stamp = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
-    return _read(path, stamp)
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
 
 
-@lru_cache(maxsize=2)
-def _read(path: Path, stamp: tuple[tuple[str, int, int], ...]) -> TokenizerFiles:
+def read_tokenizer_files(path: Path) -> TokenizerFiles:
+    """Read a model directory."""
     definition = _json(path / "tokenizer.json")
     backend = Tokenizer.from_file(str(path / "tokenizer.json"))
     backend.no_padding()

@@ -32,8 +32,7 @@ def _exact(character: str, inexact: frozenset[str]) -> str:
         return character
     if "capitals" in inexact:
         character = character.lower()
-    left_out = ("M",) if "marks" in inexact else ()
-    left_out += ("Lu", "Lt") if "capitals" in inexact else ()
+    left_out = (*(("M",) if "marks" in inexact else ()), *(("Lu", "Lt") if "capitals" in inexact else ()))
     return "".join(part for part in character if not unicodedata.category(part).startswith(left_out))
 
 

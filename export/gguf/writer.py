@@ -47,7 +47,7 @@ def export_gguf(
     require_llama()
     source = open_checkpoint(checkpoint)
     check_gguf(source, type=type, embedding_type=embedding_type, head_type=head_type, requantize=requantize, importance=windows is not None)
-    vocabulary = read_vocabulary(source)
+    vocabulary = read_vocabulary(source.path, source.vocab_size)
     _warn(source, vocabulary, type, requantize, context)
     embedding, head = tensor_types(source, type=type, embedding_type=embedding_type, head_type=head_type)
     out.mkdir(parents=True, exist_ok=True)

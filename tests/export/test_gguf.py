@@ -35,7 +35,7 @@ def write(source: Path, out: Path, type: str) -> None:
     """The file without check and proof, which cost a process each time."""
     out.mkdir()
     checkpoint = open_checkpoint(source)
-    write_model(out / "model.gguf", checkpoint, read_vocabulary(checkpoint), Types(type, type, type), Context())
+    write_model(out / "model.gguf", checkpoint, read_vocabulary(source, checkpoint.vocab_size), Types(type, type, type), Context())
 
 
 def exact_contexts(patch: pytest.MonkeyPatch) -> None:

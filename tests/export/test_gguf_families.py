@@ -34,6 +34,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"heads": 8, "kv_heads": 2}),
     "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}}),
     "yarn": ("qwen2", {"rope_parameters": YARN}),
+    "yarn without its original length": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}}),
     "llama3": ("llama", {"rope_parameters": LLAMA3}),
     "smollm3": ("smollm3", {"layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]}),
     "olmo2": ("olmo2", {"tied": False}),

@@ -107,7 +107,7 @@ def export_with(tokenizer: Tokenizer, tmp_path: Path, context: Context | None = 
 
 
 def vocabulary_of(path: Path) -> Vocabulary:
-    return read_vocabulary(open_checkpoint(path))
+    return read_vocabulary(path, open_checkpoint(path).vocab_size)
 
 
 def check(path: Path) -> None:

@@ -1,7 +1,6 @@
 """What an artifact's own files may say of the base model."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 

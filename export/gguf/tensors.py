@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 
 from compression.checkpoint import Checkpoint
-from compression.errors import Incompatible
+from compression.errors import Incompatible, UnusableModel
 from compression.quantization.layouts import QuantizedLinear, read_quantized_linears
 from compression.shards import read_tensors
 from export.gguf import native
@@ -103,6 +103,7 @@ def model_tensors(checkpoint: Checkpoint, types: Types, importance: Mapping[str,
     names, family = tensor_names(checkpoint), checkpoint.family
     matrices = {f"{family.embed}.weight": types.embedding, f"{family.head}.weight": types.head}
     packed = {f"{name.removesuffix('.qweight')}.{part}" for name in checkpoint.tensors if name.endswith(".qweight") for part in PACKED}
+    _check_tied(checkpoint)
     for name, info in checkpoint.tensors.items():
         if name in packed or name.endswith("rotary_emb.inv_freq") or (checkpoint.tied and name == f"{family.head}.weight"):
             continue
@@ -129,6 +130,20 @@ def model_tensors(checkpoint: Checkpoint, types: Types, importance: Mapping[str,
     if rope["rope_type"] == "longrope":
         for kind in ("long", "short"):
             yield Tensor(f"rope_factors_{kind}.weight", "f32", np.array(rope[f"{kind}_factor"], np.float32))
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+    """Raises UnusableModel for a tied model with a head of other values in its files, which transformers would then use."""
+    embed, head = f"{checkpoint.family.embed}.weight", f"{checkpoint.family.head}.weight"
+    if not checkpoint.tied or head not in checkpoint.tensors:
+        return
+    found = read_tensors(checkpoint.path, [embed, head])
+    if not found[embed].equal(found[head]):
+        raise UnusableModel(
+            f"config.json of {checkpoint.path} ties the head to the embedding (tie_word_embeddings), but the files hold a head of other values, "
+            "which transformers uses: set tie_word_embeddings to false",
+            key="model",
+        )
 
 
 def _quantized(name: str, mapped: str, layer: QuantizedLinear, types: Types, checkpoint: Checkpoint) -> Tensor:

@@ -156,6 +156,25 @@ def test_rows_between_blocks_stay_in_f16(tmp_path: Path, type: str, found: str) 
     assert divergence(source, tmp_path / "out") < 0.2
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_beside_a_tied_embedding(tmp_path: Path, same: bool) -> None:
+    source = tiny_checkpoint(tmp_path / "model", layers=1)
+    weights = load_file(source / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    save_file(
+        weights | {"lm_head.weight": embedding.clone() if same else embedding.flip(0)}, source / "model.safetensors", {"format": "pt"}
+    )
+    if not same:
+        with pytest.raises(UnusableModel, match="tie_word_embeddings") as refused:
+            write(source, tmp_path / "out", "f32")
+        assert refused.value.key == "model"
+        config = json.loads((source / "config.json").read_text())  # as a base is normalised
+        (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    write(source, tmp_path / str(same), "f32")
+    assert ("output.weight" in types_in(tmp_path / str(same))) is not same
+    assert divergence(source, tmp_path / str(same)) < 1e-9
+
+
 def test_float64_weights_become_f32(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "model", dtype=torch.float64)
     export_gguf(source, tmp_path / "out", type="q8_0", context=Context())

@@ -9,6 +9,7 @@ from typing import Any
 from compression.context import Context
 from compression.data import DataSpec
 from compression.evaluation.findings import Findings
+from compression.origin import Origin
 from tasks.stage import Inputs, Workplace, stage_kinds
 
 
@@ -21,14 +22,14 @@ def normalize_base(*, source: str, out: str, threads: int, context: Context) -> 
 
 def run_stage(
     *, stage: dict[str, Any], parent: str, others: dict[str, str], out: str, work: str, data: dict[str, Any], threads: int, context: Context,
-    shared: str | None = None,
+    shared: str | None = None, origin: dict[str, Any] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Run a stage into `out`; returns the metrics of its method. Warns of one that its kind does not name.
 
     Where it fails `out` is removed, for the disk may be full of it, and the reason has to be written down.
     """
     kind = stage_kinds()[stage["uses"]]
-    inputs = Inputs(Path(parent), {role: Path(path) for role, path in others.items()})
+    inputs = Inputs(Path(parent), {role: Path(path) for role, path in others.items()}, Origin(**origin) if origin else None)
     place = Workplace(Path(out), Path(work), Path(shared) if shared else None)
     shutil.rmtree(place.out, ignore_errors=True)  # of a child before, whose worker was lost
     place.out.mkdir(parents=True)

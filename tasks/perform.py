@@ -3,7 +3,7 @@
 import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from compression.checkpoint import Checkpoint
 from compression.data import DataSpec, fingerprint
 from compression.errors import EdgepressError
 from export.runtimes import runtime_name
-from tasks.artifact import CARRIED, complete_artifact
+from tasks.artifact import CARRIED, complete_artifact, origin_of
 from tasks.assignment import Assignment, Result
 from tasks.base import Base, is_unchanged
 from tasks.children import Children, Job, Stopped
@@ -200,6 +200,8 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
         "work": str(home / "work"), "data": pipeline.data.model_dump(mode="json"),
         "shared": str(pipeline.store.root / "shared"),
     }  # fmt: skip
+    if isinstance(task.planned, Artifact):
+        arguments["origin"] = asdict(origin_of(pipeline.base))
     devices = stage.distributed.processes if isinstance(stage, TrainingStage) and stage.distributed else 1
     job = Job(
         "tasks.jobs:run_stage", arguments, pipeline.machine.threads, seed_of(task.identity), pipeline.machine.device, task.timeout,

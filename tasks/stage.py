@@ -19,6 +19,7 @@ from compression.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
 from compression.errors import Incompatible
+from compression.origin import Origin
 from export.proof import Change
 
 Reads = Literal["nothing", "calibration", "validation", "training"]
@@ -53,10 +54,14 @@ Planned = Checkpoint | Artifact | Corpus
 
 @dataclass(frozen=True)
 class Inputs:
-    """Directories a stage reads: the checkpoint before it, and those it declared in `other_inputs` and `outside_inputs`, by role."""
+    """Directories a stage reads: the checkpoint before it, and those it declared in `other_inputs` and `outside_inputs`, by role.
+
+    origin  what everything was made of, told to exports, which may write it into their files
+    """
 
     parent: Path
     others: Mapping[str, Path]
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)

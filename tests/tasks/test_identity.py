@@ -21,7 +21,7 @@ GOLDEN = {
     "distill": "e800310bb638abcfa829b6cd2ccf51b53f1ca65985d14080482b8f2b83ef8efe",
     "export.executorch": "b2143a3c4508b686acc1f41bf12f51175d9f2cc90a3d5964523c4ff1aac17c01",
     "export.genai": "68e0bea857019433b2ab75d0b2a25c91d122f205338b7661aec71c6992b8f560",
-    "export.gguf": "d6a0b8a088fb8913c06f807ffe0d603350e8bf3f102f9bdf236baab329e6e003",
+    "export.gguf": "8a8eacd925e5f15ada9294c4f024b347e6759a44483638fcea766a2c6244fa39",
     "export.onnx": "da707aa91cfeb14304bb361b7b7d647d67d6d35240b444b744981823ac931c52",
     "export.openvino": "b90341da6b1d51e9f99a77fe718029f5ae87580ab983c396ce3fc9701929e0af",
     "finetune": "09e20e20906b333a5b582a51d38e2fb917affa1682832af1bac96651a508b2e2",

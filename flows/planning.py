@@ -175,6 +175,8 @@ def _assign(
     identities = {role: done[name].identity for role, name in node.inputs.items()}
     identities |= {role: model.identity for role, model in outside.items()}
     document = identity_document(stage, identities, data, node.seed, machine)
+    if isinstance(planned, Artifact) and recipe.model.license:
+        document["license"] = recipe.model.license  # which artifacts state; a card's is part of the base's content
     return Assignment(
         node.name, index, stage, digest(document), document, node.inputs, tuple(ancestors), planned, outside=outside, bounds=bounds,
         gates=node.gates, retries=node.execution.retries, timeout=node.execution.timeout, job_variables=node.execution.job_variables,

@@ -65,10 +65,12 @@ def test_an_export_is_bounded_by_its_format_unless_the_recipe_says_otherwise(pla
         ("stages.gguf.bounds={kl_to_parent: {max: 9}}", set()),
         ("gates.pruned.perplexity={max: 9}", set()),
         ("execution.cores=1", set()),
+        ("model={path: CHECKPOINT, license: mit}", {"gguf", "onnx"}),  # which artifacts state
         ("name=other", set()),
     ],
 )
-def test_what_a_change_runs_again(plan: Any, override: str, expected: set[str]) -> None:
+def test_what_a_change_runs_again(plan: Any, checkpoint: Path, override: str, expected: set[str]) -> None:
+    override = override.replace("CHECKPOINT", str(checkpoint))
     if "calibration_windows" in override or "train_documents" in override:
         assert expected <= changed(plan(), plan(override))  # how finely data is told apart is compression.data's matter
     else:

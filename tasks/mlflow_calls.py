@@ -35,6 +35,10 @@ class Refused(Exception):
     """MLflow answered, and will not do this: trying again does not help."""
 
 
+class Unexpected(Refused):
+    """A call failed of something that nobody foresaw, a fault of ours or of a library. It is treated as refused, and keeps its traceback."""
+
+
 @dataclass(frozen=True)
 class Call:
     """The name of a method of `Sender` and its arguments, all of them JSON."""
@@ -69,10 +73,12 @@ def prepare_mlflow() -> None:
 
 
 def translate(error: Exception) -> NoReturn:
-    """Raise what an exception of MLflow, or of what carries artifacts, means: Away or Refused; anything else as it is."""
+    """Raise what an exception of MLflow, or of what carries artifacts, means: Away or Refused; Unexpected for anything else."""
+    if isinstance(error, Away | Refused):
+        raise error
     kind = _meaning(error)
     if kind is None:
-        raise error
+        raise Unexpected(f"{type(error).__name__}: {error}") from error
     raise kind(f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__) from error
 
 
@@ -136,7 +142,7 @@ class Sender:
         try:
             with self._turns:
                 getattr(self, call.what)(**arguments)
-        except Exception as error:  # noqa: BLE001  (sorted there; what is neither is raised)
+        except Exception as error:  # noqa: BLE001  (sorted there)
             translate(error)
 
     def create(

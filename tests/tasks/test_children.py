@@ -254,25 +254,6 @@ def test_the_machine_lock_is_where_containers_share_it(tmp_path: Path, monkeypat
         pass
 
 
-def test_the_machine_lock_of_another_user_can_be_taken(tmp_path: Path) -> None:
-    """Files of others can neither be written nor, in a sticky directory, opened with O_CREAT."""
-    for name in ("edgepress-machine.lock", "edgepress-machine-door.lock"):
-        (tmp_path / name).touch()
-        (tmp_path / name).chmod(0o444)
-    opened: list[int] = []
-    original = os.open
-
-    def recording(path: Any, flags: int, *rest: Any) -> int:
-        opened.append(flags)
-        return original(path, flags, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "open", recording)
-        with machine_lock(alone=True):
-            pass
-    assert opened == [os.O_RDONLY] * 2
-
-
 def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "flow.py"
     script.write_text(

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,8 +18,9 @@ from mlflow.exceptions import MlflowException, RestException
 from sqlalchemy.exc import OperationalError
 
 from compression.errors import EdgepressError
+from compression.locks import is_locked
 from tasks import tracking as tracking_module
-from tasks.mlflow_calls import Away, Call, Refused, Sender, translate
+from tasks.mlflow_calls import Away, Call, Refused, Sender, Unexpected, translate
 from tasks.outbox import Outbox, _append, addresses, waiting
 from tasks.tracking import EXPERIMENT, Tracking
 
@@ -35,10 +35,11 @@ GONE = raised(MlflowException("API request to http://tracking failed with except
 
 
 class Flaky:
-    """A client whose writes fail while `away`; with `deaf` MLflow does what it is asked, but its answer is lost."""
+    """A client whose writes fail while `away`; with `deaf` MLflow does what it is asked, but its answer is lost. `broken`: what single methods raise."""
 
     def __init__(self, client: MlflowClient):
         self.client, self.away, self.deaf = client, False, False
+        self.broken: dict[str, Exception] = {}
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.client, name)
@@ -46,6 +47,8 @@ class Flaky:
         def call(*arguments: Any, **more: Any) -> Any:
             if self.away:
                 raise GONE
+            if name in self.broken:
+                raise self.broken[name]
             done = method(*arguments, **more)
             if self.deaf:
                 raise GONE
@@ -156,7 +159,7 @@ def test_what_a_process_left_is_sent_by_the_next_from_where_it_stopped(uri: str,
     with box._file.open("a") as stream:
         stream.write('{"call": "log", "argum')
     assert list(Outbox.left(tmp_path / "outbox")) == []  # its process lives
-    box._lock.release()
+    box._lock.close()
 
     assert addresses(tmp_path / "outbox") == [uri] and waiting(tmp_path / "outbox") == 8
     other, _, _ = connect()
@@ -266,35 +269,57 @@ def test_what_may_succeed_later_waits(error: Exception) -> None:
         translate(error)
 
 
-def test_a_mistake_of_ours_stays_one() -> None:
-    with pytest.raises(TypeError):
-        translate(TypeError("log_batch() got an unexpected argument"))
+def test_an_unexpected_error_keeps_its_cause() -> None:
+    mistake = TypeError("log_batch() got an unexpected argument")
+    with pytest.raises(Unexpected, match="TypeError: log_batch") as caught:
+        translate(mistake)
+    assert caught.value.__cause__ is mistake
+
+
+def test_an_unexpected_error_is_set_aside(uri: str, connect: Any, tmp_path: Path) -> None:
+    tracking, flaky, said = connect()
+    run = tracking.open_run("micro")
+    flaky.broken = {"log_text": TypeError("no such argument")}
+    tracking.log_text(run, "a card", "README.md")  # at once
+    flaky.away = True
+    tracking.log_text(run, "a card", "README.md")  # later, by the thread that sends
+    tracking.log(run, {"perplexity": 3.5})
+    flaky.away = False
+    assert tracking.settle(60) == 0
+    assert points(uri, run, "perplexity") == [(0, 3.5)]
+    refused = [json.loads(line) for line in (tmp_path / "outbox" / "refused.jsonl").read_text().splitlines()]
+    assert [(call["call"], call["error"]) for call in refused] == [("log_text", "TypeError: no such argument")] * 2
+    assert all("in call" in call["traceback"] for call in refused)
+    assert tracking.refused == 2 and sum("`log_text` failed unexpectedly" in text for text in said) == 1
+    tracking.close()
+
+
+def test_the_sender_outlives_its_own_failure(uri: str, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking, flaky, said = connect()
+    run = tracking.open_run("micro")
+    failures = iter([OSError(errno.ENOSPC, "No space left on device")] * 2)
+    original = Outbox.send
+
+    def send(box: Outbox, sender: Sender) -> int:
+        for failure in failures:
+            raise failure
+        return original(box, sender)
+
+    monkeypatch.setattr(Outbox, "send", send)
+    flaky.away = True
+    tracking.log(run, {"perplexity": 3.5})
+    flaky.away = False
+    assert tracking.settle(60) == 0 and points(uri, run, "perplexity") == [(0, 3.5)]
+    assert sum("No space left" in text for text in said) == 1
+    tracking.close()
 
 
 def test_users_of_a_machine_log_data_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of others can neither be written nor, in a sticky directory, opened with O_CREAT."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    sent: list[str] = []
-    sender = Sender(SimpleNamespace(log_inputs=lambda run, _: sent.append(run)), "1")
-    call = Call("log_data", {"run": "1", "name": "data", "digest": "0123", "source": "{}", "context": "training"})
-    before = os.umask(0o077)
-    try:
-        sender.send(call)
-    finally:
-        os.umask(before)
-    (lock,) = tmp_path.iterdir()
-    assert lock.stat().st_mode & 0o777 == 0o644  # others can open it
-    opened: list[int] = []
-    original = os.open
-
-    def recording(path: Any, flags: int, *rest: Any) -> int:
-        if Path(path) == lock:
-            opened.append(flags)
-        return original(path, flags, *rest)
-
-    monkeypatch.setattr(os, "open", recording)
-    sender.send(call)
-    assert opened == [os.O_RDONLY] and sent == ["1", "1"]
+    locked: list[bool] = []
+    sender = Sender(SimpleNamespace(log_inputs=lambda *_: locked.append(is_locked(tmp_path / "edgepress-tracking.lock"))), "1")
+    sender.send(Call("log_data", {"run": "1", "name": "data", "digest": "0123", "source": "{}", "context": "training"}))
+    assert locked == [True]
 
 
 def test_a_file_is_sent_as_it_was(uri: str, connect: Any, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from flows.recipe import load_recipe
 from tasks.children import Job, Stopped
 from tasks.runners.away import WorkerLost, asked, environment, problem, serve
 from tasks.runners.budget import Budget
-from tasks.runners.folder import EventReader, held, is_held
+from tasks.runners.folder import EventReader
 from tasks.runners.host import Host
 from tasks.runners.local import LocalChildren
 from tasks.runners.machine import default_device, devices_taken, visible_devices, why_no_cuda
@@ -247,13 +247,6 @@ def test_events_go_on_where_another_child_begins(tmp_path: Path) -> None:
         stream.write('\n{"started": "b/2"}\n{"warning": "y"}\n')
     reader.forward(heard.append)
     assert heard == [{"warning": "x"}, {"again": "its worker was lost; begun anew on b/2"}, {"warning": "y"}]
-
-
-def test_a_lock_tells_whether_its_owner_lives(tmp_path: Path) -> None:
-    assert not is_held(tmp_path / "host.lock")
-    with held(tmp_path / "host.lock"):
-        assert is_held(tmp_path / "host.lock")
-    assert not is_held(tmp_path / "host.lock")
 
 
 # --- `execution:` ---

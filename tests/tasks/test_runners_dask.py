@@ -19,6 +19,7 @@ from tasks.runners.dask import DaskChildren
 from tasks.runners.local import LocalChildren
 from tests.tasks.cluster import DaskCluster
 from tests.tasks.test_children import REPOSITORY, alive, gone, job, pids_written, silent
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_close_ends_the_child_on_the_worker(children: DaskChildren, tmp_path: Pa
     pids = pids_written(tmp_path)
     assert all(alive(pid) for pid in pids)
     children.close()
-    thread.join(20)
+    thread.join(PATIENCE)
     assert isinstance(caught[0], Stopped)
     assert gone(*pids)
 
@@ -103,7 +104,7 @@ def test_a_job_whose_worker_is_killed_is_done_by_another(cluster: DaskCluster, t
     try:
         done = children.run(job("second_time", folder=str(tmp_path)), tmp_path / "job", events.append)
     finally:
-        killer.join(60)
+        killer.join(PATIENCE)
         children.close()
     assert done.metrics == {"start": 2}
     assert [list(event) for event in events] == [["warning"], ["again"], ["warning"]]

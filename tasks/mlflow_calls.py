@@ -170,6 +170,11 @@ class Sender:
             self._known(run).ended = known.info.end_time
         self.client.update_run(run, status="RUNNING")
 
+    def share_view(self, tag: str, state: str) -> None:
+        """Put a view of the table of runs among those that people share, unless it is there: somebody may have changed it to his taste."""
+        if tag not in self.client.get_experiment(self.experiment).tags:
+            self.client.set_experiment_tag(self.experiment, tag, state)
+
     def log(self, run: str, points: list[Point], tags: dict[str, str], again: bool = False) -> None:
         """Metrics and tags. A step of a metric that has a value keeps it, but with `again` gets another after it."""
         from mlflow.entities import Metric, RunTag

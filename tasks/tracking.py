@@ -22,6 +22,7 @@ from tasks.mlflow_calls import KEY, OWNER, REASON, Away, Call, Point, Refused, S
 from tasks.mlflow_database import make_database
 from tasks.outbox import Outbox, set_aside
 from tasks.owner import is_dead, owner_tag
+from tasks.runs_view import RUN, TAG, view_state
 
 EXPERIMENT = "edgepress"
 _PENDING = "edgepress-"  # begins our name of a run that MLflow has no id for yet
@@ -42,6 +43,7 @@ class Begun:
     run: str
     cells: Mapping[str, str]
     stages: Mapping[tuple[str, str], str]
+    name: str = ""  # by which the table of runs groups them
 
 
 class Tracking:
@@ -90,7 +92,8 @@ class Tracking:
         if run.startswith(_PENDING):
             run = self._sender.found(KEY, run) or run
         try:
-            if self.client.get_run(run).info.lifecycle_stage != "active":
+            known = self.client.get_run(run)
+            if known.info.lifecycle_stage != "active":
                 return None
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -100,7 +103,8 @@ class Tracking:
         cells = {child.info.run_name: child.info.run_id for child in below if child.data.tags.get("edgepress.kind") == "cell"}
         stages = [child for child in [*below, *(inner for cell in cells.values() for inner in self._children(cell))]
                   if child.data.tags.get("edgepress.kind") == "stage" and "edgepress.superseded" not in child.data.tags]  # fmt: skip
-        return Begun(run, cells, {(s.data.tags["edgepress.stage"], s.data.tags["edgepress.identity"]): s.info.run_id for s in stages})
+        by_identity = {(s.data.tags["edgepress.stage"], s.data.tags["edgepress.identity"]): s.info.run_id for s in stages}
+        return Begun(run, cells, by_identity, known.data.tags.get(RUN, ""))
 
     def _children(self, run: str) -> list[Any]:
         return self._search(f"tags.`mlflow.parentRunId` = '{run}'")
@@ -141,6 +145,10 @@ class Tracking:
                 raise EdgepressError(f"MLflow at {self.uri} refuses to open a run: {refusal}; nothing was run") from refusal
             self._refuse(call, refusal)
         return self.id_of(key)
+
+    def share_view(self) -> None:
+        """Put the view that `edgepress ui` opens among the saved ones of the experiment, unless it is there."""
+        self._send("share_view", tag=TAG, state=view_state())
 
     def id_of(self, run: str) -> str:
         """MLflow's id of a run, as soon as MLflow gave it one."""

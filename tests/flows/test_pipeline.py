@@ -310,7 +310,16 @@ def test_runs_are_described_and_tagged(first_runs: tuple[Run, dict[str, Run]]) -
     parent, below = first_runs
     note = below["gguf"].data.tags["mlflow.note.content"]
     assert note.startswith("`export.gguf` after gptq: computed") and "| perplexity |" in note and "**PASS** kl_to_parent" in note
-    assert "| 4 | [gguf](#/experiments/" in parent.data.tags["mlflow.note.content"]
+    described = parent.data.tags["mlflow.note.content"]
+    assert [line.split(" | ")[0] for line in described.splitlines()[:5]] == [
+        "| result",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        "| base",
+        "| gguf",
+        "| onnx",
+    ]
+    assert "| 4 | [gguf](#/experiments/" in described
+    assert {run.data.tags["edgepress.run"] for run in (parent, *below.values())} == {"micro-1"}
     tags = below["gptq"].data.tags
     assert [tags[f"edgepress.{tag}"] for tag in ("family", "layout", "bits", "leaf", "makes")] == [
         "llama",

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from tests.waiting import PATIENCE
+
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
 SETTINGS = {"POSTGRES_PASSWORD": "a-pass", "S3_ACCESS_KEY": "key", "S3_SECRET_KEY": "secret"}
 _VARIABLE = re.compile(r"\$\{(\w+)(?::?([-?])([^}]*))?\}")
@@ -89,7 +91,7 @@ class Stack:
     def finish(self, service: str) -> None:
         """Run a service that ends by itself."""
         self.start(service)
-        assert self.running.pop(service).wait(timeout=120) == 0, self.log(service)
+        assert self.running.pop(service).wait(timeout=PATIENCE) == 0, self.log(service)
 
     def stop(self, service: str) -> None:
         process = self.running.pop(service)
@@ -103,7 +105,7 @@ class Stack:
     def log(self, service: str) -> str:
         return (self.home / f"{service}.log").read_text()[-3000:]
 
-    def wait_until_healthy(self, service: str, check: list[str] | None = None, seconds: float = 120) -> None:
+    def wait_until_healthy(self, service: str, check: list[str] | None = None, seconds: float = PATIENCE) -> None:
         """Ask as compose or the image does (a `CMD` list), until it says yes."""
         kind, *words = check or self.services[service]["healthcheck"]["test"]
         assert kind == "CMD"

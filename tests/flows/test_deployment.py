@@ -375,7 +375,7 @@ def test_serve_runs_on_a_server_of_its_own_and_ends_what_runs(tmp_path: Path, ch
     try:
         until(lambda: serving.poll() is not None or "deployment: edgepress/micro" in log.read_text(), "no deployment", log)
         until(lambda: made.answers() and made.scheduled(), "nothing was scheduled")
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as page:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=PATIENCE) as page:
             assert b"<html" in page.read().lower()
         made.trigger()
         until(lambda: serving.poll() is not None or made.has_trained(), "no training", log)

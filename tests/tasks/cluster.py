@@ -107,7 +107,7 @@ class PrefectPool(Cluster):
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.address}/health", timeout=2):
+            with urllib.request.urlopen(f"{self.address}/health", timeout=60):
                 return True
         except OSError:
             return False

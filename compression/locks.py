@@ -6,12 +6,15 @@ another user's in the temporary directory, and where flock is missing it makes d
 On a network file system (NFS 4) these locks hold between machines.
 """
 
+import errno
 import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from compression.errors import EdgepressError
 
 _POLL = 0.05  # seconds between tries while somebody may call the waiting off
 
@@ -72,9 +75,12 @@ def _opened(path: Path) -> int:
 
 
 def acquire(handle: int, *, shared: bool = False, is_cancelled: Callable[[], bool] | None = None) -> bool:
-    """Wait for the lock of an open file, alone or `shared` with others; returns False when `is_cancelled` said so meanwhile."""
+    """Wait for the lock of an open file, alone or `shared` with others; returns False when `is_cancelled` said so meanwhile.
+
+    Raises EdgepressError where the file system has no locks.
+    """
     if is_cancelled is None:
-        fcntl.flock(handle, _how(shared))
+        _flock(handle, _how(shared))
         return True
     while not try_acquire(handle, shared=shared):
         if is_cancelled():
@@ -86,10 +92,24 @@ def acquire(handle: int, *, shared: bool = False, is_cancelled: Callable[[], boo
 def try_acquire(handle: int, *, shared: bool = False) -> bool:
     """Take the lock of an open file if it is free; returns whether it was."""
     try:
-        fcntl.flock(handle, _how(shared) | fcntl.LOCK_NB)
+        _flock(handle, _how(shared) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
+
+
+def _flock(handle: int, how: int) -> None:
+    try:
+        fcntl.flock(handle, how)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        name = Path(f"/proc/self/fd/{handle}")
+        file = name.readlink() if name.is_symlink() else "a lock file"
+        raise EdgepressError(
+            f"{file}: its file system has no file locks ({error.strerror}), without which two runs would spoil each other's results; "
+            "use a --store (or EDGEPRESS_LOCKS, or MLFLOW_TRACKING_URI) on one that has them"
+        ) from error
 
 
 def _how(shared: bool) -> int:

@@ -1,5 +1,7 @@
 """Locks between processes: alone or shared, given back when their owner dies, whoever made the file."""
 
+import errno
+import fcntl
 import os
 import re
 import stat
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from compression.errors import EdgepressError
 from compression.locks import acquire, file_lock, is_locked, open_lock, try_acquire, try_file_lock
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +71,15 @@ def test_another_users_lock_file_serves(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "open", denied)
     with file_lock(file):
         assert is_locked(file)
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with pytest.raises(EdgepressError, match=rf"{tmp_path}/x.lock: its file system has no file locks"), file_lock(tmp_path / "x.lock"):
+        pass
 
 
 def test_nothing_else_locks() -> None:

@@ -29,12 +29,12 @@ def now(tracking: Tracking, run: str) -> Run:
 
 def test_what_a_pipeline_began_is_found_again(uri: str) -> None:
     tracking = Tracking(uri)
-    top = tracking.open_run("demo", tags={"edgepress.kind": "pipeline"})
+    top = tracking.open_run("demo", tags={"edgepress.kind": "pipeline", "edgepress.run": "demo-3"})
     cell = tracking.open_run("bits=2", parent=top, tags={"edgepress.kind": "cell"})
     shared = tracking.open_run("pruned", parent=top, tags=stage_tags("pruned", "1"))
     own = tracking.open_run("rtn", parent=cell, tags=stage_tags("rtn", "2"))
     begun = Tracking(uri).begun(top)
-    assert begun is not None and begun.run == top and begun.cells == {"bits=2": cell}
+    assert begun is not None and (begun.run, begun.name) == (top, "demo-3") and begun.cells == {"bits=2": cell}
     assert begun.stages == {("pruned", "1"): shared, ("rtn", "2"): own}
 
 

@@ -23,6 +23,7 @@ from tasks.kinds._training import TrainingStage
 from tasks.measure import Measured, compare, measure
 from tasks.measurement import Asked, Reference, Subject
 from tasks.mlflow_calls import COMPUTED
+from tasks.runs_view import RUN
 from tasks.stage import Artifact, Corpus, Planned, Stage
 from tasks.store import Entry, Store, publish, withdraw
 from tasks.tracking import Tracking
@@ -47,6 +48,7 @@ class Pipeline:
     outputs: Path
     documents: dict[str, tuple[str, dict[str, Any]]]  # identity and its document, by stage
     progress: Callable[[str, dict[str, Any]], None]
+    run_name: str = ""  # tag of all its runs in MLflow (tasks/runs_view.py)
     evaluation: Any = None  # the recipe's settings of optional measurements
     remeasure: bool = False  # take timings again even if the store has them
     cells: Mapping[str, str] = field(default_factory=dict)  # runs in MLflow of a sweep's cells, by name
@@ -113,6 +115,7 @@ def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Resu
             "edgepress.uses": result.uses,
             "edgepress.identity": task.identity,
             "edgepress.recipe": pipeline.name,
+            RUN: pipeline.run_name,
             "edgepress.leaf": str(task.name in pipeline.leaves).lower(),
             **properties(task.planned, pipeline.base.checkpoint.model_type),
         }

@@ -12,7 +12,7 @@
     locks/                            empty files, one for each thing that only one process may do at a time
 
 A commit is a rename, so an entry is there whole or not at all; one that was broken off just before its rename is finished by whoever looks next.
-Locks are flock's and die with their owner.
+Locks die with their owner (compression/locks.py).
 """
 
 import json
@@ -25,11 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from compression.checkpoint import file_digests
 from compression.errors import EdgepressError
 from compression.files import fsync
+from compression.locks import acquire, open_lock, try_file_lock
 from tasks.children import Stopped
 from tasks.files import fsync_tree, write_json
 from tasks.identity import digest
@@ -69,34 +68,24 @@ class Store:
             (self.root / name).mkdir(exist_ok=True)
 
     @contextmanager
-    def lock(self, identity: str, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    def lock(self, identity: str, given_up: Callable[[], bool] | None = None) -> Iterator[None]:
         """Only one process computes an identity; the others wait, then find it done.
 
         given_up  asked while another one holds it; raises Stopped when it says so
         """
-        lock = FileLock(self.root / "locks" / f"{identity}.lock")
-        try:
-            lock.acquire(cancel_check=given_up)
-        except Timeout:
-            raise Stopped() from None
-        try:
+        with open_lock(self._lock_file(identity)) as handle:
+            if not acquire(handle, is_cancelled=given_up):
+                raise Stopped()
             yield
-        finally:
-            lock.release()
 
     @contextmanager
     def try_lock(self, identity: str) -> Iterator[bool]:
         """Hold the lock if nobody does; yields whether it is held now."""
-        lock = FileLock(self.root / "locks" / f"{identity}.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        with try_file_lock(self._lock_file(identity)) as held:
+            yield held
+
+    def _lock_file(self, identity: str) -> Path:
+        return self.root / "locks" / f"{identity}.lock"
 
     def get(self, identity: str) -> Entry | None:
         """The entry if it is whole: every file is hashed. A damaged one is set aside and counts as absent. Hold its lock."""

@@ -310,4 +310,4 @@ def test_students_and_rows_that_cannot_be_trained(tmp_path: Path, checkpoint: Pa
 def test_what_validation_needs_imports_no_torch() -> None:
     modules = "compression.distillation, compression.training_settings, compression.resumption"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,6 +19,7 @@ from tasks.perform import _compare_speed
 from tasks.stage import Artifact
 from tasks.store import Store
 from tests.flows.recipes import edgepress
+from tests.waiting import PATIENCE
 
 EDGEPRESS = [sys.executable, "-P", "-m", "flows.cli"]
 
@@ -72,7 +73,7 @@ def test_ctrl_c_ends_generate_with_its_timings(checkpoint: Path) -> None:
     assert process.stdout is not None
     process.stdout.read(len("The lamp") + 1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, "Traceback" in err) in {(130, False), (0, False)} and "tokens (" in err  # 0: it was faster than the signal
 
 

@@ -1,5 +1,6 @@
 """Runs in MLflow that are gone on with: nothing is logged twice."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,12 @@ def now(tracking: Tracking, run: str) -> Run:
 
 def test_what_a_pipeline_began_is_found_again(uri: str) -> None:
     tracking = Tracking(uri)
-    top = tracking.open_run("demo", tags={"edgepress.kind": "pipeline"})
+    top = tracking.open_run("demo", tags={"edgepress.kind": "pipeline", "edgepress.run": "demo-3"})
     cell = tracking.open_run("bits=2", parent=top, tags={"edgepress.kind": "cell"})
     shared = tracking.open_run("pruned", parent=top, tags=stage_tags("pruned", "1"))
     own = tracking.open_run("rtn", parent=cell, tags=stage_tags("rtn", "2"))
     begun = Tracking(uri).begun(top)
-    assert begun is not None and begun.run == top and begun.cells == {"bits=2": cell}
+    assert begun is not None and (begun.run, begun.name) == (top, "demo-3") and begun.cells == {"bits=2": cell}
     assert begun.stages == {("pruned", "1"): shared, ("rtn", "2"): own}
 
 
@@ -141,3 +142,13 @@ def test_figures_of_the_machine_go_on_in_a_reopened_run(uri: str) -> None:
     second.reopen(run)
     second.log_system(run, {"cpu_percent": 60.0}, started + 65)
     assert points(second, run, "system/cpu_percent") == [(5, 50.0), (65, 60.0)]
+
+
+def test_all_orphans_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking_module, "_PAGE", 2)
+    tracking = Tracking(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    living = tracking.open_run("living")
+    monkeypatch.setattr(tracking_module, "owner_tag", lambda: f"{socket.gethostname()}/{2**22 + 1}/then")  # no process has this id
+    orphans = {tracking.open_run(f"orphan {number}") for number in range(5)}
+    assert tracking.end_orphans() == 5
+    assert {now(tracking, run).info.status for run in orphans} == {"KILLED"} and now(tracking, living).info.status == "RUNNING"

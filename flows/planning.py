@@ -8,6 +8,9 @@ from pathlib import Path
 
 from compression.checkpoint import Checkpoint
 from compression.data import check_data, fingerprint, pinned
+from compression.data.fill import check_calibration, check_training
+from compression.data.fill import check_evaluation as check_evaluation_rows
+from compression.data.templates import check_template
 from compression.errors import EdgepressError, Incompatible
 from compression.evaluation.checks import check_evaluation, extras
 from compression.quantization.settings import linear_bits
@@ -22,7 +25,7 @@ from tasks.assignment import Assignment
 from tasks.base import Base, open_base
 from tasks.extras import require
 from tasks.gates import Bound
-from tasks.identity import Machine, digest, identity_document
+from tasks.identity import Machine, digest, identity_document, seed_of
 from tasks.kinds._training import TrainingStage
 from tasks.measurement import Asked, Reference, Subject, measurements
 from tasks.runners.machine import default_device, why_no_cuda
@@ -92,18 +95,23 @@ def make_plan(parsed: ParsedRecipe, store: Store, *, elsewhere: bool = False) ->
             ("data", "length"), f"{recipe.data.length} tokens are more than the model's {base.checkpoint.max_length} positions"
         )
     _check_evaluation(parsed, base)
+    _check_text(parsed, base)
     first = Assignment(
         BASE, 0, None, base.identity, {"base": base.source, "revision": base.revision, "content": base.content, "data": data_digest}, {}, (),
         base.checkpoint, gates=recipe.gates.get(BASE, {}),
     )  # fmt: skip
     fingerprints: dict[Reads, str | None] = {"nothing": None}
     done = {BASE: first}
+    filled: set[tuple[object, ...]] = set()
     cells = _cells(parsed)
     for index, node in enumerate(parsed.nodes, 1):
         part = node.stage.data_read()
         if part != "nothing" and part not in fingerprints:
             fingerprints[part] = fingerprint(recipe.data, part)  # of files: once, not for each stage of a sweep
         task = _assign(parsed, node, index, done, fingerprints[part], machine, store)
+        parent = done[node.parent].planned
+        assert isinstance(parent, Checkpoint)  # or `_assign` had refused
+        _check_rows(parsed, node, parent, fingerprints[part], seed_of(task.identity), filled)
         done[node.name] = replace(task, cell=cells.get(node.name, ""))
     check_gates(parsed, done, recipe.evaluation)
     _check_study(parsed, done)
@@ -136,6 +144,48 @@ def _check_evaluation(parsed: ParsedRecipe, base: Base) -> None:
         check_evaluation(spec, base.checkpoint.path, base.checkpoint.max_length)
     except EdgepressError as error:
         raise parsed.error(("evaluation", error.key or key), str(error)) from None
+
+
+def _check_text(parsed: ParsedRecipe, base: Base) -> None:
+    """Raises EdgepressError where the chat template refuses a question, or the test data cannot be measured with."""
+    recipe, path = parsed.recipe, base.checkpoint.path
+    try:
+        if recipe.data.questions is not None or recipe.evaluation.chats:
+            check_template(path, recipe.data.system)
+        check_evaluation_rows(recipe.data, path, base.checkpoint.vocab_size)
+    except EdgepressError as error:
+        raise _data_error(parsed, error, str(error)) from None
+
+
+def _check_rows(
+    parsed: ParsedRecipe, node: Node, parent: Checkpoint, content: str | None, seed: int, filled: set[tuple[object, ...]]
+) -> None:
+    """Raises EdgepressError where the data do not fill what a stage calibrates with or trains on.
+
+    content  the fingerprint of what it reads
+    filled   what was found to be enough, for the other stages of a sweep
+    """
+    stage, data = node.stage, parsed.recipe.data
+    reads = stage.data_read()
+    on_questions = isinstance(stage, TrainingStage) and stage.train_on == "questions"
+    key = (reads, on_questions, content, parent.path)
+    if key in filled:
+        return
+    enough = True
+    try:
+        if reads == "calibration":
+            enough = check_calibration(data, parent.path, parent.vocab_size, seed)
+        elif reads == "training" and isinstance(stage, TrainingStage):
+            check_training(data, parent.path, parent.vocab_size, on_questions=on_questions)
+    except EdgepressError as error:
+        raise _data_error(parsed, error, f"{node.name}: {error}") from None
+    if enough:
+        filled.add(key)
+
+
+def _data_error(parsed: ParsedRecipe, error: EdgepressError, message: str) -> EdgepressError:
+    """At the key of `data:` that is at fault, or at the model."""
+    return parsed.error(("model",) if error.key == "model" else ("data", error.key) if error.key else ("data",), message)
 
 
 def _measured_with(recipe: Recipe, tasks: Iterable[Assignment], machine: Machine) -> dict[str, str]:

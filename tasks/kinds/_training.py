@@ -11,8 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from compression.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec, TextSource
-from compression.data.rows import encode_document, pack
-from compression.data.sources import documents, questions, stream_documents
+from compression.data.fill import check_training
+from compression.data.rows import encode_document, no_row, pack
+from compression.data.sources import stream_documents
+from compression.data.spec import outside
 from compression.errors import Incompatible, UnusableData
 from compression.synthesis_settings import CORPUS
 from compression.training_settings import Precision, Schedule, TrainingSettings
@@ -95,10 +97,10 @@ class TrainingStage(Stage):
                 f"rows of data.length {data.length} are longer than the model's {parent.max_length} positions", key="train_on"
             )
         source = data.questions if self.train_on == "questions" else data.text
-        if self.evaluate_every and source != "embedded":
-            read = questions if self.train_on == "questions" else documents
+        if self.evaluate_every and outside(source) is not None:
+            held_out, on_questions = self._validation_data(data), self.train_on == "questions"
             try:
-                read(self._validation_data(data), "validation")
+                check_training(held_out, parent.path, parent.vocab_size, on_questions=on_questions, split="validation")
             except UnusableData as error:
                 raise UnusableData(f"evaluate_every needs a validation split: {error}", key="evaluate_every") from None
 
@@ -126,9 +128,7 @@ class TrainingStage(Stage):
         encoded = (encode_document(tokenizer, text) for text in stream_documents(data, "validation"))
         rows = list(islice(pack(encoded, data.length), self.validation_rows))
         if not rows:
-            raise UnusableData(
-                f"the validation text fills no row of {data.length} tokens; give more text or a smaller length", key="length"
-            )
+            raise no_row(data, "validation")
         return torch.tensor(rows), None
 
     def train(self, function: Callable[..., dict[str, float]], *paths: Path, context: Context, **parameters: Any) -> dict[str, float]:

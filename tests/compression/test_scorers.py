@@ -84,7 +84,7 @@ def test_large_vocabularies_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch)
     reference, candidate = np.random.default_rng(0).normal(size=(2, 4, 9, 70)).astype(np.float32)
     tokens = np.random.default_rng(1).integers(0, 70, (4, 9))
     whole, likely = divergence(reference, candidate), log_likelihoods(reference, tokens)
-    monkeypatch.setattr("compression.evaluation.scorers._CHUNK_LOGITS", 200)
+    monkeypatch.setattr("compression.evaluation.likelihood._CHUNK_LOGITS", 200)
     np.testing.assert_allclose(divergence(reference, candidate).kl, whole.kl, rtol=1e-12)
     np.testing.assert_allclose(log_likelihoods(reference, tokens), likely, rtol=1e-12)
 

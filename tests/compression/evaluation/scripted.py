@@ -18,7 +18,7 @@ class Bytes:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, message: str) -> list[int]:
+    def encode_chat(self, message: str, system: str | None = None) -> list[int]:
         return list(f"[{message}]".encode())
 
     def decode(self, tokens: list[int]) -> str:

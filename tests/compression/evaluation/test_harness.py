@@ -117,7 +117,7 @@ def test_a_row_serves_all_continuations_of_one_token(ours: HarnessModel, monkeyp
     rows: list[int] = []
     logits = ours.runtime.logits
     monkeypatch.setattr(ours.runtime, "logits", lambda ids: rows.append(len(ids)) or logits(ids))
-    found = continuation_likelihoods(ours.runtime, [([5, 6, 7], [t]) for t in range(10, 20)], 320, Context())
+    found = continuation_likelihoods(ours.runtime, [([5, 6, 7], [t]) for t in range(10, 20)], Context())
     assert sum(rows) == 1
     assert len({f.log_probability for f in found}) == 10
 

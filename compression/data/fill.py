@@ -1,0 +1,93 @@
+"""Whether data fill what is asked of them, told before any work. Imports no torch.
+
+Text is encoded with the model's own tokenizer, and only as much of it as decides. What is refused here the stage would refuse: in doubt all is encoded,
+exactly as the stage would.
+"""
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from compression.data.plain import plain_tokenizer
+from compression.data.rows import (
+    calibration_rows,
+    encode_choices,
+    encode_document,
+    encode_example,
+    evaluation_rows,
+    no_prompt,
+    no_row,
+    pack,
+)
+from compression.data.sources import questions, running_text, stream_documents
+from compression.data.spec import DataSpec, Split, outside
+from compression.errors import UnusableData
+
+_QUESTIONS = 50  # that are encoded; others differ in their words alone
+_SPARE = 16  # tokens by which the end of a text that is cut may differ
+
+
+def check_evaluation(spec: DataSpec, directory: Path, vocabulary: int) -> None:
+    """Raises UnusableData where the test text fills no window, where test questions cannot be asked, and as `check_known` does."""
+    tokenizer = plain_tokenizer(directory)
+    source = outside(spec.text)
+    text = "" if source is None else running_text(source, "test")
+    size, tokens = 16 * spec.length, list[int]()
+    while size < len(text) and len(tokens) < spec.length + _SPARE:
+        tokens, size = list(tokenizer(text[:size])["input_ids"]), 4 * size
+    if len(tokens) < spec.length + _SPARE:
+        tokens = evaluation_rows(spec.model_copy(update={"evaluation_windows": 1}), tokenizer)[0]
+    check_known(tokens, vocabulary, directory)
+    for question in islice(questions(spec, "test"), _QUESTIONS):
+        for context, choice in encode_choices(tokenizer, question, spec.system):
+            check_known([*context, *choice], vocabulary, directory)
+
+
+def check_calibration(spec: DataSpec, directory: Path, vocabulary: int, seed: int) -> bool:
+    """Raises UnusableData where the training text does not fill the calibration windows, and as `check_known` does.
+
+    Returns whether it fills them with every other seed too.
+    """
+    tokenizer = plain_tokenizer(directory)
+    encoded = (encode_document(tokenizer, text) for text in stream_documents(spec, "train"))
+    rows = list(islice(pack(encoded, spec.length), 2 * spec.calibration_windows))
+    plenty = (
+        len(rows) == 2 * spec.calibration_windows
+    )  # then every order of the documents fills enough: no row costs the tokens of more than two
+    for row in rows if plenty else calibration_rows(spec, tokenizer, seed):
+        check_known(row, vocabulary, directory)
+    return plenty
+
+
+def check_training(spec: DataSpec, directory: Path, vocabulary: int, *, on_questions: bool, split: Split = "train") -> None:
+    """Raises UnusableData where a split's text fills no row, where its questions cannot be asked, and as `check_known` does."""
+    tokenizer = plain_tokenizer(directory)
+    if on_questions:
+        for question in islice(questions(spec, split), _QUESTIONS):
+            check_known([token for part in encode_example(tokenizer, question, spec) for token in part], vocabulary, directory)
+        return
+    row = next(pack((encode_document(tokenizer, text) for text in stream_documents(spec, split)), spec.length), None)
+    if row is None:
+        raise no_row(spec, split)
+    check_known(row, vocabulary, directory)
+
+
+def check_prompts(spec: DataSpec, directory: Path, count: int) -> None:
+    """Raises UnusableData where no training document has `count` tokens to prompt with."""
+    tokenizer = plain_tokenizer(directory)
+    if not any(len(tokenizer(text, add_special_tokens=False)["input_ids"]) >= count for text in stream_documents(spec, "train")):
+        raise no_prompt(count)
+
+
+def check_known(tokens: Iterable[int], vocabulary: int, directory: Path) -> None:
+    """Raises UnusableData for a token that the model of a directory has no row for in its embedding of `vocabulary` rows."""
+    if (token := max(tokens, default=0)) >= vocabulary:
+        raise unknown_token(token, vocabulary, directory)
+
+
+def unknown_token(token: int, vocabulary: int, directory: Path) -> UnusableData:
+    spelling = plain_tokenizer(directory).convert_ids_to_tokens(token)
+    return UnusableData(
+        f"the data hold the token {token} ({spelling!r}), and the embedding of {directory} has only {vocabulary} rows: the tokenizer got it without a row; "
+        "enlarge the embedding (transformers: resize_token_embeddings), or take the token out of the tokenizer or the data"
+    )

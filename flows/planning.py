@@ -8,7 +8,6 @@ from pathlib import Path
 
 from compression.checkpoint import Checkpoint
 from compression.data import check_data, fingerprint, pinned
-from compression.data.fill import check_calibration, check_training
 from compression.data.fill import check_evaluation as check_evaluation_rows
 from compression.data.templates import check_template
 from compression.errors import EdgepressError, Incompatible
@@ -102,16 +101,18 @@ def make_plan(parsed: ParsedRecipe, store: Store, *, elsewhere: bool = False) ->
     )  # fmt: skip
     fingerprints: dict[Reads, str | None] = {"nothing": None}
     done = {BASE: first}
-    filled: set[tuple[object, ...]] = set()
     cells = _cells(parsed)
     for index, node in enumerate(parsed.nodes, 1):
         part = node.stage.data_read()
         if part != "nothing" and part not in fingerprints:
             fingerprints[part] = fingerprint(recipe.data, part)  # of files: once, not for each stage of a sweep
         task = _assign(parsed, node, index, done, fingerprints[part], machine, store)
-        parent = done[node.parent].planned
-        assert isinstance(parent, Checkpoint)  # or `_assign` had refused
-        _check_rows(parsed, node, parent, fingerprints[part], seed_of(task.identity), filled)
+        try:
+            node.stage.check_text(check_accepts(node.stage, done[node.parent].planned), recipe.data, seed_of(task.identity))
+        except EdgepressError as error:
+            if error.key in type(node.stage).model_fields:
+                raise parsed.stage_error(node, (error.key,), str(error)) from None
+            raise _data_error(parsed, error, f"{node.name}: {error}") from None
         done[node.name] = replace(task, cell=cells.get(node.name, ""))
     check_gates(parsed, done, recipe.evaluation)
     _check_study(parsed, done)
@@ -155,32 +156,6 @@ def _check_text(parsed: ParsedRecipe, base: Base) -> None:
         check_evaluation_rows(recipe.data, path, base.checkpoint.vocab_size)
     except EdgepressError as error:
         raise _data_error(parsed, error, str(error)) from None
-
-
-def _check_rows(
-    parsed: ParsedRecipe, node: Node, parent: Checkpoint, content: str | None, seed: int, filled: set[tuple[object, ...]]
-) -> None:
-    """Raises EdgepressError where the data do not fill what a stage calibrates with or trains on.
-
-    content  the fingerprint of what it reads
-    filled   what was found to be enough, for the other stages of a sweep
-    """
-    stage, data = node.stage, parsed.recipe.data
-    reads = stage.data_read()
-    on_questions = isinstance(stage, TrainingStage) and stage.train_on == "questions"
-    key = (reads, on_questions, content, parent.path)
-    if key in filled:
-        return
-    enough = True
-    try:
-        if reads == "calibration":
-            enough = check_calibration(data, parent.path, parent.vocab_size, seed)
-        elif reads == "training" and isinstance(stage, TrainingStage):
-            check_training(data, parent.path, parent.vocab_size, on_questions=on_questions)
-    except EdgepressError as error:
-        raise _data_error(parsed, error, f"{node.name}: {error}") from None
-    if enough:
-        filled.add(key)
 
 
 def _data_error(parsed: ParsedRecipe, error: EdgepressError, message: str) -> EdgepressError:

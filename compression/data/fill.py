@@ -5,6 +5,7 @@ exactly as the stage would.
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -43,20 +44,25 @@ def check_evaluation(spec: DataSpec, directory: Path, vocabulary: int) -> None:
             check_known([*context, *choice], vocabulary, directory)
 
 
-def check_calibration(spec: DataSpec, directory: Path, vocabulary: int, seed: int) -> bool:
-    """Raises UnusableData where the training text does not fill the calibration windows, and as `check_known` does.
+def check_calibration(spec: DataSpec, directory: Path, vocabulary: int, seed: int) -> None:
+    """Raises UnusableData where the training text does not fill the calibration windows, and as `check_known` does."""
+    largest = _plenty(spec.model_dump_json(), directory)
+    rows = calibration_rows(spec, plain_tokenizer(directory), seed) if largest is None else [[largest]]
+    for row in rows:
+        check_known(row, vocabulary, directory)
 
-    Returns whether it fills them with every other seed too.
+
+@lru_cache(maxsize=64)  # the stages of a sweep ask the same
+def _plenty(document: str, directory: Path) -> int | None:
+    """The largest token of so much training text that it fills the calibration windows whatever the seed; None where there is less.
+
+    Twice as many rows in the order of the file are enough: in no order does a row cost the tokens of more than two.
     """
+    spec = DataSpec.model_validate_json(document)
     tokenizer = plain_tokenizer(directory)
     encoded = (encode_document(tokenizer, text) for text in stream_documents(spec, "train"))
     rows = list(islice(pack(encoded, spec.length), 2 * spec.calibration_windows))
-    plenty = (
-        len(rows) == 2 * spec.calibration_windows
-    )  # then every order of the documents fills enough: no row costs the tokens of more than two
-    for row in rows if plenty else calibration_rows(spec, tokenizer, seed):
-        check_known(row, vocabulary, directory)
-    return plenty
+    return max(map(max, rows)) if len(rows) == 2 * spec.calibration_windows else None
 
 
 def check_training(spec: DataSpec, directory: Path, vocabulary: int, *, on_questions: bool, split: Split = "train") -> None:

@@ -13,7 +13,7 @@ from compression.context import Context
 from compression.data import DataSpec, TextSource
 from compression.data.fill import check_training
 from compression.data.rows import encode_document, no_row, pack
-from compression.data.sources import stream_documents
+from compression.data.sources import documents, questions, stream_documents
 from compression.data.spec import outside
 from compression.errors import Incompatible, UnusableData
 from compression.synthesis_settings import CORPUS
@@ -98,11 +98,18 @@ class TrainingStage(Stage):
             )
         source = data.questions if self.train_on == "questions" else data.text
         if self.evaluate_every and outside(source) is not None:
-            held_out, on_questions = self._validation_data(data), self.train_on == "questions"
+            read = questions if self.train_on == "questions" else documents
             try:
-                check_training(held_out, parent.path, parent.vocab_size, on_questions=on_questions, split="validation")
+                read(self._validation_data(data), "validation")
             except UnusableData as error:
                 raise UnusableData(f"evaluate_every needs a validation split: {error}", key="evaluate_every") from None
+
+    def check_text(self, parent: Checkpoint, data: DataSpec, seed: int) -> None:
+        on_questions = self.train_on == "questions"
+        if not self.corpus:
+            check_training(data, parent.path, parent.vocab_size, on_questions=on_questions)
+        if self.evaluate_every:
+            check_training(self._validation_data(data), parent.path, parent.vocab_size, on_questions=on_questions, split="validation")
 
     def rows(self, inputs: Inputs, data: DataSpec, context: Context) -> dict[str, Any]:
         """`rows` and `mask`, and where there are evaluations `validation`, as the training functions take them."""

@@ -54,10 +54,12 @@ class Synthesize(Stage):
         self.settings().check_prompts(self.prompt_tokens)
         if self.length > parent.max_length:
             raise Incompatible(f"documents of {self.length} tokens are longer than the model's {parent.max_length} positions", key="length")
+        return Corpus(size_bytes=_BYTES_A_TOKEN * (self.tokens or (self.documents or 0) * self.length))
+
+    def check_text(self, parent: Checkpoint, data: DataSpec, seed: int) -> None:
         start_token(plain_tokenizer(parent.path))
         if self.prompt_tokens:
             check_prompts(data, parent.path, self.prompt_tokens)
-        return Corpus(size_bytes=_BYTES_A_TOKEN * (self.tokens or (self.documents or 0) * self.length))
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         from compression.loading import load_tokenizer

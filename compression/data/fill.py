@@ -23,8 +23,9 @@ from compression.data.rows import (
 from compression.data.sources import questions, running_text, stream_documents
 from compression.data.spec import DataSpec, Split, outside
 from compression.errors import UnusableData
+from compression.reference.world import Question
 
-_QUESTIONS = 50  # that are encoded; others differ in their words alone
+_QUESTIONS = 20  # that are encoded; others differ in their words alone
 _SPARE = 16  # tokens by which the end of a text that is cut may differ
 
 
@@ -39,7 +40,7 @@ def check_evaluation(spec: DataSpec, directory: Path, vocabulary: int) -> None:
     if len(tokens) < spec.length + _SPARE:
         tokens = evaluation_rows(spec.model_copy(update={"evaluation_windows": 1}), tokenizer)[0]
     check_known(tokens, vocabulary, directory)
-    for question in islice(questions(spec, "test"), _QUESTIONS):
+    for question in _first_questions(spec, "test"):
         for context, choice in encode_choices(tokenizer, question, spec.system):
             check_known([*context, *choice], vocabulary, directory)
 
@@ -69,7 +70,7 @@ def check_training(spec: DataSpec, directory: Path, vocabulary: int, *, on_quest
     """Raises UnusableData where a split's text fills no row, where its questions cannot be asked, and as `check_known` does."""
     tokenizer = plain_tokenizer(directory)
     if on_questions:
-        for question in islice(questions(spec, split), _QUESTIONS):
+        for question in _first_questions(spec, split):
             check_known([token for part in encode_example(tokenizer, question, spec) for token in part], vocabulary, directory)
         return
     row = next(pack((encode_document(tokenizer, text) for text in stream_documents(spec, split)), spec.length), None)
@@ -83,6 +84,11 @@ def check_prompts(spec: DataSpec, directory: Path, count: int) -> None:
     tokenizer = plain_tokenizer(directory)
     if not any(len(tokenizer(text, add_special_tokens=False)["input_ids"]) >= count for text in stream_documents(spec, "train")):
         raise no_prompt(count)
+
+
+def _first_questions(spec: DataSpec, split: Split) -> list[Question]:
+    most = {name: min(getattr(spec, name) or _QUESTIONS, _QUESTIONS) for name in ("train_questions", "evaluation_questions")}
+    return questions(spec.model_copy(update=most), split)
 
 
 def check_known(tokens: Iterable[int], vocabulary: int, directory: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compression.data.plain import plain_tokenizer
 from compression.data.rows import (
@@ -20,10 +21,13 @@ from compression.data.rows import (
     no_row,
     pack,
 )
-from compression.data.sources import questions, running_text, stream_documents
+from compression.data.sources import questions, stream_documents
 from compression.data.spec import DataSpec, Split, outside
 from compression.errors import UnusableData
 from compression.reference.world import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _QUESTIONS = 20  # that are encoded; others differ in their words alone
 _SPARE = 16  # tokens by which the end of a text that is cut may differ
@@ -32,17 +36,25 @@ _SPARE = 16  # tokens by which the end of a text that is cut may differ
 def check_evaluation(spec: DataSpec, directory: Path, vocabulary: int) -> None:
     """Raises UnusableData where the test text fills no window, where test questions cannot be asked, and as `check_known` does."""
     tokenizer = plain_tokenizer(directory)
-    source = outside(spec.text)
-    text = "" if source is None else running_text(source, "test")
-    size, tokens = 16 * spec.length, list[int]()
-    while size < len(text) and len(tokens) < spec.length + _SPARE:
-        tokens, size = list(tokenizer(text[:size])["input_ids"]), 4 * size
-    if len(tokens) < spec.length + _SPARE:
-        tokens = evaluation_rows(spec.model_copy(update={"evaluation_windows": 1}), tokenizer)[0]
+    tokens = _beginning(spec, tokenizer) or evaluation_rows(spec.model_copy(update={"evaluation_windows": 1}), tokenizer)[0]
     check_known(tokens, vocabulary, directory)
     for question in _first_questions(spec, "test"):
         for context, choice in encode_choices(tokenizer, question, spec.system):
             check_known([*context, *choice], vocabulary, directory)
+
+
+def _beginning(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Tokens of the beginning of the test text, more than a window of them; none where they would have to be counted exactly."""
+    if outside(spec.text) is None:
+        return []
+    text, size = "", 16 * spec.length
+    for document in stream_documents(spec, "test"):
+        text += f"{document}\n\n"  # blank records, which are left out here, only add to the running text
+        if len(text) >= size:
+            if len(tokens := tokenizer(text, verbose=False)["input_ids"]) >= spec.length + _SPARE:
+                return list(tokens)
+            size = 4 * len(text)
+    return []
 
 
 def check_calibration(spec: DataSpec, directory: Path, vocabulary: int, seed: int) -> None:

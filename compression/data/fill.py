@@ -110,8 +110,13 @@ def check_known(tokens: Iterable[int], vocabulary: int, directory: Path) -> None
 
 
 def unknown_token(token: int, vocabulary: int, directory: Path) -> UnusableData:
-    spelling = plain_tokenizer(directory).convert_ids_to_tokens(token)
-    return UnusableData(
-        f"the data hold the token {token} ({spelling!r}), and the embedding of {directory} has only {vocabulary} rows: the tokenizer got it without a row; "
-        "enlarge the embedding (transformers: resize_token_embeddings), or take the token out of the tokenizer or the data"
-    )
+    """The error that names it: one of the model's own tokenizer needs a row, one that this tokenizer does not know comes from another."""
+    spelling = plain_tokenizer(directory).convert_ids_to_tokens(token) if token >= 0 else None
+    if spelling is None:
+        remedy = "the tokenizer of the model does not know it either: tokenize with the tokenizer of the model"
+    else:
+        remedy = (
+            f"the tokenizer got {spelling!r} without a row there: enlarge the embedding (transformers: resize_token_embeddings), "
+            "or take the token out of the tokenizer or the data"
+        )
+    return UnusableData(f"the data hold the token {token}, and the embedding of {directory} has only {vocabulary} rows; {remedy}")

@@ -33,8 +33,9 @@ def check_student(checkpoint: Checkpoint, rows: torch.Tensor) -> None:
     path = checkpoint.path
     if checkpoint.layout != "dense":
         raise Incompatible(f"{path} is quantized ({checkpoint.layout}) and cannot be trained; train before quantizing")
-    if rows.numel() and int(rows.max()) >= checkpoint.vocab_size:
-        raise unknown_token(int(rows.max()), checkpoint.vocab_size, path)
+    for token in (int(rows.min()), int(rows.max())) if rows.numel() else ():
+        if not 0 <= token < checkpoint.vocab_size:
+            raise unknown_token(token, checkpoint.vocab_size, path)
     if rows.shape[-1] > checkpoint.max_length:
         raise UnusableData(f"training rows are {rows.shape[-1]} tokens long, {path} reads {checkpoint.max_length} at most", key="length")
 

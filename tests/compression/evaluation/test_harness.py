@@ -81,7 +81,7 @@ def test_a_tokenizer_that_appends_eos_changes_no_score(ours: HarnessModel, their
     "template",
     [
         None,
-        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>\n",  # ends in a blank
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>{{ '\\n' }}",  # ends in a blank
         "{% for m in messages %}[{{ m.content }}]{% endfor %} answer: ",  # without begin-of-text
     ],
 )
@@ -234,7 +234,7 @@ def shuffled(data):
 
 def test_chat_questions_are_scored_as_the_harness_does(theirs: HFLM, ours: HarnessModel, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>\n"
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>{{ '\\n' }}"
     chatty = HFLM(pretrained=theirs.model, tokenizer=tokenizer, batch_size=4, max_length=128, device="cpu")
     own_task(tmp_path)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from compression.context import Context
 from compression.data import DataSpec
+from compression.data.sources import lone_documents
 from compression.evaluation.findings import Findings
 from compression.origin import Origin
 from tasks.stage import Inputs, Workplace, stage_kinds
@@ -33,8 +34,15 @@ def run_stage(
     place = Workplace(Path(out), Path(work), Path(shared) if shared else None)
     shutil.rmtree(place.out, ignore_errors=True)  # of a child before, whose worker was lost
     place.out.mkdir(parents=True)
+    made, spec = kind.model_validate(stage), DataSpec.model_validate(data)
+    if made.data_read() in ("calibration", "training"):
+        for file in lone_documents(spec, "train"):
+            context.warn(
+                f"{file} has no blank line, which is where documents of a .txt file end: it is read as one document from its beginning; "
+                "put blank lines between its documents, or give .jsonl with one a line"
+            )
     try:
-        metrics = kind.model_validate(stage).run(inputs, place, DataSpec.model_validate(data), context)
+        metrics = made.run(inputs, place, spec, context)
     except BaseException:
         shutil.rmtree(place.out, ignore_errors=True)
         raise
@@ -61,7 +69,9 @@ def measure_quality(
     items = questions(spec, "test") if spec.questions is not None else []
     try:
         others = {name: by_path[path] for name, path in references.items()}
-        findings = evaluate_quality(runtime, encoder, evaluation_windows(spec, encoder), items, references=others, context=context)
+        findings = evaluate_quality(
+            runtime, encoder, evaluation_windows(spec, encoder), items, references=others, context=context, system=spec.system
+        )
     finally:
         for opened in (runtime, *by_path.values()):
             opened.close()

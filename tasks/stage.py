@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from compression.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
+from compression.data.fill import check_calibration
 from compression.errors import Incompatible
 from compression.origin import Origin
 from export.proof import Change
@@ -126,6 +127,16 @@ class Stage(BaseModel):
         Raises EdgepressError with `key` for a parameter that cannot work on this checkpoint.
         """
         raise NotImplementedError
+
+    def check_text(self, parent: Checkpoint, data: DataSpec, seed: int) -> None:
+        """Refuse text that does not hold what this stage needs, and a tokenizer that cannot encode it: what `plan` cannot tell from configs.
+
+        parent  the checkpoint it takes, planned or real; at its path is a tokenizer
+        seed    the one that `run` gets in its context
+        Raises EdgepressError with `key` for a parameter of the stage or of the recipe's data. Must not import torch.
+        """
+        if self.data_read() == "calibration":
+            check_calibration(data, parent.path, parent.vocab_size, seed)
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         """Do the work into `place.out`; returns metrics of the method itself (fallback_layers, kept_ratio, final_loss)."""

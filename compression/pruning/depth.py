@@ -1,6 +1,5 @@
 """Depth pruning: whole blocks leave, so that a shallower ordinary model remains."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 from compression.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
+from compression.evaluation.findings import exponential
 from compression.loading import copy_tokenizer, load_model
 from compression.pruning.kept import read_kept, write_kept
 from compression.pruning.masks import MaskWriter, read_masks
@@ -129,7 +129,7 @@ def redundant_blocks(checkpoint: Checkpoint, windows: torch.Tensor, count: int, 
         layers[best].forward = _skip
         remaining.remove(best)
         gone.append(best)
-        context.metrics({"calibration_perplexity": math.exp(losses[best])}, len(gone))
+        context.metrics({"calibration_perplexity": exponential(losses[best])}, len(gone))
     return gone
 
 

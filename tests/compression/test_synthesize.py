@@ -14,10 +14,11 @@ from scipy.stats import chisquare
 
 from compression.checkpoint import file_digests
 from compression.context import Context
+from compression.data.rows import prompts_of, start_token
 from compression.errors import EdgepressError
 from compression.loading import load_model, load_tokenizer
 from compression.synthesis_settings import SynthesisSettings
-from compression.synthesize import _seed, nucleus, prompts_of, sample, start_token, synthesize
+from compression.synthesize import _seed, nucleus, sample, synthesize
 from tests.tiny import SENTENCES, tiny_checkpoint, tiny_tokenizer, tiny_windows
 
 EOS = 1

@@ -23,6 +23,7 @@ from compression.pruning import Scope
 from compression.pruning.held import held_masks, hold_masks, zero_pruned
 from compression.pruning.masks import read_masks, write_masks
 from compression.pruning.selection import PRUNED, keep_strongest, keep_strongest_overall
+from compression.skeleton import linear_layers, skeleton
 from compression.training import HeldOut, open_student, processes, save_student, train
 from compression.training.trainer import KEPT
 from compression.training_settings import TrainingSettings
@@ -55,7 +56,9 @@ def prune_lottery(
         raise EdgepressError(f"rewind_step is {rewind_step}; it is a step before the last, {settings.steps}", key="rewind_step")
     if not rounds >= 1:
         raise EdgepressError(f"rounds is {rounds}; at least one is needed", key="rounds")
-    names = open_checkpoint(model).linear_tensors()
+    checkpoint = open_checkpoint(model)
+    linear_layers(skeleton(checkpoint), checkpoint)
+    names = checkpoint.linear_tensors()
     masks = read_masks(model)
     densities = _densities(1 - _sparsity(masks, names, model), 1 - sparsity, rounds)
     early = workdir / "round-1" / KEPT / f"checkpoint-{rewind_step}" if rewind_step else None

@@ -15,6 +15,7 @@ from compression.pruning.densities import Distribution, layer_sparsities
 from compression.pruning.held import HeldMasks, held_masks, hold_masks, zero_moments
 from compression.pruning.masks import pack_mask, unpack_mask
 from compression.pruning.selection import PRUNED, keep_strongest
+from compression.skeleton import linear_layers
 from compression.training import HeldOut, open_student, save_student, train
 from compression.training_settings import TrainingSettings
 
@@ -40,6 +41,7 @@ def prune_rigl(
     """
     checkpoint = open_checkpoint(model)
     student = open_student(model, rows, context)
+    linear_layers(student, checkpoint)
     hold_masks(student, _starting_masks(student, checkpoint.linear_tensors(), sparsity, distribution))
     objective = Objective(student, beta=1.0)
     rigl = RigL(objective, drop_fraction=drop_fraction, delta_t=delta_t, last_step=math.ceil(stop_at * settings.steps))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from compression.checkpoint import open_checkpoint
 from compression.context import Context
-from compression.errors import UnusableModel
+from compression.errors import EdgepressError, UnusableModel
 from compression.loading import load_model
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
@@ -120,7 +120,10 @@ def test_shards_open_in_transformers(tmp_path: Path, checkpoint: Path) -> None:
     for name in source.tensors:
         writer.add(read_tensors(checkpoint, [name]))
     assert not (tmp_path / "out" / "config.json").exists()
-    writer.finish(source.config)
+    with pytest.raises(EdgepressError, match=r"1 are missing \(model\.nothing"):
+        writer.finish(source.config, names=[*source.tensors, "model.nothing"])
+    assert not (tmp_path / "out" / "config.json").exists()
+    writer.finish(source.config, names=source.tensors)
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     assert not list((tmp_path / "out").glob("*.partial"))
     assert open_checkpoint(tmp_path / "out").tensors == source.tensors

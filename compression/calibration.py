@@ -102,7 +102,9 @@ def compress_blocks(
     with ExitStack() as stack:
         folder = work / "walk" if work else Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out.parent, prefix=".walk-")))
         folder.mkdir(parents=True, exist_ok=True)
-        run = None if work is None else _run(source, windows, {**settings, "config": dict(config or {}), "collect": sorted(collect)}, context)
+        run = (
+            None if work is None else _run(source, windows, {**settings, "config": dict(config or {}), "collect": sorted(collect)}, context)
+        )
         report = _walk(source, windows, compress, folder, collect, context, run)
         for warning in report.warnings:
             context.warn(warning)
@@ -113,9 +115,7 @@ def compress_blocks(
 def _run(source: Checkpoint, windows: torch.Tensor, settings: Mapping[str, Any], context: Context) -> str:
     """What a walk must agree with to be continued."""
     where = {"seed": context.seed, "device": torch.device(context.device).type}
-    return fingerprint(
-        {**settings, **where, "model": file_digests(source.path), "windows": list(windows.shape)}, windows.numpy().tobytes()
-    )
+    return fingerprint({**settings, **where, "model": file_digests(source.path), "windows": list(windows.shape)}, windows.numpy().tobytes())
 
 
 def _walk(

@@ -63,30 +63,39 @@ def latest_checkpoint(workdir: Path, *, run: str, warn: Callable[[str], None]) -
     for partial in workdir.glob(".partial-*"):
         shutil.rmtree(partial)
     for path in _checkpoints(workdir):
-        damage = _damage(path, run)
+        damage = _damage(path)
         if damage is None:
-            if json.loads((path / MARKER).read_text())["run"] != run:
-                raise EdgepressError(
-                    f"{path} belongs to work of another method, on another model or other data, or with other settings; "
-                    "give this one a work directory of its own"
-                )
-            return path
+            if same_work(json.loads((path / MARKER).read_text())["run"], run, path):
+                return path
+            damage = "another version of edgepress left it"
         warn(f"{path} cannot be continued ({damage}); work continues from the one before it")
         shutil.rmtree(path)
     return None
 
 
-def _damage(path: Path, run: str) -> str | None:
+def same_work(found: str, run: str, path: Path) -> bool:
+    """Whether what stands at `path` under the name `found` is of the work `run`; False where only another edgepress can tell.
+
+    Raises EdgepressError when it is of other work.
+    """
+    if found.rpartition(":")[0] != run.rpartition(":")[0]:
+        return False
+    if found != run:
+        raise EdgepressError(
+            f"{path} belongs to work of another method, on another model or other data, or with other settings; "
+            "give this one a work directory of its own"
+        )
+    return True
+
+
+def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        marker = json.loads((path / MARKER).read_text())
-        digests, version = marker["files"], marker["run"].rpartition(":")[0]
+        digests = json.loads((path / MARKER).read_text())["files"]
     except FileNotFoundError:
         return f"no {MARKER}"
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
         return f"{MARKER} is damaged"
-    if version != run.rpartition(":")[0]:
-        return "another version of edgepress left it"
     for name, digest in digests.items():
         if not (path / name).is_file():
             return f"{name} is missing"

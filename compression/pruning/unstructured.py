@@ -214,7 +214,12 @@ def _prune_on_the_walk(
         return Outcome(masks=masks, counts=counts, layers=figures, warnings=warnings)
 
     collect: Collect = frozenset({"gram"}) if compensate else MEAN_SQUARE
-    settings = {"method": "sparsegpt" if compensate else "wanda", "sparsities": dict(sparsities), "group": group, "damp_percent": damp_percent}
+    settings = {
+        "method": "sparsegpt" if compensate else "wanda",
+        "sparsities": dict(sparsities),
+        "group": group,
+        "damp_percent": damp_percent,
+    }
     counts = compress_blocks(source.path, out, windows, compress, settings=settings, collect=collect, work=work, context=context)
     return {"sparsity": 1 - counts["kept"] / counts["weights"], "fallback_layers": counts["fallback_layers"]}
 

@@ -224,7 +224,9 @@ def test_a_killed_walk_goes_on_at_its_block_and_ends_in_the_same_bytes(
         seen.append(block.index)
         return scale_down(block)
 
-    counts = compress_blocks(source, tmp_path / "resumed", windows, watched, settings={}, work=tmp_path / "work", context=Context(warn=warned.append))
+    counts = compress_blocks(
+        source, tmp_path / "resumed", windows, watched, settings={}, work=tmp_path / "work", context=Context(warn=warned.append)
+    )
     assert seen == [2, 3]
     assert counts == undisturbed == {"seen": 4.0}
     assert warned == [f"block {index}" for index in range(4)]
@@ -234,7 +236,13 @@ def test_a_killed_walk_goes_on_at_its_block_and_ends_in_the_same_bytes(
 @pytest.mark.parametrize("other", ["windows", "settings", "config", "weights", "seed"])
 def test_a_walk_does_not_go_on_from_another(tmp_path: Path, other: str) -> None:
     first = {"windows": tiny_windows(), "settings": {"method": "gptq", "mse": True}, "config": {"bits": 4}, "weights": 0, "seed": 0}
-    changed = {"windows": tiny_windows(seed=1), "settings": {"method": "gptq", "mse": False}, "config": {"bits": 8}, "weights": 1, "seed": 1}
+    changed = {
+        "windows": tiny_windows(seed=1),
+        "settings": {"method": "gptq", "mse": False},
+        "config": {"bits": 8},
+        "weights": 1,
+        "seed": 1,
+    }
     for number, given in enumerate(({}, {other: changed[other]})):
         now: dict[str, Any] = first | given
         source = tiny_checkpoint(tmp_path / f"in-{number}", seed=now["weights"])

@@ -317,7 +317,8 @@ def _load_entrance(walk: Walk, used: torch.Tensor) -> None:
     model, embed, device = walk.model, walk.model.get_input_embeddings(), walk.context.device
     skipped = {*walk.layers.modules(), model.get_output_embeddings()}
     dtype, stored = _compute_dtype(walk.checkpoint, device), set(model.state_dict())
-    embed.padding_idx = None  # it names a row that may not be among those
+    if isinstance(embed, nn.Embedding):
+        embed.padding_idx = None  # it names a row that may not be among those
     ids = used.to(device)
     embed.register_forward_pre_hook(lambda _, arguments: (torch.searchsorted(ids, arguments[0]), *arguments[1:]))
     for path, part in model.named_modules():

@@ -309,12 +309,12 @@ def magnitudes(model: torch.nn.Module, masks: dict[str, torch.Tensor], count: in
     return {name: part.view(masks[name].shape) for name, part in zip(names, keep.split([masks[n].numel() for n in names]), strict=True)}
 
 
-@pytest.mark.parametrize("other", [{"sparsity": 0.5}, {"rounds": 3}, {"scope": "layer"}])
-def test_rounds_of_another_search_are_not_taken_up(tmp_path: Path, checkpoint: Path, other: dict[str, object]) -> None:
+def test_rounds_of_another_search_are_not_taken_up(tmp_path: Path, checkpoint: Path) -> None:
     settings = TrainingSettings(steps=2, batch_size=4)
     lottery(checkpoint, tmp_path, settings=settings)
-    with pytest.raises(EdgepressError, match="another method, on another model"):
-        lottery(checkpoint, tmp_path, settings=settings, **other)
+    for other in ({"sparsity": 0.5}, {"rounds": 3}, {"scope": "layer"}):
+        with pytest.raises(EdgepressError, match="another method, on another model"):
+            lottery(checkpoint, tmp_path, settings=settings, **other)
 
 
 @pytest.mark.parametrize(("rewind_step", "kept"), [(0, 1.0), (3, 1.0), (3, 0.5)])
@@ -387,7 +387,7 @@ def test_layer_scope_prunes_every_layer_alike_and_rounds_that_are_done_are_kept(
     lottery(checkpoint, tmp_path, scope="layer")
     for mask in read_masks(tmp_path / "out").values():
         assert float((~mask).float().mean()) == pytest.approx(0.75, abs=1e-3)
-    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["round-1", "round-2"]
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["round-1", "round-2", "search"]
     assert [path.name for path in (tmp_path / "work" / "round-2").iterdir()] == ["found"]
     assert json.loads((tmp_path / "work" / "round-1" / "found" / "metrics.json").read_text())["steps"] == 8
 

@@ -19,7 +19,7 @@ from compression.finetuning_methods import TIED
 from compression.pruning.held import zero_pruned
 
 LARGEST_DIVERGENCE = 1e-3  # mean KL of a merged model from the one with its adapters beside it, in nats; rounding gives far less
-_COMPARED = (4, 64)  # rows and tokens
+_COMPARED = (2, 64)  # rows and tokens
 _IN_PEFT = "base_model.model."  # what peft puts before the names of a model's modules
 
 
@@ -62,10 +62,11 @@ def adapt(
             "can stand beside it; name other modules",
             key="target_modules",
         )
-    if student.config.tie_word_embeddings:
-        ends = (student.get_input_embeddings(), student.get_output_embeddings())
-        if wrong := [path for path, part in paths.items() if part in ends]:
-            raise Incompatible(TIED.format(wrong[0]), key="target_modules")
+    ends = (student.get_input_embeddings(), student.get_output_embeddings())
+    if getattr(ends[0], "weight", None) is getattr(ends[1], "weight", None) and (
+        wrong := [path for path, part in paths.items() if part in ends]
+    ):
+        raise Incompatible(TIED.format(wrong[0]), key="target_modules")
     unused = [name for name in rank_pattern if not any(re.fullmatch(rf"(.*\.)?({name})", path) for path in paths)]  # as peft matches
     if unused:
         raise EdgepressError(f"rank_pattern names {', '.join(unused)}, and no layer with an adapter is called so", key="rank_pattern")

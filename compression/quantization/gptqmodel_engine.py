@@ -145,5 +145,6 @@ def _rewrite(source: Checkpoint, saved: Path, out: Path, config: dict[str, Any])
         elif name in source.tensors:
             writer.add({name: tensor.to(read_tensors(source.path, [name])[name].dtype)})
     copy_tokenizer(source.path, out)
-    weights = {f"{module}.weight" for module in quantized}
-    writer.finish(source.config | {"quantization_config": config}, names=(set(source.tensors) - weights) | parts)
+    others = set(source.tensors) - {f"{module}.weight" for module in quantized}
+    writer.add(read_tensors(source.path, sorted(others - set(names))))  # what GPTQModel does not write it has not changed
+    writer.finish(source.config | {"quantization_config": config}, names=others | parts)

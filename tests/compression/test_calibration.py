@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import compression.families
 from compression.calibration import Outcome, compress_blocks
@@ -155,6 +156,12 @@ def test_buffers_that_no_checkpoint_holds_are_computed(tmp_path: Path) -> None:
     for name, buffer in loaded.named_buffers():
         assert torch.equal(filled.get_buffer(name), buffer), name
     assert set(filled.get_buffer("model.layers.1.mamba.mup_vector").unique().tolist()) == {torch.tensor(m).item() for m in multipliers}
+
+
+def test_a_layer_that_no_window_reaches_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: mlp.down_proj(mlp.gate_proj(x)))
+    with pytest.raises(Incompatible, match=r"no calibration window reaches model\.layers\.0\.mlp\.up_proj"):
+        next(walk(open_checkpoint(checkpoint), tiny_windows(), context=Context()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])

@@ -1,6 +1,5 @@
 """A corpus that a model writes itself: sampled documents, none of them twice."""
 
-import hashlib
 import json
 import random
 import time
@@ -11,11 +10,12 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from compression.checkpoint import file_digests
 from compression.context import Context
 from compression.data.rows import start_token
 from compression.errors import UnusableData, UnusableModel
 from compression.loading import load_model, load_tokenizer
-from compression.resumption import latest_checkpoint, write_checkpoint
+from compression.resumption import fingerprint, latest_checkpoint, write_checkpoint
 from compression.synthesis_settings import CORPUS, SynthesisSettings
 
 COUNTS = "corpus.json"
@@ -46,7 +46,8 @@ def synthesize(
     tokenizer, network = load_tokenizer(model), load_model(model, device=context.device)
     start, ends = start_token(tokenizer), _end_tokens(network, tokenizer)
     random.Random(f"prompts-{context.seed}").shuffle(beginnings)
-    run = hashlib.sha256(repr((settings, beginnings, context.seed)).encode()).hexdigest()
+    document = {"settings": asdict(settings), "prompts": beginnings, "model": file_digests(model), "seed": context.seed}
+    run = fingerprint(document | {"device": torch.device(context.device).type})
     corpus, saved = _resume(workdir, run, context), time.monotonic()
     wanted, unit = (settings.documents, "documents") if settings.documents is not None else (settings.tokens or 0, "tokens")
     while (done := getattr(corpus, unit)) < wanted:

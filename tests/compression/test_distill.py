@@ -160,6 +160,18 @@ def test_brings_the_student_to_its_teacher(tmp_path: Path, checkpoint: Path, nar
     assert (out / "kept.safetensors").read_bytes() == (tmp_path / "kept.safetensors").read_bytes()
 
 
+def test_another_teacher_is_another_training(tmp_path: Path, checkpoint: Path) -> None:
+    def taught_by(teacher: Path) -> None:
+        distill(
+            checkpoint, teacher, tmp_path / "out", tiny_windows(4), settings=TrainingSettings(steps=2, batch_size=4), workdir=tmp_path / "work",
+            context=Context(),
+        )  # fmt: skip
+
+    taught_by(tiny_checkpoint(tmp_path / "one", seed=1))
+    with pytest.raises(EdgepressError, match="another method, on another model"):
+        taught_by(tiny_checkpoint(tmp_path / "two", seed=2))
+
+
 def test_the_projector_starts_orthogonal_and_only_where_widths_differ(checkpoint: Path, narrow: Path) -> None:
     objective = Objective(load_model(narrow), teacher=load_model(checkpoint), gamma=1.0, layers={1: 0}, seed=3)
     weight = objective.projectors.maps["1"].weight  # [64, 32]

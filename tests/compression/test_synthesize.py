@@ -142,6 +142,8 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(checkpoint: Path, tmp_p
     assert file_digests(tmp_path / "killed" / "out") == file_digests(tmp_path / "whole" / "out")
     with pytest.raises(EdgepressError, match="other settings"):
         write(checkpoint, tmp_path / "killed", documents=20, temperature=0.5)
+    with pytest.raises(EdgepressError, match="another model"):
+        write(tiny_checkpoint(tmp_path / "other", seed=1), tmp_path / "killed", documents=20)
 
 
 @pytest.mark.parametrize("unit", ["documents", "tokens"])

@@ -28,13 +28,13 @@ GOLDEN = {
     "prune.depth": "1d551370fa16c7ceabf40ed7e0a9e6e8dc49d15d51ba8f6ab696bb58cd67e3a5",
     "prune.lottery": "d5b00a37c378cef74c643e2c787c24ca5e00fdad1b9ec220da72da2d3461c584",
     "prune.rigl": "dbe64f6e3923cb435b79ca371f07e805141ae6f2b5e7d8aaeaf957e17c97dce2",
-    "prune.unstructured": "92e235b3947108e6a3ca0131056ed34a14d0dac41f9a898f9a081195284687cb",
+    "prune.unstructured": "fae28c9a70a9a9551aa490b93f7c0250b588887a0dead9ab58950d453ed7b516",
     "prune.width": "e011368149d8447233b6201c73fe51096a28143645b97df4bf3e358bab6b738a",
     "quantize.awq": "136ad5d73d9a7c49732947c4fd7beb5566dcd093113cbaa22e3ef4f1c0958ab3",
     "quantize.fp8": "570eb78859a8bc7f5566719f2a374bd63faa8e3962173dba068976324a152359",
-    "quantize.gptq": "92690b058957ace4f4e38997fc7ca911d0613dd226c792e419ac2d0d89e13ca0",
+    "quantize.gptq": "0c9491a40e3a82d460372dfc450a829ee444e3c9d7a2f98444d1bc1db4753394",
     "quantize.rtn": "73df249100ceded97c6798d8c77db2fd146452a030fe399654a40298d1618363",
-    "quantize.smoothquant": "825deadb12a372f8dcdfe8d2b226f4c2c7bf931fa9c62d4556e2b2b4c4ec6788",
+    "quantize.smoothquant": "bf465b06e09bd2b9bacc39cd10e04a251efdb060a98e6b278b0c0d9ba6b363eb",
     "synthesize": "6238a0351c9d337506e236a684ff009bd77a6ab84a37bdd890bfa354e7b9cebd",
 }
 

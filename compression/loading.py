@@ -16,12 +16,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from compression.checkpoint import COMPRESSED_TENSORS, Checkpoint, open_checkpoint, tokenizer_files
+from compression.checkpoint import COMPRESSED_TENSORS, Checkpoint, open_checkpoint, tokenizer_files, weight_map
 from compression.errors import UnusableModel
 from compression.quantization.compressed_tensors import read_scaled_linears, round_inputs
 from compression.quantization.layouts import read_quantized_linears
 from compression.quantization.schemes import read_scheme
-from compression.shards import check_names, read_tensors, shard_files
+from compression.shards import check_names, read_tensors
 
 
 def load_model(
@@ -112,7 +112,7 @@ def save_model(model: PreTrainedModel, out: Path, *, like: Path, dtype: str | No
     model.to(getattr(torch, dtype or source.dtype)).save_pretrained(out, max_shard_size="5GB")
     copy_tokenizer(like, out)
     if source.layout == "dense":
-        check_names(out, _read_by(model, shard_files(out)), _read_by(model, source.tensors))
+        check_names(out, _read_by(model, weight_map(out)), _read_by(model, source.tensors))
 
 
 def _read_by(model: PreTrainedModel, names: Iterable[str]) -> list[str]:

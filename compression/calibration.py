@@ -1,6 +1,5 @@
 """Compressing a checkpoint on the walk: what a method makes of each block becomes a new checkpoint, also over a crash."""
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping
@@ -12,14 +11,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoint import Checkpoint, file_digests, open_checkpoint
 from compression.context import Context
 from compression.files import fsync
 from compression.hidden_states import HiddenStates
 from compression.loading import copy_tokenizer
 from compression.pruning.kept import copy_kept
 from compression.pruning.masks import MaskWriter
-from compression.resumption import latest_checkpoint, write_checkpoint
+from compression.resumption import fingerprint, latest_checkpoint, write_checkpoint
 from compression.shards import CheckpointWriter, read_tensors
 from compression.walk import GRAM, Block, Collect, Walk
 
@@ -31,7 +30,7 @@ class Outcome:
     """What a method made of a block.
 
     tensors   stand in the new checkpoint for the weight of the same module: "mlp.up_proj.qweight" for "mlp.up_proj.weight";
-              all other parameters are written from the module in their dtype in the checkpoint
+              all other parameters and buffers are written from the module in their dtype in the checkpoint
     masks     of pruned weights, bool [out, in], True where kept, by path in the block
     counts    added up over the blocks (fallback_layers)
     layers    figures about each layer, by path in the block (relative_error)
@@ -50,17 +49,29 @@ Compress = Callable[[Block], Outcome]
 
 @dataclass
 class _Report:
-    """What the blocks so far told beside their tensors; kept over a crash."""
+    """What the blocks so far told beside their tensors; kept over a crash.
+
+    replaced, instead  names of the source's tensors for which others stand, and of those
+    """
 
     counts: dict[str, float] = field(default_factory=dict)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    instead: list[str] = field(default_factory=list)
 
     def add(self, block: Block, outcome: Outcome) -> None:
         for name, count in outcome.counts.items():
             self.counts[name] = self.counts.get(name, 0.0) + count
         self.layers |= {f"{block.name}.{path}": dict(figures) for path, figures in outcome.layers.items()}
         self.warnings += outcome.warnings
+        self.replaced += [f"{block.name}.{path}" for path in _replaced(outcome)]
+        self.instead += [f"{block.name}.{path}" for path in outcome.tensors]
+
+
+def _replaced(outcome: Outcome) -> set[str]:
+    """The weights for which an outcome gives other tensors, by path in the block."""
+    return {f"{path.rpartition('.')[0]}.weight" for path in outcome.tensors}
 
 
 def compress_blocks(
@@ -69,6 +80,7 @@ def compress_blocks(
     windows: torch.Tensor,
     compress: Compress,
     *,
+    settings: Mapping[str, Any],
     config: Mapping[str, Any] | None = None,
     collect: Collect = GRAM,
     work: Path | None = None,
@@ -78,31 +90,40 @@ def compress_blocks(
 
     windows   token ids, int64 [count, length]
     compress  changes a block's weights in place, or gives other tensors for them (`Outcome`)
+    settings  the name of the method and all that decides what `compress` does, as JSON: no walk is continued under others
     config    entries added to config.json
     collect   the statistics of the layers' inputs that `compress` needs
     work      where finished blocks are kept: a walk that was killed goes on at the block it was in, and ends in the same bytes
     Figures about layers are written to layers.json, masks to masks.safetensors; everything outside the blocks stays as it was.
 
-    Raises what `Walk` raises; EdgepressError where `work` belongs to another walk.
+    Raises what `Walk` raises; EdgepressError where `work` belongs to another walk, or the result would hold other tensors than it must.
     """
     source = open_checkpoint(checkpoint)
     with ExitStack() as stack:
         folder = work / "walk" if work else Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out.parent, prefix=".walk-")))
         folder.mkdir(parents=True, exist_ok=True)
-        report = _walk(source, windows, compress, folder, collect, context, resumable=work is not None)
+        run = (
+            None if work is None else _run(source, windows, {**settings, "config": dict(config or {}), "collect": sorted(collect)}, context)
+        )
+        report = _walk(source, windows, compress, folder, collect, context, run)
         for warning in report.warnings:
             context.warn(warning)
         _assemble(source, out, folder, report, config or {})
     return report.counts
 
 
+def _run(source: Checkpoint, windows: torch.Tensor, settings: Mapping[str, Any], context: Context) -> str:
+    """What a walk must agree with to be continued."""
+    where = {"seed": context.seed, "device": torch.device(context.device).type}
+    return fingerprint({**settings, **where, "model": file_digests(source.path), "windows": list(windows.shape)}, windows.numpy().tobytes())
+
+
 def _walk(
-    source: Checkpoint, windows: torch.Tensor, compress: Compress, folder: Path, collect: Collect, context: Context, *, resumable: bool
+    source: Checkpoint, windows: torch.Tensor, compress: Compress, folder: Path, collect: Collect, context: Context, run: str | None
 ) -> _Report:
-    """Leave a file of tensors and one of masks for each block in `folder`."""
-    run = hashlib.sha256(windows.numpy().tobytes() + json.dumps(source.config, sort_keys=True).encode()).hexdigest()
+    """Leave a file of tensors and one of masks for each block in `folder`; a walk with a name (`run`) goes on where it was."""
     report, first, states = _Report(), 0, None
-    kept = latest_checkpoint(folder, run=run, warn=context.warn)
+    kept = None if run is None else latest_checkpoint(folder, run=run, warn=context.warn)
     if kept is not None:
         report = _Report(**json.loads((kept / "report.json").read_text()))
         first = int(kept.name.removeprefix("checkpoint-"))
@@ -114,15 +135,16 @@ def _walk(
             walk.states.save(directory)
             (directory / "report.json").write_text(json.dumps(asdict(report)))
 
+        assert run is not None
         write_checkpoint(folder, block.index + 1, fill, run=run)
 
-    walk = Walk(source, windows, collect=collect, context=context, first=first, states=states, passed=passed if resumable else None)
+    walk = Walk(source, windows, collect=collect, context=context, first=first, states=states, passed=passed if run else None)
     for block in walk:
         with torch.no_grad():
             outcome = compress(block)
         report.add(block, outcome)
-        replaced = {name.rpartition(".")[0] + ".weight" for name in outcome.tensors}
-        _save(folder / f"block-{block.index}.safetensors", block.name, _keep_dtypes(block, replaced) | dict(outcome.tensors))
+        kept_tensors = _keep_dtypes(block, _replaced(outcome))
+        _save(folder / f"block-{block.index}.safetensors", block.name, kept_tensors | dict(outcome.tensors))
         _save(folder / f"masks-{block.index}.safetensors", block.name, block.masks | dict(outcome.masks))
     return report
 
@@ -133,13 +155,13 @@ def _save(file: Path, block: str, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _keep_dtypes(block: Block, replaced: set[str]) -> dict[str, torch.Tensor]:
-    """The parameters that stay, in the checkpoint's dtype; the module is rounded to it too, so that what follows sees what is stored."""
+    """The parameters and buffers that stay, in the checkpoint's dtype; the module is rounded to it too, so that what follows sees what is stored."""
     kept = {}
     with torch.no_grad():
-        for name, parameter in block.module.named_parameters():
+        for name, tensor in block.module.state_dict().items():
             if name not in replaced:
-                kept[name] = parameter.to(block.dtypes[name])
-                parameter.copy_(kept[name])
+                kept[name] = tensor.to(block.dtypes[name])
+                tensor.copy_(kept[name])
     return kept
 
 
@@ -147,14 +169,18 @@ def _assemble(source: Checkpoint, out: Path, folder: Path, report: _Report, conf
     """Put the blocks' files and everything outside the blocks together to a checkpoint."""
     writer = CheckpointWriter(out)
     masks = MaskWriter(out)
+    replaced = set(report.replaced)
+    left, written = [name for name in source.tensors if name not in replaced], set[str]()
     for index in range(source.num_layers):
-        writer.add(load_file(folder / f"block-{index}.safetensors"))
+        tensors = load_file(folder / f"block-{index}.safetensors")
+        writer.add(tensors)
         masks.add(load_file(folder / f"masks-{index}.safetensors"))
-    writer.add(read_tensors(source.path, [name for name in source.tensors if not name.startswith(f"{source.blocks}.")]))
+        written |= tensors.keys()
+    writer.add(read_tensors(source.path, [name for name in left if name not in written]))
     masks.finish()
     if report.layers:
         (out / REPORT).write_text(json.dumps(report.layers, indent=1, sort_keys=True) + "\n")
     copy_tokenizer(source.path, out)
     if "quantization_config" not in config:  # GenAI's builder takes every safetensors file of a quantized directory for weights
         copy_kept(source.path, out)
-    writer.finish(source.config | dict(config))
+    writer.finish(source.config | dict(config), names=[*left, *report.instead])

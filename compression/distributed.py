@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -94,10 +95,19 @@ def _child(
         distributed.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
         result = function(*arguments, context=Context(seed=seed, device=device, **tells), **parameters)
     except BaseException as error:  # noqa: BLE001  (the parent raises it)
-        pipe.send(("error", error))
+        pipe.send(("error", _portable(error)))
         return
     pipe.send(("result", result))
     distributed.destroy_process_group()
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error, or its type and message where the parent could not unpickle it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001  (whatever its class makes of it)
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _end_with_parent() -> None:

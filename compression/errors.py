@@ -1,9 +1,19 @@
 """The errors people see. Each says what is wrong, where, and what would be right."""
 
+import copyreg
+from typing import Any
+
 from compression.redaction import redacted
 
 
-class EdgepressError(Exception):
+class PicklableError(Exception):
+    """An error that crosses processes, whatever its `__init__` takes: unpickling does not call it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]  # the stubs leave it out
+
+
+class EdgepressError(PicklableError):
     """Base of every error that is the user's to mend: printed as one message, without a traceback.
 
     `key` names the parameter at fault (`group_size`, `model`), where one is, so that a recipe error can point to its line.

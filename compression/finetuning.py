@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from compression.adapters import adapt, copy_adapters, mask_updates, merged, open_in_4_bits, save_adapters
-from compression.checkpoint import open_checkpoint
+from compression.checkpoint import file_digests, open_checkpoint
 from compression.context import Context
 from compression.distillation.objective import Objective
 from compression.finetuning_methods import Method, check_method
@@ -41,28 +42,38 @@ def finetune(
     the merge.
 
     Returns the metrics of `compression.training.train` with trainable_parameters.
-    Raises Incompatible (a quantized model, dora of a sparse one), MissingExtra (qlora), UnusableModel, UnusableData, EdgepressError (a
-    module that does not exist).
+    Raises Incompatible (a quantized model, dora of a sparse one, adapters on a tied embedding or head), MissingExtra (qlora), UnusableModel,
+    UnusableData, EdgepressError (a module that does not exist, a merge that is not what was trained).
     """
     checkpoint = open_checkpoint(model)
-    check_method(checkpoint, method)
+    check_method(checkpoint, method, target_modules)
     check_student(checkpoint, rows)
     student = open_in_4_bits(model, context) if method == "qlora" else open_student(model, rows, context)
 
     def adapted(base: PreTrainedModel) -> PeftModel:
         with seeded(context.seed):
-            return adapt(
+            adapters = adapt(
                 base, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, rank_pattern=rank_pattern or {},
-                magnitudes=method == "dora",
+                magnitudes=method == "dora", context=context,
             )  # fmt: skip
+        mask_updates(adapters, read_masks(model))
+        return adapters
 
     adapters = None if method == "full" else adapted(student)
+    origin: dict[str, Any] = {"method": method, "student": file_digests(model)}
     if adapters is not None:
-        mask_updates(adapters, read_masks(model))
+        origin |= {
+            "rank": rank,
+            "alpha": alpha,
+            "dropout": dropout,
+            "target_modules": target_modules,
+            "rank_pattern": dict(rank_pattern or {}),
+        }
     objective = Objective(student, beta=1.0)  # peft puts the adapters into the student itself
     trainable = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
     metrics = train(
-        objective, rows, mask=mask, settings=settings, workdir=workdir, context=context, what=f"fine-tune ({method})", validation=validation
+        objective, rows, mask=mask, settings=settings, origin=origin, workdir=workdir, context=context, what=f"fine-tune ({method})",
+        validation=validation,
     )  # fmt: skip
     if adapters is not None:
         if adapter_out is not None and processes.is_first():
@@ -71,6 +82,6 @@ def finetune(
             full = adapted(open_student(model, rows, context))
             copy_adapters(adapters, full)
             adapters = full
-        student = merged(adapters)
+        student = merged(adapters, rows)
     save_student(student, out, like=model)
     return metrics | {"trainable_parameters": float(trainable)}

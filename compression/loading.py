@@ -1,5 +1,6 @@
 """Opening and saving checkpoints as torch modules, and their tokenizers."""
 
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,12 +16,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from compression.checkpoint import COMPRESSED_TENSORS, Checkpoint, open_checkpoint, tokenizer_files
+from compression.checkpoint import COMPRESSED_TENSORS, Checkpoint, open_checkpoint, tokenizer_files, weight_map
 from compression.errors import UnusableModel
 from compression.quantization.compressed_tensors import read_scaled_linears, round_inputs
 from compression.quantization.layouts import read_quantized_linears
 from compression.quantization.schemes import read_scheme
-from compression.shards import read_tensors
+from compression.shards import check_names, read_tensors
 
 
 def load_model(
@@ -104,11 +105,20 @@ def save_model(model: PreTrainedModel, out: Path, *, like: Path, dtype: str | No
     """Write a dense checkpoint into `out`: config, safetensors, and the tokenizer files of the checkpoint `like`, byte for byte.
 
     dtype  "float16", "bfloat16" or "float32"; None takes the dtype of `like`
+    Raises EdgepressError where the model holds other tensors than a dense `like`; tied ones may be in a file or not.
     """
-    dtype = dtype or open_checkpoint(like).dtype
+    source = open_checkpoint(like)
     out.mkdir(parents=True, exist_ok=True)
-    model.to(getattr(torch, dtype)).save_pretrained(out, max_shard_size="5GB")
+    model.to(getattr(torch, dtype or source.dtype)).save_pretrained(out, max_shard_size="5GB")
     copy_tokenizer(like, out)
+    if source.layout == "dense":
+        check_names(out, _read_by(model, weight_map(out)), _read_by(model, source.tensors))
+
+
+def _read_by(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Of the tensors of a checkpoint those that a model must find: not what it ties to others, nor what its class ignores in older files."""
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+    return [name for name in names if name not in model.all_tied_weights_keys and not any(re.search(pattern, name) for pattern in ignored)]
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

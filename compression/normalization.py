@@ -19,7 +19,15 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from compression.checkpoint import INDEX, PRUNING_FILES, SINGLE, Checkpoint, Limits, open_checkpoint, tokenizer_files, weight_map
@@ -92,19 +100,15 @@ def complete_config(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _open_config(source: Path, warnings: list[str]) -> PreTrainedConfig:
     raw = json.loads((source / "config.json").read_text())
-    kind = raw.get("model_type")
+    kind, here = raw.get("model_type"), f"transformers {transformers.__version__}"
+    if kind not in CONFIG_MAPPING:
+        own = "; it would run code of its own (auto_map in config.json), which edgepress never does" if "auto_map" in raw else ""
+        raise UnusableModel(f"{source} has the model_type {kind!r}, and {here} has no such architecture{own}", key="model")
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a config class raises about values that it does not take
-        if "auto_map" in raw:
-            raise UnusableModel(
-                f"{source} wants to run code of its own (auto_map in config.json), and transformers {transformers.__version__} has no "
-                f"architecture {kind!r} itself; edgepress loads only architectures of transformers",
-                key="model",
-            ) from error
         raise UnusableModel(
-            f"transformers {transformers.__version__} does not open {source / 'config.json'} (model_type {kind!r}): {_reason(error)}",
-            key="model",
+            f"{here} does not open {source / 'config.json'} (model_type {kind!r}): {_reason(error)}", key="model"
         ) from error
     if "auto_map" in raw:
         warnings.append(
@@ -114,8 +118,8 @@ def _open_config(source: Path, warnings: list[str]) -> PreTrainedConfig:
     if config.get_text_config() is not config:
         inner = config.get_text_config().model_type
         raise UnusableModel(
-            f"{source} is a model of several parts ({', '.join(raw.get('architectures') or [kind])}); edgepress compresses its text part alone "
-            f"(model_type {inner!r}): save that as a directory of its own, for example with AutoModelForCausalLM",
+            f"{source} is a model of several parts ({', '.join(raw.get('architectures') or [kind])}); edgepress takes text decoders "
+            f"alone: save its text part (model_type {inner!r}) as a directory of its own",
             key="model",
         )
     if type(config) not in causal or config.is_encoder_decoder:
@@ -271,7 +275,11 @@ def _write_tokenizer(source: Path, out: Path, warnings: list[str]) -> bool:
 
 def _difference(source: Path, opened: Path) -> str | None:
     """The first text that AutoTokenizer on `opened` encodes unlike the tokenizer.json of `source`, with both ids; None where it encodes all alike."""
-    ours, theirs = load_tokenizer(source), AutoTokenizer.from_pretrained(opened, local_files_only=True, trust_remote_code=False)
+    ours = load_tokenizer(source)
+    try:
+        theirs = AutoTokenizer.from_pretrained(opened, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  (of whatever class it takes for this model: said in the warning)
+        return f"it does not open it ({_reason(error)})"
     for text in TEXTS:
         expected, found = ours(text).input_ids, theirs(text).input_ids
         if expected != found:
@@ -316,6 +324,8 @@ def _training_limit(checkpoint: Checkpoint) -> str:
         logits = model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False).logits
     except Exception:  # noqa: BLE001  (an architecture that takes no such stand-in is judged when it is trained)
         return ""
+    if logits.device.type == "meta":
+        return ""  # parameters without values had a part in them: judged when it is trained
     if logits.shape == (1, 4, 8) and torch.allclose(logits, head(hidden), rtol=1e-4, atol=1e-4):
         return ""
     return f"{type(model).__name__} scales or caps its logits after the output head, which training reads directly"

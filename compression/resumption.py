@@ -5,17 +5,32 @@ fsynced, `complete.json` (sha256 per file) is written last, and the directory is
 leaves either the checkpoint or something that is not taken for one.
 """
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from compression.checkpoint import digest_file
 from compression.errors import EdgepressError
 from compression.files import fsync
 
 MARKER = "complete.json"
+FORMAT = "2"  # of fingerprints: what stands under another is of an edgepress that left something out of them
 KEEP = 2  # the newest, and the one to fall back on where the newest turns out to be damaged
+
+
+def fingerprint(document: Mapping[str, Any], *content: bytes) -> str:
+    """The name of a piece of work, for `run` below: it holds everything that decides the result, so that no work is continued as another.
+
+    document  JSON: the method and its settings, `file_digests` of every model that it reads, seed, shapes
+    content   the bytes of its data
+    """
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
+    for part in content:
+        digest.update(part)
+    return f"{FORMAT}:{digest.hexdigest()}"
 
 
 def write_checkpoint(workdir: Path, step: int, fill: Callable[[Path], None], *, run: str) -> None:
@@ -41,7 +56,7 @@ def write_checkpoint(workdir: Path, step: int, fill: Callable[[Path], None], *, 
 
 
 def latest_checkpoint(workdir: Path, *, run: str, warn: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint, or None. Incomplete and damaged ones are named to `warn` and passed over.
+    """The newest complete checkpoint, or None. Incomplete and damaged ones, and those of an older edgepress, are named to `warn` and removed.
 
     Raises EdgepressError when it belongs to other work than `run`.
     """
@@ -50,13 +65,27 @@ def latest_checkpoint(workdir: Path, *, run: str, warn: Callable[[str], None]) -
     for path in _checkpoints(workdir):
         damage = _damage(path)
         if damage is None:
-            if json.loads((path / MARKER).read_text())["run"] != run:
-                raise EdgepressError(
-                    f"{path} belongs to work on other data or with other settings; give this one a work directory of its own"
-                )
-            return path
-        warn(f"{path} is not complete ({damage}); work continues from the one before it")
+            if same_work(json.loads((path / MARKER).read_text())["run"], run, path):
+                return path
+            damage = "another version of edgepress left it"
+        warn(f"{path} cannot be continued ({damage}); work continues from the one before it")
+        shutil.rmtree(path)
     return None
+
+
+def same_work(found: str, run: str, path: Path) -> bool:
+    """Whether what stands at `path` under the name `found` is of the work `run`; False where only another edgepress can tell.
+
+    Raises EdgepressError when it is of other work.
+    """
+    if found.rpartition(":")[0] != run.rpartition(":")[0]:
+        return False
+    if found != run:
+        raise EdgepressError(
+            f"{path} belongs to work of another method, on another model or other data, or with other settings; "
+            "give this one a work directory of its own"
+        )
+    return True
 
 
 def _damage(path: Path) -> str | None:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from compression.checkpoint import INDEX, SINGLE, weight_map
-from compression.errors import UnusableModel
+from compression.errors import EdgepressError, UnusableModel
 
 SHARD_BYTES = 512 * 2**20  # bounds what the writer holds in memory
 
@@ -30,6 +30,17 @@ def read_tensors(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def check_names(out: Path, written: Iterable[str], expected: Iterable[str]) -> None:
+    """Refuse to publish a checkpoint that holds other tensors than its source, but for what the method changes: raises EdgepressError."""
+    held, due = set(written), set(expected)
+    wrong = {"are missing": sorted(due - held), "are not those of the source": sorted(held - due)}
+    if any(wrong.values()):
+        told = "; ".join(
+            f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for what, names in wrong.items() if names
+        )
+        raise EdgepressError(f"{out}: the tensors of the result are not what they must be: {told}. Nothing is published")
+
+
 class CheckpointWriter:
     """Writes tensors into a new checkpoint directory as they come. Nothing opens it before `finish`, which writes the config and index."""
 
@@ -46,10 +57,14 @@ class CheckpointWriter:
         if sum(tensor.nbytes for tensor in self._pending.values()) >= self._shard_bytes:
             self._flush()
 
-    def finish(self, config: Mapping[str, Any]) -> None:
-        """Write what is left, give the shards their names, and write the index and config.json."""
+    def finish(self, config: Mapping[str, Any], *, names: Iterable[str]) -> None:
+        """Write what is left, give the shards their names, and write the index and config.json.
+
+        names  what the checkpoint must hold: the names of its source's tensors, but for what the method changes; raises what `check_names` does
+        """
         if self._pending:
             self._flush()
+        check_names(self._out, (name for shard in self._shards for name in shard), names)
         count = len(self._shards)
         files = [SINGLE] if count == 1 else [f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
         for index, file in enumerate(files):

@@ -31,16 +31,17 @@ def rewrite_linears(checkpoint: Path, out: Path, rewrite: Rewrite, *, config: Ma
         raise Incompatible(f"{checkpoint} is quantized already ({source.layout}); a dense checkpoint is needed")
     weights = set(source.linear_tensors())
     linear_layers(skeleton(source), source)
-    writer = CheckpointWriter(out)
+    writer, expected = CheckpointWriter(out), set(source.tensors) - weights
     for done, name in enumerate(source.tensors):
         context.progress(done, len(source.tensors), name)
         tensors = read_tensors(checkpoint, [name])
         if name in weights:
             path = name.removesuffix(".weight")
             tensors = {f"{path}.{suffix}": tensor for suffix, tensor in rewrite(path, tensors[name].to(context.device)).items()}
+            expected |= tensors.keys()
         writer.add(tensors)
     copy_tokenizer(checkpoint, out)
     if source.sparse:
         shutil.copyfile(checkpoint / MASKS, out / MASKS)
-    writer.finish(source.config | dict(config))
+    writer.finish(source.config | dict(config), names=expected)
     context.progress(len(source.tensors), len(source.tensors), "rounded")

@@ -1,6 +1,5 @@
 """A corpus that a model writes itself: sampled documents, none of them twice."""
 
-import hashlib
 import json
 import random
 import time
@@ -11,10 +10,12 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from compression.checkpoint import file_digests
 from compression.context import Context
+from compression.data.rows import start_token
 from compression.errors import UnusableData, UnusableModel
 from compression.loading import load_model, load_tokenizer
-from compression.resumption import latest_checkpoint, write_checkpoint
+from compression.resumption import fingerprint, latest_checkpoint, write_checkpoint
 from compression.synthesis_settings import CORPUS, SynthesisSettings
 
 COUNTS = "corpus.json"
@@ -28,7 +29,7 @@ def synthesize(
 ) -> dict[str, float]:  # fmt: skip
     """Sample documents from a checkpoint into `out`: corpus.jsonl, {"text": ...} a line, and corpus.json, the counts.
 
-    prompts       beginnings of documents (`prompts_of`), all of one length, taken in an order drawn from the seed, again and again;
+    prompts       beginnings of documents (`compression.data.rows.prompts_of`), all of one length, taken in an order drawn from the seed, again and again;
                   None lets the model begin
     save_seconds  between savings in `workdir`, from which a killed run goes on
 
@@ -45,7 +46,8 @@ def synthesize(
     tokenizer, network = load_tokenizer(model), load_model(model, device=context.device)
     start, ends = start_token(tokenizer), _end_tokens(network, tokenizer)
     random.Random(f"prompts-{context.seed}").shuffle(beginnings)
-    run = hashlib.sha256(repr((settings, beginnings, context.seed)).encode()).hexdigest()
+    document = {"settings": asdict(settings), "prompts": beginnings, "model": file_digests(model), "seed": context.seed}
+    run = fingerprint(document | {"device": torch.device(context.device).type})
     corpus, saved = _resume(workdir, run, context), time.monotonic()
     wanted, unit = (settings.documents, "documents") if settings.documents is not None else (settings.tokens or 0, "tokens")
     while (done := getattr(corpus, unit)) < wanted:
@@ -115,27 +117,6 @@ def nucleus(logits: torch.Tensor, *, temperature: float, top_p: float) -> torch.
     likelier = ordered.cumsum(-1) - ordered  # mass of the tokens before this one
     kept = torch.zeros_like(ordered).scatter(-1, order, ordered.where(likelier < top_p, 0))
     return kept / kept.sum(-1, keepdim=True)
-
-
-def prompts_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
-    """The first `count` tokens of each text that has as many, without special tokens. Raises UnusableData where none has."""
-    encoded = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=count, verbose=False)["input_ids"]
-    prompts = [tokens for tokens in encoded if len(tokens) == count]
-    if not prompts:
-        raise UnusableData(f"no training document has {count} tokens to prompt with", key="prompt_tokens")
-    return prompts
-
-
-def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands before a document: BOS where the tokenizer puts it there, else EOS, which ends the one before in a packed row.
-
-    Raises UnusableModel for a tokenizer that has neither.
-    """
-    adds_bos = tokenizer.bos_token_id in tokenizer("", verbose=False)["input_ids"]
-    token = tokenizer.bos_token_id if adds_bos or tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    if token is None:
-        raise UnusableModel("the tokenizer has neither BOS nor EOS, so nothing says where a document begins", key="model")
-    return int(token)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -78,7 +78,7 @@ class Block:
     name    its path in the model, "model.layers.3"
     module  transformers' own decoder layer; a method changes its weights in place
     inputs  what its linear layers read, in the order in which they do
-    dtypes  of the parameters in the checkpoint, by path in the block
+    dtypes  of its parameters and buffers in the checkpoint, by path in the block
     masks   of weights that are pruned already, bool [out, in], True where kept, by path in the block; every method keeps them
     """
 
@@ -142,7 +142,7 @@ class Walk:
         layers = self.model.get_submodule(checkpoint.blocks)
         assert isinstance(layers, nn.ModuleList)
         self.layers = layers
-        _fill_buffers(self.model, context.device)
+        fill_buffers(self.model, context.device)
         linear_layers(self.model, checkpoint)
         self.linears = [[path for path, part in layer.named_modules() if isinstance(part, nn.Linear)] for layer in layers]
 
@@ -189,7 +189,7 @@ class Walk:
     def run(self, block: Block, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One batch through a block: its hidden states before and behind."""
         before = self._states[number].to(self.context.device, _compute_dtype(self.checkpoint, self.context.device))
-        positional, named = self._arguments[len(before)][block.index]
+        positional, named = self._arguments[number][block.index]
         after = block.module(before, *positional, **named)
         return before, after[0] if isinstance(after, tuple) else after
 
@@ -221,37 +221,61 @@ def _compute_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
 
 
 def _load(module: nn.Module, checkpoint: Checkpoint, name: str, device: str) -> dict[str, torch.dtype]:
-    """Fill a module of the skeleton from the checkpoint; returns the dtypes its parameters have there."""
+    """Fill a module of the skeleton from the checkpoint, buffers too; returns the dtypes its tensors have there."""
     dtype = next(module.parameters()).dtype
     paths = list(module.state_dict())
     tensors = read_tensors(checkpoint.path, [f"{name}.{path}" for path in paths])
     dtypes = {path: tensors[f"{name}.{path}"].dtype for path in paths}
-    module.load_state_dict({path: tensors[f"{name}.{path}"].to(device, dtype, copy=True) for path in paths}, assign=True)
+    module.load_state_dict({path: _computable(tensors[f"{name}.{path}"], device, dtype) for path in paths}, assign=True)
     return dtypes
 
 
-def _fill_buffers(model: PreTrainedModel, device: str) -> None:
-    """Compute buffers that no checkpoint holds (rotary frequencies) the way transformers does after loading. Parameters are loaded after it."""
-    for part in model.modules():
-        waiting = [name for name, buffer in part.named_buffers(recurse=False) if buffer.is_meta]
+def _computable(tensor: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """A copy on the device; floating-point numbers in `dtype`."""
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def fill_buffers(model: PreTrainedModel, device: str) -> None:
+    """Compute buffers that no checkpoint holds (rotary frequencies) the way transformers does after loading. All others are loaded after it.
+
+    Raises Incompatible, naming it, for a buffer that transformers leaves as it is: what depends on what it held before was not computed.
+    """
+    stored = set(model.state_dict())
+    waiting = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in stored]
+    made: list[dict[str, torch.Tensor]] = []
+    for before in (0, 1):  # not NaN: there are buffers of integers, too
         for name in waiting:
-            setattr(part, name, torch.empty_like(part.get_buffer(name), device=device))
-        if waiting:
-            model._init_weights(part)
+            path, _, own = name.rpartition(".")
+            setattr(model.get_submodule(path), own, torch.full_like(model.get_buffer(name), before, device=device))
+        _initialize(model, model)
+        made.append({name: model.get_buffer(name) for name in waiting})
+    left = [name for name in waiting if not torch.equal(made[0][name], made[1][name])]
+    if left:
+        raise Incompatible(
+            f"{type(model).__name__} does not say how to compute its buffer {', '.join(left[:4])}, and no checkpoint holds it; "
+            "a walk over this architecture would compute with memory that nothing has filled",
+            key="model",
+        )
+
+
+def _initialize(part: nn.Module, owner: PreTrainedModel) -> None:
+    """What transformers does to a module without weights: each model initializes its own parts, and itself last (it may fill their buffers)."""
+    owner = part if isinstance(part, PreTrainedModel) else owner
+    for child in part.children():
+        _initialize(child, owner)
+    owner._init_weights(part)
 
 
 class _AllSeen(Exception):
     """Ends a forward pass whose further part is not needed."""
 
 
-def _enter(walk: Walk) -> tuple[HiddenStates, dict[int, list[Arguments]]]:
+def _enter(walk: Walk) -> tuple[HiddenStates, list[list[Arguments]]]:
     """Run the windows through what stands before the blocks: their hidden states there, and what transformers passes to each block.
 
-    The arguments are told by the number of windows in a batch: windows of one length without padding, so that masks and positions
-    depend on a batch's shape only.
+    The arguments are those of each batch; tensors that are equal in all of them (masks, positions) are held once.
     """
-    used, ids = torch.unique(walk.windows, return_inverse=True)
-    _load_entrance(walk, used)
+    _load_entrance(walk, torch.unique(walk.windows))
     seen: list[tuple[torch.Tensor, Arguments]] = []
 
     def record(hidden_states: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:
@@ -263,34 +287,49 @@ def _enter(walk: Walk) -> tuple[HiddenStates, dict[int, list[Arguments]]]:
     for layer in walk.layers:
         layer.forward = record
     states = HiddenStates(getattr(torch, walk.checkpoint.dtype))
-    arguments: dict[int, list[Arguments]] = {}
-    for batch in ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1])):
+    arguments: list[list[Arguments]] = []
+    for batch in walk.windows.split(max(1, TOKENS_PER_BATCH // walk.windows.shape[1])):
         seen.clear()
         with contextlib.suppress(_AllSeen):
             walk.model.base_model(input_ids=batch.to(walk.context.device), use_cache=False)
         states.append(seen[0][0])
-        arguments.setdefault(len(batch), [passed for _, passed in seen])
+        passed = [given for _, given in seen]
+        arguments.append(_sharing(passed, arguments[-1]) if arguments else passed)
     for layer in walk.layers:
         del layer.forward
     walk.model.get_input_embeddings().to("meta")
     return states, arguments
 
 
+def _sharing(new: Any, old: Any) -> Any:
+    """`new` with the tensors of `old` that are the same."""
+    if isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor):
+        return old if new.dtype == old.dtype and torch.equal(new, old) else new
+    if type(new) is type(old) is dict:
+        return {key: _sharing(value, old.get(key)) for key, value in new.items()}
+    if type(new) is type(old) and type(new) in (tuple, list) and len(new) == len(old):
+        return type(new)(_sharing(*pair) for pair in zip(new, old, strict=True))
+    return new
+
+
 def _load_entrance(walk: Walk, used: torch.Tensor) -> None:
-    """Load what stands around the blocks but the head; of the token embedding only the rows of the ids `used`, which become 0, 1, ..."""
-    model, embed = walk.model, walk.model.get_input_embeddings()
+    """Load what stands around the blocks but the head; of the token embedding only the rows of the ids `used` (ascending), which it looks up."""
+    model, embed, device = walk.model, walk.model.get_input_embeddings(), walk.context.device
     skipped = {*walk.layers.modules(), model.get_output_embeddings()}
-    dtype = _compute_dtype(walk.checkpoint, walk.context.device)
+    dtype, stored = _compute_dtype(walk.checkpoint, device), set(model.state_dict())
+    if isinstance(embed, nn.Embedding):
+        embed.padding_idx = None  # it names a row that may not be among those
+    ids = used.to(device)
+    embed.register_forward_pre_hook(lambda _, arguments: (torch.searchsorted(ids, arguments[0]), *arguments[1:]))
     for path, part in model.named_modules():
         if part in skipped:
             continue
-        if part is embed:
-            embed.padding_idx = None  # it names a row that may not be among those
-        for name, _ in list(part.named_parameters(recurse=False)):
+        own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        for name, value in [(name, value) for name, value in own if f"{path}.{name}" in stored]:
             full = f"{path}.{name}"
             tensor = read_tensors(walk.checkpoint.path, [full])[full]
-            rows = tensor[used] if part is embed else tensor
-            setattr(part, name, nn.Parameter(rows.to(walk.context.device, dtype, copy=True), requires_grad=False))
+            loaded = _computable(tensor[used] if part is embed and name == "weight" else tensor, device, dtype)
+            setattr(part, name, nn.Parameter(loaded, requires_grad=False) if isinstance(value, nn.Parameter) else loaded)
 
 
 def _gather(block: Block, walk: Walk) -> None:
@@ -329,6 +368,12 @@ def _gather(block: Block, walk: Walk) -> None:
         expected = called
     for handle in handles:
         handle.remove()
+    if unread := [path for path in walk.linears[block.index] if path not in by_layer]:
+        raise Incompatible(
+            f"{walk.checkpoint.path}: no calibration window reaches {', '.join(f'{block.name}.{path}' for path in unread[:4])}, so nothing is "
+            "known of what it reads and it would stay as it is",
+            key="model",
+        )
 
 
 def walk(checkpoint: Checkpoint, windows: torch.Tensor, *, collect: Collect = GRAM, context: Context) -> Iterator[Block]:

@@ -3,9 +3,19 @@
 from compression.checkpoint import Checkpoint
 from compression.errors import Incompatible
 from compression.quantization.settings import codes_of
-from export.refusals import TRACED_FAMILIES, check_family, check_fixed_rope, check_tied_types
+from export.refusals import TRACED_FAMILIES, check_family, check_fixed_rope, check_rope, check_tied_types
 
-GENAI_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+# The families that GenAI's builder (0.18) writes, with the rope types that it writes right, found by comparing logits: it drops linear
+# scaling of llama, and for the others divides by zero in yarn and has no llama3.
+GENAI_ROPES: dict[str, tuple[str, ...]] = {
+    "llama": ("default", "llama3"),
+    "mistral": ("default", "linear"),
+    "qwen2": ("default", "linear"),
+    "qwen3": ("default", "linear"),
+    "phi3": ("default",),
+}
+GENAI_FAMILIES = tuple(GENAI_ROPES)
+GENAI_HEAD_WIDTH = 16  # what ONNX Runtime's GroupQueryAttention wants a head that it rotates to be a multiple of
 GENAI_LACKS = {  # why its builder (0.18) cannot write them
     "olmo2": "its builder has no such model",
     "smollm3": "its builder fails on layers without a rotary embedding",
@@ -113,13 +123,32 @@ def check_genai(
 def _check_genai_family(checkpoint: Checkpoint) -> None:
     who = "ONNX Runtime GenAI"
     check_family(checkpoint, GENAI_FAMILIES, who, GENAI_LACKS.get(checkpoint.model_type))
-    if checkpoint.model_type == "phi3":
-        check_fixed_rope(checkpoint, who)
-    window = checkpoint.config.get("sliding_window")
-    if window is not None and checkpoint.config.get("use_sliding_window", True) and window < checkpoint.max_length:
+    why = "GenAI's builder does not write right for this architecture (export.gguf and export.onnx write more types)"
+    check_rope(checkpoint, GENAI_ROPES[checkpoint.model_type], f"{who}, for {checkpoint.model_type},", why)
+    if checkpoint.head_dim % GENAI_HEAD_WIDTH:
+        raise Incompatible(
+            f"{who} runs heads whose width is a multiple of {GENAI_HEAD_WIDTH}, and this model's are {checkpoint.head_dim} wide; "
+            "take export.onnx or export.gguf",
+            key="uses",
+        )
+    _check_genai_lengths(checkpoint, who)
+
+
+def _check_genai_lengths(checkpoint: Checkpoint, who: str) -> None:
+    config, length = checkpoint.config, checkpoint.max_length
+    both = " and original_max_position_embeddings" if checkpoint.model_type == "phi3" else ""
+    window = config.get("sliding_window")  # of the families without one the key is absent
+    if window is not None and window < length:
         raise Incompatible(
             f"{who} fails on the sliding windows that its builder writes, and this model attends to {window} tokens of "
-            f"{checkpoint.max_length}; lower max_position_embeddings to {window} or take export.onnx or export.gguf",
+            f"{length}; set max_position_embeddings{both} to {window} in its config.json or take export.onnx or export.gguf",
+            key="uses",
+        )
+    if both and config["original_max_position_embeddings"] != length:
+        raise Incompatible(
+            f"GenAI's builder takes a phi3 whose original_max_position_embeddings ({config['original_max_position_embeddings']}) is not "
+            f"max_position_embeddings ({length}) for one with longrope, which this is not; set both to {length} in its config.json (without "
+            "longrope the first means nothing) or take export.onnx or export.gguf",
             key="uses",
         )
 

@@ -43,7 +43,7 @@ def cache_length(checkpoint: Checkpoint, max_length: int | None) -> int:
 
 def stored_types(checkpoint: Checkpoint, *, dtype: str, embedding_type: str | None, head_type: str | None) -> dict[Role, str]:
     """Types of the matrices by role. None stands for `dtype` where that is a float type, else for the float type as wide as the checkpoint's."""
-    default = dtype if dtype != "int8" else "float32" if checkpoint.dtype == "float32" else "float16"
+    default = dtype if dtype != "int8" else "float32" if checkpoint.dtype in ("float32", "float64") else "float16"
     embedding = embedding_type or default
     return {"linear": dtype, "embedding": embedding, "head": head_type or (embedding if checkpoint.tied else default)}
 

@@ -56,7 +56,7 @@ def export_executorch(
             write_program(lower(program, length, min(chunk, length - 1)), place / "model.pte")
         context.progress(2, 2, "written")
         describe(source, place, max_position_embeddings=length)
-    return {"bytes": sum(f.stat().st_size for f in out.iterdir()), "seconds": time.perf_counter() - started}
+    return {"bytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file()), "seconds": time.perf_counter() - started}
 
 
 def trace_generation(model: PreTrainedModel, length: int, chunk: int) -> ExportedProgram:

@@ -69,7 +69,7 @@ def export_genai(
             )
     context.progress(1, 1, "written")
     return {
-        "bytes": sum(f.stat().st_size for f in out.iterdir()),
+        "bytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file()),
         "seconds": time.perf_counter() - started,
         "tokenizer_differences": float(len(differences)),
     }

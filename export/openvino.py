@@ -65,7 +65,7 @@ def export_openvino(
         openvino.save_model(graph, place / "model.xml", compress_to_fp16=False)
         context.progress(2, 2, "written")
         describe(description, place)
-    return {"bytes": sum(f.stat().st_size for f in out.iterdir()), "seconds": time.perf_counter() - started}
+    return {"bytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file()), "seconds": time.perf_counter() - started}
 
 
 def trace_generation(model: PreTrainedModel) -> Any:

@@ -107,6 +107,8 @@ class Scale:
     log: bool
 
     def at(self, value: float) -> float:
+        if not math.isfinite(value):  # an infinite perplexity stands at the edge
+            value = self.marks[0] if value < 0 else self.marks[-1]
         return math.log10(value) if self.log else value
 
     @property
@@ -119,6 +121,7 @@ class Scale:
 
 def scale(values: Sequence[float], *, share: bool = False) -> Scale:
     """Logarithmic where all values are positive and differ by more than a factor of 10. A `share` (an accuracy) never is."""
+    values = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     log = not share and min(values) > 0 and max(values) / min(values) > 10
     return Scale(_decades(values) if log else axis(values, zero=False), log)
 

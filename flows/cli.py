@@ -6,7 +6,10 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
+import webbrowser
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -180,31 +183,49 @@ def schema() -> None:
 def ui(
     port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
     prefect: Annotated[bool, typer.Option("--prefect", help="Start Prefect's UI as well, on port 4200.")] = False,
+    browse: Annotated[bool, typer.Option("--open/--no-open", help="Open the address in a browser, where there is a desktop.")] = True,
     store: StoreFolder = DEFAULT_STORE,
 ) -> None:
-    """Start the MLflow UI (and Prefect's) and print the address. Ctrl-C ends it.
+    """Start the MLflow UI (and Prefect's), print the address and open it: all runs, grouped by pipeline, with their figures. Ctrl-C ends it.
 
     Example: `edgepress ui --prefect`
     """
+    from tasks.runs_view import runs_address
     from tasks.tracking import Tracking
 
     tracking = Tracking(outbox=store / "outbox")
     tracking.send_left()
     tracking.end_orphans()
     servers = [[sys.executable, "-P", "-m", "mlflow", "ui", "--port", str(port)]]
-    print(f"MLflow: http://127.0.0.1:{port}/#/experiments/{tracking.experiment}/runs?workflowType=machine_learning", flush=True)
+    tracking.share_view()
+    address = runs_address(f"http://127.0.0.1:{port}", tracking.experiment)
+    print(f"MLflow: {address}", flush=True)
     environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": tracking.uri, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     if prefect:
         environment.setdefault("PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{store.absolute() / 'prefect' / 'prefect.db'}")
         servers.append([sys.executable, "-P", "-m", "prefect", "server", "start"])
         print("Prefect: http://127.0.0.1:4200", flush=True)
     processes = [subprocess.Popen(command, env=environment) for command in servers]
+    if browse and sys.stdout.isatty() and (sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        threading.Thread(target=_open_page, args=[address], daemon=True).start()
     try:
         for process in processes:
             process.wait()
     finally:
         for process in processes:
             process.terminate()
+
+
+def _open_page(address: str) -> None:
+    """Open an address in the browser as soon as its server answers."""
+    while True:
+        try:
+            urllib.request.urlopen(address.partition("#")[0], timeout=10).close()
+        except OSError:
+            time.sleep(0.5)
+        else:
+            webbrowser.open(address)
+            return
 
 
 @app.command()

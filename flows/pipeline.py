@@ -71,7 +71,8 @@ def run_pipeline(
         journal(store, _described(plan, outputs, resumes, flow_run)) as journaled, blamed(),
     ):  # fmt: skip
         begun = _begun(tracking, resumes, shown) if resumes else None
-        run = open_parent(tracking, plan, store, begun)
+        run_name = begun.name if begun and begun.name else journaled.run.run
+        run = open_parent(tracking, plan, store, run_name, begun)
         journaled.note(tracking_uri=redacted(tracking.uri), tracking_run=run)
 
         known_runs, superseded = known_stages(plan, begun)
@@ -85,9 +86,9 @@ def run_pipeline(
                     journaled.stages({name: Told(r.state, r.reason, r.seconds) for name, r in pipeline.results.items()})
 
         pipeline = Pipeline(
-            name=recipe.name, store=store, children=children, tracking=tracking, run=run, data=recipe.data, machine=plan.machine,
+            name=recipe.name, run_name=run_name, store=store, children=children, tracking=tracking, run=run, data=recipe.data, machine=plan.machine,
             base=plan.base, outputs=outputs, documents={a.name: (a.identity, a.document) for a in plan.assignments}, progress=told,
-            cells=open_cells(tracking, plan, run, begun), known_runs=known_runs, superseded=superseded, series=series(plan),
+            cells=open_cells(tracking, plan, run, run_name, begun), known_runs=known_runs, superseded=superseded, series=series(plan),
             leaves=leaves(plan), evaluation=recipe.evaluation, remeasure=plan.remeasure,
         )  # fmt: skip
         finished = False

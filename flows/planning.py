@@ -8,6 +8,8 @@ from pathlib import Path
 
 from compression.checkpoint import Checkpoint
 from compression.data import check_data, fingerprint, pinned
+from compression.data.fill import check_evaluation as check_evaluation_rows
+from compression.data.templates import check_template
 from compression.errors import EdgepressError, Incompatible
 from compression.evaluation.checks import check_evaluation, extras
 from compression.quantization.settings import linear_bits
@@ -22,7 +24,7 @@ from tasks.assignment import Assignment
 from tasks.base import Base, open_base
 from tasks.extras import require
 from tasks.gates import Bound
-from tasks.identity import Machine, digest, identity_document
+from tasks.identity import Machine, digest, identity_document, seed_of
 from tasks.kinds._training import TrainingStage
 from tasks.measurement import Asked, Reference, Subject, measurements
 from tasks.runners.machine import default_device, why_no_cuda
@@ -94,6 +96,7 @@ def make_plan(parsed: ParsedRecipe, store: Store, *, elsewhere: bool = False) ->
             ("data", "length"), f"{recipe.data.length} tokens are more than the model's {base.checkpoint.max_length} positions"
         )
     _check_evaluation(parsed, base)
+    _check_text(parsed, base)
     first = Assignment(
         BASE, 0, None, base.identity, {"base": base.source, "revision": base.revision, "content": base.content, "data": data_digest}, {}, (),
         base.checkpoint, gates=recipe.gates.get(BASE, {}),
@@ -106,6 +109,12 @@ def make_plan(parsed: ParsedRecipe, store: Store, *, elsewhere: bool = False) ->
         if part != "nothing" and part not in fingerprints:
             fingerprints[part] = fingerprint(recipe.data, part)  # of files: once, not for each stage of a sweep
         task = _assign(parsed, node, index, done, fingerprints[part], machine, store)
+        try:
+            node.stage.check_text(check_accepts(node.stage, done[node.parent].planned), recipe.data, seed_of(task.identity))
+        except EdgepressError as error:
+            if error.key in type(node.stage).model_fields:
+                raise parsed.stage_error(node, (error.key,), str(error)) from None
+            raise _data_error(parsed, error, f"{node.name}: {error}") from None
         done[node.name] = replace(task, cell=cells.get(node.name, ""))
     check_gates(parsed, done, recipe.evaluation)
     _check_study(parsed, done)
@@ -139,6 +148,22 @@ def _check_evaluation(parsed: ParsedRecipe, base: Base) -> None:
     except _CANNOT as error:
         key = getattr(error, "key", None) or key
         raise parsed.error(("evaluation", key) if key else ("evaluation",), _words(error)) from None
+
+
+def _check_text(parsed: ParsedRecipe, base: Base) -> None:
+    """Raises EdgepressError where the chat template refuses a question, or the test data cannot be measured with."""
+    recipe, path = parsed.recipe, base.checkpoint.path
+    try:
+        if recipe.data.questions is not None or recipe.evaluation.chats:
+            check_template(path, recipe.data.system)
+        check_evaluation_rows(recipe.data, path, base.checkpoint.vocab_size)
+    except EdgepressError as error:
+        raise _data_error(parsed, error, str(error)) from None
+
+
+def _data_error(parsed: ParsedRecipe, error: EdgepressError, message: str) -> EdgepressError:
+    """At the key of `data:` that is at fault, or at the model."""
+    return parsed.error(("model",) if error.key == "model" else ("data", error.key) if error.key else ("data",), message)
 
 
 def _measured_with(recipe: Recipe, tasks: Iterable[Assignment], machine: Machine) -> dict[str, str]:
@@ -179,6 +204,8 @@ def _assign(
     identities = {role: done[name].identity for role, name in node.inputs.items()}
     identities |= {role: model.identity for role, model in outside.items()}
     document = identity_document(stage, identities, data, node.seed, machine)
+    if isinstance(planned, Artifact) and recipe.model.license:
+        document["license"] = recipe.model.license  # which artifacts state; a card's is part of the base's content
     return Assignment(
         node.name, index, stage, digest(document), document, node.inputs, tuple(ancestors), planned, outside=outside, bounds=bounds,
         gates=node.gates, retries=node.execution.retries, timeout=node.execution.timeout, job_variables=node.execution.job_variables,

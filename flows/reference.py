@@ -38,8 +38,14 @@ _SIZES = {
     "query_pre_attn_scalar": 64,
     "vocab_size": 1024,
     "max_position_embeddings": 2048,
+    "layer_types": ["full_attention", "full_attention"],
+    "no_rope_layers": [1, 1],
+    "original_max_position_embeddings": 2048,
     "tie_word_embeddings": True,
     "dtype": "float16",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
 }
 _DATA = DataSpec.model_validate("embedded")
 
@@ -101,7 +107,9 @@ def with_generated(page: str, body: str) -> str:
 
 def _samples(family: str) -> dict[str, Checkpoint]:
     """A checkpoint of every layout: a dense one, and what the kinds make of it."""
-    dense = Checkpoint(Path("sample"), {"model_type": family, **_SIZES})
+    from transformers import AutoConfig
+
+    dense = Checkpoint(Path("sample"), AutoConfig.for_model(family, **_SIZES).to_diff_dict())
     made = [planned for kind in stage_kinds().values() for planned in _outcomes(kind, dense)]
     return {"dense": dense} | {
         planned.layout: planned for planned in reversed(made) if isinstance(planned, Checkpoint) and planned.layout != "dense"

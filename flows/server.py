@@ -113,7 +113,8 @@ class _Server:
             try:
                 self.process = self._start(socket.create_server(("127.0.0.1", self.port), backlog=128))
             except OSError as error:
-                self.log.write_text(f"{self.log.read_text()}it was ended, and cannot be started again on port {self.port}: {error}\n")
+                with self.log.open("a") as log:
+                    log.write(f"it was ended, and cannot be started again on port {self.port}: {error}\n")
                 return
         self.process.wait()  # the kernel ends a child with the thread that started it
 
@@ -150,18 +151,18 @@ class _Server:
 
 
 def main() -> None:
+    from compression.locks import file_lock
     from tasks.worker import die_with_parent
 
     die_with_parent(int(sys.argv[2]))
     import uvicorn
-    from filelock import FileLock
     from prefect.server.api.server import create_app
 
     class Server(uvicorn.Server):
         """Starts, and so makes or migrates its database, while no other server of this database does: two at once break each other."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            with FileLock(sys.argv[3]):
+            with file_lock(Path(sys.argv[3])):
                 await super().startup(sockets=sockets)
 
     listening = socket.socket(fileno=int(sys.argv[1]))

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from compression.errors import PicklableError
 from compression.settings import Settings
 from flows.yaml_lines import KeyPath, nearest
 from tasks.figures import BETTER
@@ -119,7 +120,7 @@ class Study(Settings):
         return {"x": self.x} | ({"lines": self.lines} if self.lines else {})
 
 
-class Mistake(Exception):
+class Mistake(PicklableError):
     """A study that does not fit its recipe: the path of the key, and what is wrong."""
 
     def __init__(self, path: KeyPath, message: str):

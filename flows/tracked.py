@@ -13,9 +13,10 @@ from compression.redaction import redacted
 from flows.graph import BASE
 from flows.planning import Plan, estimate
 from flows.registering import register_results
-from tasks.descriptions import charted, fitted, sentence, steps_table, table
+from tasks.descriptions import charted, fitted, results_table, steps_table, table
 from tasks.measure import machine_fingerprint
 from tasks.perform import Pipeline
+from tasks.runs_view import RUN
 from tasks.store import Store
 from tasks.tracking import Begun, Tracking
 
@@ -26,12 +27,12 @@ _DONE = ("Completed", "Cached")
 # --- the beginning ---
 
 
-def open_parent(tracking: Tracking, plan: Plan, store: Store, begun: Begun | None) -> str:
-    """The pipeline's run, with recipe, plan and environment as artifacts and the data as an input."""
+def open_parent(tracking: Tracking, plan: Plan, store: Store, name: str, begun: Begun | None) -> str:
+    """The pipeline's run, with recipe, plan and environment as artifacts and the data as an input. `name`: that of its group in the table of runs."""
     recipe, file = plan.parsed.recipe, plan.parsed.source.file
     commit, changed = git_commit(file.absolute().parent)
     tags = {
-        "edgepress.kind": "pipeline", "edgepress.recipe": recipe.name, "edgepress.base": plan.base.source,
+        "edgepress.kind": "pipeline", "edgepress.recipe": recipe.name, RUN: name, "edgepress.base": plan.base.source,
         "edgepress.family": plan.base.checkpoint.model_type, "edgepress.device": plan.machine.device,
         "mlflow.source.name": str(file.absolute()), "mlflow.source.type": "LOCAL",
         **({"mlflow.source.git.commit": commit} if commit else {}),
@@ -40,6 +41,7 @@ def open_parent(tracking: Tracking, plan: Plan, store: Store, begun: Begun | Non
         "model": recipe.model.path, **({"revision": plan.base.revision} if plan.base.revision else {}), "seed": recipe.seed,
         "stages": ", ".join(n.name for n in plan.parsed.nodes),
     }  # fmt: skip
+    tracking.share_view()
     run = tracking.open_run(recipe.name, tags=tags, params=params, known=begun.run if begun else None)
     tracking.log_text(run, plan.parsed.source.text, f"recipe/{file.name}")
     if plan.parsed.overrides:
@@ -55,9 +57,9 @@ def open_parent(tracking: Tracking, plan: Plan, store: Store, begun: Begun | Non
     return run
 
 
-def open_cells(tracking: Tracking, plan: Plan, run: str, begun: Begun | None) -> dict[str, str]:
+def open_cells(tracking: Tracking, plan: Plan, run: str, name: str, begun: Begun | None) -> dict[str, str]:
     """A run for each cell of the matrix, with its values as parameters: what MLflow compares and draws."""
-    tags = {"edgepress.kind": "cell", "edgepress.recipe": plan.parsed.recipe.name}
+    tags = {"edgepress.kind": "cell", "edgepress.recipe": plan.parsed.recipe.name, RUN: name}
     known = begun.cells if begun else {}
     return {
         branch.name: tracking.open_run(branch.name, parent=run, tags=tags, params=branch.values, known=known.get(branch.name))
@@ -202,7 +204,7 @@ def end_parent(pipeline: Pipeline, summary: dict[str, Any], plan: Plan, files: l
 
 
 def describe_parent(pipeline: Pipeline, summary: dict[str, Any], plan: Plan, end: str, more: Sequence[str] = ()) -> None:
-    """How it ended, results, then a table of all stages, and what to beware of. `more`: lines to stand with the results."""
+    """The base and the results as a table, how it ended, then a table of all stages, and what to beware of. `more`: lines that stand before that."""
     rows = summary["rows"]
     done = [row for row in rows if row["stage"] != BASE]
     counts = {state: sum(row["state"] == state for row in done) for state in dict.fromkeys(row["state"] for row in done)}
@@ -213,13 +215,12 @@ def describe_parent(pipeline: Pipeline, summary: dict[str, Any], plan: Plan, end
         f"{summary['seconds']:.0f} s."
     ]
     metrics = {row["stage"]: row["metrics"] for row in rows}
-    ends = [name for name in leaves(plan) if name != BASE] if not plan.parsed.branches else []
-    results = [f"- {name}: {words}" for name in ends if (words := sentence({name: metrics[name], BASE: metrics[BASE]}))]
+    results = results_table({name: metrics[name] for name in dict.fromkeys([BASE, *leaves(plan)]) if metrics[name]})
     stages = [(plan.by_name[row["stage"]].index, row["stage"], tracking.id_of(row["run"]), row["state"], row["metrics"]) for row in rows]
     points = [f"- **{verdict['outcome']}** {row['stage']}: {verdict['message']}" for row in rows for verdict in row["verdicts"]]
     points += [f"- warning {row['stage']}: {warning}" for row in rows for warning in row["warnings"]]
     link = f"#/experiments/{tracking.experiment}/runs/"
-    above = [*lines, end, "\n".join([*results, *more])]
+    above = [results, *lines, end, "\n".join(more)]
     tracking.describe(pipeline.run, fitted(above, steps_table(stages, link), points))
 
 

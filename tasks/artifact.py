@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.checkpoint import file_digests
+from compression.origin import Origin
 from export.proof import KL_TO_PARENT, Change
 from tasks.base import Base
 from tasks.files import size_of, write_json
@@ -66,6 +67,15 @@ def complete_artifact(
     }  # fmt: skip
     write_json(out / "edgepress.json", facts)
     (out / "README.md").write_text(_card(out, planned, document, base, steps))
+
+
+def origin_of(base: Base) -> Origin:
+    """The base model as an artifact's own files may name it."""
+    license_name = None if base.license == "unknown" else base.license
+    if base.revision is None:
+        return Origin(_source(base), license=license_name)
+    organization, name = base.source.split("/")
+    return Origin(name, organization, f"https://huggingface.co/{base.source}", base.revision, license_name)
 
 
 def _card(out: Path, planned: Artifact, document: dict[str, Any], base: Base, steps: list[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from compression.errors import PicklableError
 from compression.evaluation.findings import Items
 from compression.redaction import redacted
 
@@ -16,7 +17,7 @@ EventSink = Callable[[dict[str, Any]], None]
 where and how it is executed; {"again": text} when it was begun anew after its worker was lost: what it said before counts no more."""
 
 
-class JobFailed(Exception):
+class JobFailed(PicklableError):
     """A child that did not bring a result. `transient` says whether trying again can help."""
 
     def __init__(self, message: str, *, transient: bool, log: Path | None = None):

@@ -88,6 +88,16 @@ def table(columns: Mapping[str, Mapping[str, float]], first: str = "") -> str:
     return "\n".join([f"| {first} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns), *rows])
 
 
+def results_table(rows: Mapping[str, Metrics], room: int = LONGEST // 4) -> str:
+    """Results down, the most asked figures across, as Markdown; of what has no room the last rows give way. Empty where nothing was measured."""
+    shown = [figure for figure in measured(rows.values()) if figure.metric in SENTENCE]
+    if not shown:
+        return ""
+    lines = ["| result | " + " | ".join(figure.heading for figure in shown) + " |", "|---|" + "---:|" * len(shown)]
+    lines += [f"| {name} | " + " | ".join(figure.text(metrics) for figure in shown) + " |" for name, metrics in rows.items()]
+    return _whole(lines, room)
+
+
 def steps_table(stages: Iterable[tuple[int, str, str, str, Mapping[str, float]]], link: str) -> str:
     """The stages of a pipeline as Markdown: step in the charts, name, run, state, figures. `link` begins the address of a run."""
     known = list(stages)

@@ -29,40 +29,42 @@ def generate_samples(
         return generate(writer, windows, count=spec.generations, shown=spec.samples, context=context)
 
 
-def answer_questions(*, target: str, evaluation: dict[str, Any], threads: int, context: Context) -> Findings:
+def answer_questions(*, target: str, evaluation: dict[str, Any], threads: int, context: Context, system: str | None = None) -> Findings:
     """Exact match and F1 of written answers."""
     from compression.evaluation.answers import answer_questions as answer
     from compression.evaluation.answers import open_questions
 
     spec = EvaluationSpec.model_validate(evaluation)
     assert spec.question_answering is not None  # else nobody asks
-    with _writer(target, spec, threads, context) as writer:
+    with _writer(target, spec, threads, context, system) as writer:
         return answer(writer, list(open_questions(spec.question_answering, spec.limit)), context)
 
 
-def summarize(*, target: str, evaluation: dict[str, Any], threads: int, context: Context) -> Findings:
+def summarize(*, target: str, evaluation: dict[str, Any], threads: int, context: Context, system: str | None = None) -> Findings:
     """ROUGE-L of written summaries."""
     from compression.evaluation.summaries import articles
     from compression.evaluation.summaries import summarize as summaries
 
     spec = EvaluationSpec.model_validate(evaluation)
     assert spec.summarization is not None  # else nobody asks
-    with _writer(target, spec, threads, context) as writer:
+    with _writer(target, spec, threads, context, system) as writer:
         return summaries(writer, list(articles(spec.summarization, spec.limit)), context)
 
 
-def probe_refusals(*, target: str, evaluation: dict[str, Any], threads: int, context: Context) -> Findings:
+def probe_refusals(*, target: str, evaluation: dict[str, Any], threads: int, context: Context, system: str | None = None) -> Findings:
     """Refusals of the red-team set."""
     from compression.evaluation.red_team import probe_refusals as probe
     from compression.evaluation.red_team import probes
 
     spec = EvaluationSpec.model_validate(evaluation)
     assert spec.red_team_set is not None  # else nobody asks
-    with _writer(target, spec, threads, context) as writer:
+    with _writer(target, spec, threads, context, system) as writer:
         return probe(writer, list(probes(spec.red_team_set)), context)
 
 
-def run_harness(*, target: str, tokenizer: str, evaluation: dict[str, Any], threads: int, context: Context) -> Findings:
+def run_harness(
+    *, target: str, tokenizer: str, evaluation: dict[str, Any], threads: int, context: Context, system: str | None = None
+) -> Findings:
     """Tasks of lm-evaluation-harness."""
     from compression.evaluation.harness import HarnessModel, evaluate_tasks
     from compression.evaluation.harness_tasks import find_tasks
@@ -72,7 +74,7 @@ def run_harness(*, target: str, tokenizer: str, evaluation: dict[str, Any], thre
     tasks = find_tasks(spec.harness)
     with closing(open_runtime(Path(target), device=context.device, threads=threads)) as runtime:
         model = HarnessModel(runtime, load_tokenizer(Path(tokenizer)), open_text(Path(target), runtime), context)
-        return evaluate_tasks(model, tasks, limit=spec.limit, num_fewshot=spec.num_fewshot, chat=spec.harness_chat)
+        return evaluate_tasks(model, tasks, limit=spec.limit, num_fewshot=spec.num_fewshot, chat=spec.harness_chat, system=system)
 
 
 def measure_latency(
@@ -104,11 +106,11 @@ def measure_energy(
 
 
 @contextmanager
-def _writer(target: str, spec: EvaluationSpec, threads: int, context: Context) -> "Iterator[Writer]":
+def _writer(target: str, spec: EvaluationSpec, threads: int, context: Context, system: str | None = None) -> "Iterator[Writer]":
     from compression.evaluation.writing import Writer
 
     with closing(open_runtime(Path(target), device=context.device, threads=threads)) as runtime:
-        yield Writer(runtime, open_text(Path(target), runtime), spec.new_tokens)
+        yield Writer(runtime, open_text(Path(target), runtime), spec.new_tokens, system)
 
 
 def _prompt(tokenizer: str, data: dict[str, Any]) -> list[int]:

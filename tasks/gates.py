@@ -8,7 +8,7 @@ stage, that of the difference: from the same items of both where there are some 
     INCONCLUSIVE  in between: the limit lies within the noise. It stops nothing, unless the bound is `strict`: then it fails
 
 A metric without an interval (a size) has no noise and is never INCONCLUSIVE, but what was timed while other programs had the cores: it fails no bound.
-What is no number fails.
+What is not a finite number fails, whatever the bound, and so does what is relative to one.
 """
 
 import math
@@ -160,13 +160,16 @@ def _judge_bound(metric: str, bound: Bound, mine: Figures, others: Mapping[str, 
 def _judge_limit(metric: str, limit: Limit, bound: Bound, mine: Figures, other: Figures) -> Verdict:
     value = mine.metrics[metric]
     bar = limit.of(other.metrics.get(metric))
+    if not (math.isfinite(value) and math.isfinite(bar)):
+        whose = metric if not math.isfinite(value) else f"{metric} of {bound.relative_to}"
+        return Verdict(metric, "FAIL", f"{whose} is not a finite number, so it keeps no bound", limit.relation, value, bar)
     margins = _paired_margins(metric, limit, mine, other) if limit.relative else None
     low, high = margins or _margins(metric, limit, bar, mine, other)
     low, high = value + min(low, 0.0), value + max(high, 0.0)
     kept, all_kept, any_kept = (
         (value <= bar, high <= bar, low <= bar) if limit.relation == "at most" else (value >= bar, low >= bar, high >= bar)
     )
-    outcome: Outcome = "PASS" if kept and all_kept else "INCONCLUSIVE" if any_kept and not math.isnan(value) else "FAIL"
+    outcome: Outcome = "PASS" if kept and all_kept else "INCONCLUSIVE" if any_kept else "FAIL"
     noisy = high > low
     message = _message(metric, limit, bound, value, bar, other.metrics.get(metric), outcome, (high - low) / 2)
     if outcome == "FAIL" and (crowded(mine.metrics, metric) or (limit.relative and crowded(other.metrics, metric))):

@@ -8,7 +8,9 @@ from typing import Any
 
 from compression.context import Context
 from compression.data import DataSpec
+from compression.data.sources import lone_documents
 from compression.evaluation.findings import Findings
+from compression.origin import Origin
 from tasks.stage import Inputs, Workplace, stage_kinds
 
 
@@ -21,19 +23,26 @@ def normalize_base(*, source: str, out: str, threads: int, context: Context) -> 
 
 def run_stage(
     *, stage: dict[str, Any], parent: str, others: dict[str, str], out: str, work: str, data: dict[str, Any], threads: int, context: Context,
-    shared: str | None = None,
+    shared: str | None = None, origin: dict[str, Any] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Run a stage into `out`; returns the metrics of its method. Warns of one that its kind does not name.
 
     Where it fails `out` is removed, for the disk may be full of it, and the reason has to be written down.
     """
     kind = stage_kinds()[stage["uses"]]
-    inputs = Inputs(Path(parent), {role: Path(path) for role, path in others.items()})
+    inputs = Inputs(Path(parent), {role: Path(path) for role, path in others.items()}, Origin(**origin) if origin else None)
     place = Workplace(Path(out), Path(work), Path(shared) if shared else None)
     shutil.rmtree(place.out, ignore_errors=True)  # of a child before, whose worker was lost
     place.out.mkdir(parents=True)
+    made, spec = kind.model_validate(stage), DataSpec.model_validate(data)
+    if made.data_read() in ("calibration", "training"):
+        for file in lone_documents(spec, "train"):
+            context.warn(
+                f"{file} has no blank line, which is where documents of a .txt file end: it is read as one document from its beginning; "
+                "put blank lines between its documents, or give .jsonl with one a line"
+            )
     try:
-        metrics = kind.model_validate(stage).run(inputs, place, DataSpec.model_validate(data), context)
+        metrics = made.run(inputs, place, spec, context)
     except BaseException:
         shutil.rmtree(place.out, ignore_errors=True)
         raise
@@ -60,7 +69,9 @@ def measure_quality(
     items = questions(spec, "test") if spec.questions is not None else []
     try:
         others = {name: by_path[path] for name, path in references.items()}
-        findings = evaluate_quality(runtime, encoder, evaluation_windows(spec, encoder), items, references=others, context=context)
+        findings = evaluate_quality(
+            runtime, encoder, evaluation_windows(spec, encoder), items, references=others, context=context, system=spec.system
+        )
     finally:
         for opened in (runtime, *by_path.values()):
             opened.close()

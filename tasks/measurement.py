@@ -42,6 +42,11 @@ class Asked:
     data: DataSpec
     settings: Any
 
+    @property
+    def chat(self) -> dict[str, str]:
+        """The system message of prompts in a chat template, where the recipe gives one: in the record's key, and an argument of the job."""
+        return {} if self.data.system is None else {"system": self.data.system}
+
 
 @dataclass(frozen=True)
 class Subject:

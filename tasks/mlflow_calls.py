@@ -36,6 +36,10 @@ class Refused(Exception):
     """MLflow answered, and will not do this: trying again does not help."""
 
 
+class Unexpected(Refused):
+    """A call failed of something that nobody foresaw, a fault of ours or of a library. It is treated as refused, and keeps its traceback."""
+
+
 @dataclass(frozen=True)
 class Call:
     """The name of a method of `Sender` and its arguments, all of them JSON."""
@@ -71,10 +75,12 @@ def prepare_mlflow() -> None:
 
 
 def translate(error: Exception) -> NoReturn:
-    """Raise what an exception of MLflow, or of what carries artifacts, means: Away or Refused; anything else as it is."""
+    """Raise what an exception of MLflow, or of what carries artifacts, means: Away or Refused; Unexpected for anything else."""
+    if isinstance(error, Away | Refused):
+        raise error
     kind = _meaning(error)
     if kind is None:
-        raise error
+        raise Unexpected(redacted(f"{type(error).__name__}: {error}")) from error
     raise kind(redacted(f"{error}".strip().splitlines()[0]) if f"{error}".strip() else type(error).__name__) from error
 
 
@@ -140,7 +146,7 @@ class Sender:
         try:
             with self._turns:
                 getattr(self, call.what)(**arguments)
-        except Exception as error:  # noqa: BLE001  (sorted there; what is neither is raised)
+        except Exception as error:  # noqa: BLE001  (sorted there)
             translate(error)
 
     def create(
@@ -167,6 +173,11 @@ class Sender:
         if known.info.status == "FINISHED":
             self._known(run).ended = known.info.end_time
         self.client.update_run(run, status="RUNNING")
+
+    def share_view(self, tag: str, state: str) -> None:
+        """Put a view of the table of runs among those that people share, unless it is there: somebody may have changed it to his taste."""
+        if tag not in self.client.get_experiment(self.experiment).tags:
+            self.client.set_experiment_tag(self.experiment, tag, state)
 
     def log(self, run: str, points: list[Point], tags: dict[str, str], again: bool = False) -> None:
         """Metrics and tags. A step of a metric that has a value keeps it, but with `again` gets another after it."""

@@ -7,7 +7,7 @@ import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
 
-from filelock import FileLock
+from compression.locks import file_lock
 
 
 def make_database(uri: str) -> None:
@@ -16,7 +16,7 @@ def make_database(uri: str) -> None:
     if file is None or file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f".{file.name}.lock")):
+    with file_lock(file.with_name(f".{file.name}.lock")):
         if file.exists():  # another process made it meanwhile
             return
         beside = file.with_name(f".{file.name}.new")

@@ -4,7 +4,7 @@
     <folder>/<name>.sent      how many of them were sent, and MLflow's ids of the runs that were opened without it
     <folder>/<name>.files/    copies of files to send
     <folder>/<name>.lock      held by the process that writes and sends it, and free once that is dead
-    <folder>/refused.jsonl    calls that MLflow answered, and refused, at once or later (but no copies of files)
+    <folder>/refused.jsonl    calls that MLflow refused, at once or later, and those that failed unexpectedly (but no copies of files)
 
 A line that a crash broke off was no call yet: nobody went on before it was whole. A call may be sent twice (the answer got lost, or the process
 died before it noted it), so every call is one that changes nothing the second time (tasks/mlflow_calls.py). Imports no torch.
@@ -18,15 +18,16 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from compression.errors import EdgepressError
 from compression.files import fsync
+from compression.locks import open_lock, try_acquire
 from compression.redaction import redacted
-from tasks.mlflow_calls import Call, Refused, Sender
+from tasks.mlflow_calls import Call, Refused, Sender, Unexpected
 
 _REFUSED = "refused.jsonl"
 _NAMES = "[0-9]*-*.jsonl"
@@ -36,7 +37,7 @@ class Outbox:
     """An outbox of this process: one it began, or one that a dead process left and this one took over. Threads may use it at once."""
 
     def __init__(self, folder: Path, uri: str, name: str | None = None):
-        """`name`: that of an outbox to take over. Raises filelock.Timeout where its process lives."""
+        """`name`: that of an outbox to take over. Raises BlockingIOError where its process lives."""
         folder.mkdir(parents=True, exist_ok=True)
         self.uri = uri
         self.refused = 0
@@ -46,8 +47,10 @@ class Outbox:
         self._calls: deque[Call] = deque()
         self._sent = 0
         self._closed = False
-        self._lock = FileLock(self._beside(".lock"), timeout=0, thread_local=False)
-        self._lock.acquire()
+        with ExitStack() as held:
+            if not try_acquire(held.enter_context(open_lock(self._beside(".lock")))):
+                raise BlockingIOError(f"the process of the outbox {self._file} lives")
+            self._lock = held.pop_all()
         if name is None:
             _append(self._file, {"uri": uri})
 
@@ -57,7 +60,7 @@ class Outbox:
         for file in sorted(folder.glob(_NAMES)):
             try:
                 found = cls(folder, "", file.stem)
-            except Timeout:
+            except BlockingIOError:
                 continue  # its process lives, and sends it
             if found._read():
                 yield found
@@ -83,7 +86,7 @@ class Outbox:
             self._calls.append(call)
 
     def send(self, sender: Sender) -> int:
-        """Send what there is, in order; returns how many calls went. Raises Away when MLflow does not answer: the rest stays."""
+        """Send what there is, in order; returns how many calls went. What is refused is set aside. Raises Away when MLflow does not answer: the rest stays."""
         count = 0
         with self._turn:
             while self._calls and not self._closed:
@@ -104,7 +107,7 @@ class Outbox:
         with self._guard:
             self._closed = True
             if self._calls:
-                self._lock.release()
+                self._lock.close()
             else:
                 self._remove()
 
@@ -128,16 +131,17 @@ class Outbox:
             file.unlink(missing_ok=True)
         shutil.rmtree(self._beside(".files"), ignore_errors=True)
         self._beside(".lock").unlink(missing_ok=True)
-        self._lock.release()
+        self._lock.close()
 
     def _beside(self, suffix: str) -> Path:
         return self._file.with_suffix(suffix)
 
 
 def set_aside(folder: Path, uri: str, call: Call, refusal: Refused, ids: Mapping[str, str]) -> None:
-    """Keep a call that MLflow at `uri` refused, with the reason. `ids`: MLflow's of runs that it may name by ours."""
+    """Keep a call that MLflow at `uri` refused, or that failed unexpectedly, with the reason. `ids`: MLflow's of runs that it may name by ours."""
     folder.mkdir(parents=True, exist_ok=True)
-    _append(folder / _REFUSED, {"uri": uri, "error": redacted(str(refusal)), **call.document(), "ids": dict(ids)})
+    trace = {"traceback": redacted("".join(format_exception(refusal.__cause__)))} if isinstance(refusal, Unexpected) else {}
+    _append(folder / _REFUSED, {"uri": uri, "error": redacted(str(refusal)), **trace, **call.document(), "ids": dict(ids)})
 
 
 def addresses(folder: Path) -> list[str]:

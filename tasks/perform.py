@@ -3,7 +3,7 @@
 import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from compression.data import DataSpec, fingerprint
 from compression.errors import EdgepressError
 from compression.redaction import redacted
 from export.runtimes import runtime_name
-from tasks.artifact import CARRIED, complete_artifact
+from tasks.artifact import CARRIED, complete_artifact, origin_of
 from tasks.assignment import Assignment, Result
 from tasks.base import Base, is_unchanged
 from tasks.children import Children, Job, Stopped
@@ -24,6 +24,7 @@ from tasks.kinds._training import TrainingStage
 from tasks.measure import Measured, compare, measure
 from tasks.measurement import Asked, Reference, Subject
 from tasks.mlflow_calls import COMPUTED
+from tasks.runs_view import RUN
 from tasks.stage import Artifact, Corpus, Planned, Stage
 from tasks.store import Entry, Store, publish, withdraw
 from tasks.tracking import Tracking
@@ -48,6 +49,7 @@ class Pipeline:
     outputs: Path
     documents: dict[str, tuple[str, dict[str, Any]]]  # identity and its document, by stage
     progress: Callable[[str, dict[str, Any]], None]
+    run_name: str = ""  # tag of all its runs in MLflow (tasks/runs_view.py)
     evaluation: Any = None  # the recipe's settings of optional measurements
     remeasure: bool = False  # take timings again even if the store has them
     cells: Mapping[str, str] = field(default_factory=dict)  # runs in MLflow of a sweep's cells, by name
@@ -114,6 +116,7 @@ def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Resu
             "edgepress.uses": result.uses,
             "edgepress.identity": task.identity,
             "edgepress.recipe": pipeline.name,
+            RUN: pipeline.run_name,
             "edgepress.leaf": str(task.name in pipeline.leaves).lower(),
             **properties(task.planned, pipeline.base.checkpoint.model_type),
         }
@@ -201,6 +204,8 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
         "work": str(home / "work"), "data": pipeline.data.model_dump(mode="json"),
         "shared": str(pipeline.store.root / "shared"),
     }  # fmt: skip
+    if isinstance(task.planned, Artifact):
+        arguments["origin"] = asdict(origin_of(pipeline.base))
     devices = stage.distributed.processes if isinstance(stage, TrainingStage) and stage.distributed else 1
     job = Job(
         "tasks.jobs:run_stage", arguments, pipeline.machine.threads, seed_of(task.identity), pipeline.machine.device, task.timeout,

@@ -16,7 +16,9 @@ from typing import ClassVar, Literal
 from compression.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
+from compression.data.fill import check_calibration
 from compression.errors import Incompatible
+from compression.origin import Origin
 from compression.settings import Settings
 from export.proof import Change
 
@@ -52,10 +54,14 @@ Planned = Checkpoint | Artifact | Corpus
 
 @dataclass(frozen=True)
 class Inputs:
-    """Directories a stage reads: the checkpoint before it, and those it declared in `other_inputs` and `outside_inputs`, by role."""
+    """Directories a stage reads: the checkpoint before it, and those it declared in `other_inputs` and `outside_inputs`, by role.
+
+    origin  what everything was made of, told to exports, which may write it into their files
+    """
 
     parent: Path
     others: Mapping[str, Path]
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,16 @@ class Stage(Settings):
         Raises EdgepressError with `key` for a parameter that cannot work on this checkpoint.
         """
         raise NotImplementedError
+
+    def check_text(self, parent: Checkpoint, data: DataSpec, seed: int) -> None:
+        """Refuse text that does not hold what this stage needs, and a tokenizer that cannot encode it: what `plan` cannot tell from configs.
+
+        parent  the checkpoint it takes, planned or real; at its path is a tokenizer
+        seed    the one that `run` gets in its context
+        Raises EdgepressError with `key` for a parameter of the stage or of the recipe's data. Must not import torch.
+        """
+        if self.data_read() == "calibration":
+            check_calibration(data, parent.path, parent.vocab_size, seed)
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         """Do the work into `place.out`; returns metrics of the method itself (fallback_layers, kept_ratio, final_loss)."""

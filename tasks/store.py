@@ -12,7 +12,7 @@
     locks/                            empty files, one for each thing that only one process may do at a time
 
 A commit is a rename, so an entry is there whole or not at all; one that was broken off just before its rename is finished by whoever looks next.
-Locks are flock's and die with their owner.
+Locks die with their owner (compression/locks.py).
 """
 
 import json
@@ -20,16 +20,15 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from compression.checkpoint import file_digests
 from compression.errors import EdgepressError
 from compression.files import fsync
+from compression.locks import acquire, open_lock, try_acquire
 from tasks.children import Stopped
 from tasks.files import fsync_tree, write_json
 from tasks.identity import digest
@@ -80,44 +79,34 @@ class Store:
         """Raises EdgepressError where the store cannot be written."""
         try:
             yield
-        except Timeout:  # an OSError, and no fault of the store
-            raise
         except OSError as error:
             raise EdgepressError(
                 f"the store {self.root} cannot be written ({error.strerror or error}); --store or EDGEPRESS_STORE names another"
             ) from None
 
     @contextmanager
-    def lock(self, identity: str, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    def lock(self, identity: str, given_up: Callable[[], bool] | None = None) -> Iterator[None]:
         """Only one process computes an identity; the others wait, then find it done.
 
         given_up  asked while another one holds it; raises Stopped when it says so
         """
-        lock = FileLock(self.root / "locks" / f"{identity}.lock")
-        try:
-            with self._writing():
-                lock.acquire(cancel_check=given_up)
-        except Timeout:
-            raise Stopped() from None
-        try:
+        with self._lock_file(identity) as handle:
+            if not acquire(handle, is_cancelled=given_up):
+                raise Stopped()
             yield
-        finally:
-            lock.release()
 
     @contextmanager
     def try_lock(self, identity: str) -> Iterator[bool]:
         """Hold the lock if nobody does; yields whether it is held now."""
-        lock = FileLock(self.root / "locks" / f"{identity}.lock", timeout=0)
-        try:
+        with self._lock_file(identity) as handle:
+            yield try_acquire(handle)
+
+    @contextmanager
+    def _lock_file(self, identity: str) -> Iterator[int]:
+        with ExitStack() as stack:
             with self._writing():
-                lock.acquire()
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+                handle = stack.enter_context(open_lock(self.root / "locks" / f"{identity}.lock"))
+            yield handle
 
     def get(self, identity: str) -> Entry | None:
         """The entry if it is whole: every file is hashed. A damaged one is set aside and counts as absent. Hold its lock."""

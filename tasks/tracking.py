@@ -11,21 +11,24 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compression.errors import EdgepressError
 from compression.redaction import MASK, redacted
-from tasks.mlflow_calls import KEY, OWNER, Away, Call, Point, Refused, Sender, prepare_mlflow, translate
+from tasks.mlflow_calls import KEY, OWNER, REASON, Away, Call, Point, Refused, Sender, Unexpected, prepare_mlflow, translate
 from tasks.mlflow_database import make_database
 from tasks.outbox import Outbox, set_aside
 from tasks.owner import is_dead, owner_tag
+from tasks.runs_view import RUN, TAG, view_state
 
 EXPERIMENT = "edgepress"
 _PENDING = "edgepress-"  # begins our name of a run that MLflow has no id for yet
 _PAUSE = 2.0  # seconds between tries to reach MLflow
+_PAGE = 1000  # runs that MLflow is asked for at once
 _LIVE = 5.0  # seconds between points of a curve that is still being made
 
 
@@ -41,6 +44,7 @@ class Begun:
     run: str
     cells: Mapping[str, str]
     stages: Mapping[tuple[str, str], str]
+    name: str = ""  # by which the table of runs groups them
 
 
 class Tracking:
@@ -67,22 +71,31 @@ class Tracking:
     # --- what there is ---
 
     def end_orphans(self) -> int:
-        """Mark runs whose process is dead as KILLED; returns how many there were."""
-        running = self.client.search_runs([self.experiment], filter_string="attributes.status = 'RUNNING'", max_results=1000)
-        dead = [run for run in running if OWNER in run.data.tags and is_dead(run.data.tags[OWNER])]
-        for run in dead:
-            self.client.set_tag(run.info.run_id, "edgepress.reason", "its process was killed")
-            self.client.set_terminated(run.info.run_id, "KILLED")
+        """Mark runs whose process is dead as KILLED; returns how many there were. Raises EdgepressError where MLflow does not answer."""
+        with _answering(self.uri):
+            running = self._search("attributes.status = 'RUNNING'")  # all pages before the first is ended, or later ones would move up
+            dead = [run for run in running if OWNER in run.data.tags and is_dead(run.data.tags[OWNER])]
+            for run in dead:
+                self.client.set_tag(run.info.run_id, REASON, "its process was killed")
+                self.client.set_terminated(run.info.run_id, "KILLED")
         return len(dead)
 
     def begun(self, run: str) -> Begun | None:
-        """What there is of a pipeline's run and of those below it; None where the tracking server does not have it (any more)."""
+        """What there is of a pipeline's run and of those below it; None where the tracking server does not have it (any more).
+
+        Raises EdgepressError where MLflow does not answer.
+        """
+        with _answering(self.uri):
+            return self._begun(run)
+
+    def _begun(self, run: str) -> Begun | None:
         from mlflow.exceptions import MlflowException
 
         if run.startswith(_PENDING):
             run = self._sender.found(KEY, run) or run
         try:
-            if self.client.get_run(run).info.lifecycle_stage != "active":
+            known = self.client.get_run(run)
+            if known.info.lifecycle_stage != "active":
                 return None
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -92,13 +105,18 @@ class Tracking:
         cells = {child.info.run_name: child.info.run_id for child in below if child.data.tags.get("edgepress.kind") == "cell"}
         stages = [child for child in [*below, *(inner for cell in cells.values() for inner in self._children(cell))]
                   if child.data.tags.get("edgepress.kind") == "stage" and "edgepress.superseded" not in child.data.tags]  # fmt: skip
-        return Begun(run, cells, {(s.data.tags["edgepress.stage"], s.data.tags["edgepress.identity"]): s.info.run_id for s in stages})
+        by_identity = {(s.data.tags["edgepress.stage"], s.data.tags["edgepress.identity"]): s.info.run_id for s in stages}
+        return Begun(run, cells, by_identity, known.data.tags.get(RUN, ""))
 
     def _children(self, run: str) -> list[Any]:
+        return self._search(f"tags.`mlflow.parentRunId` = '{run}'")
+
+    def _search(self, wanted: str) -> list[Any]:
+        """All runs that a filter of MLflow matches."""
         found: list[Any] = []
         token = None
         while True:
-            page = self.client.search_runs([self.experiment], f"tags.`mlflow.parentRunId` = '{run}'", max_results=1000, page_token=token)
+            page = self.client.search_runs([self.experiment], wanted, max_results=_PAGE, page_token=token)
             found += page
             token = page.token
             if not token:
@@ -129,6 +147,10 @@ class Tracking:
                 raise EdgepressError(f"MLflow at {self.uri} refuses to open a run: {refusal}; nothing was run") from refusal
             self._refuse(call, refusal)
         return self.id_of(key)
+
+    def share_view(self) -> None:
+        """Put the view that `edgepress ui` opens among the saved ones of the experiment, unless it is there."""
+        self._send("share_view", tag=TAG, state=view_state())
 
     def id_of(self, run: str) -> str:
         """MLflow's id of a run, as soon as MLflow gave it one."""
@@ -209,9 +231,8 @@ class Tracking:
         for box in Outbox.left(self._folder):
             try:
                 if redacted(box.uri) == self.kept_uri:
-                    count += self._deliver(box, Sender(self.client, self.experiment, box.ids()))
-            except Away as away:
-                raise _no_answer(self.uri, str(away)) from None
+                    with _answering(self.uri):
+                        count += self._deliver(box, Sender(self.client, self.experiment, box.ids()))
             finally:
                 box.close()
         return count
@@ -264,8 +285,9 @@ class Tracking:
             set_aside(self._folder, self.kept_uri, call, refusal, self._sender.ids)
             self.refused += 1
             if self.refused == 1:
+                what = f"`{call.what}` failed unexpectedly" if isinstance(refusal, Unexpected) else f"refuses `{call.what}`"
                 self._say(
-                    f"MLflow at {self.uri} refuses `{call.what}` ({refusal}); the run goes on, and what MLflow refuses is kept in "
+                    f"MLflow at {self.uri}: {what} ({refusal}); the run goes on, and what MLflow refuses is kept in "
                     f"{self._folder}/refused.jsonl"
                 )
 
@@ -282,12 +304,18 @@ class Tracking:
 
     def _send_when_back(self, box: Outbox) -> None:
         """Try until all is sent; the stages go on meanwhile."""
+        warned = False
         while not self._closed:
             self._wake.wait(_PAUSE)
             self._wake.clear()
             try:
                 self._deliver(box, self._sender)
             except Away:
+                continue
+            except Exception as error:  # noqa: BLE001  (the outbox itself failed, as on a full disk; this thread is the only one that sends)
+                if not warned:
+                    warned = True
+                    self._say(f"what MLflow at {self.uri} misses cannot be sent ({type(error).__name__}: {error}); it is tried again")
                 continue
             with self._guard:
                 if len(box) == 0 and self._outbox is box:
@@ -328,15 +356,25 @@ def _connect(uri: str) -> tuple[Any, str]:
     """A client and the id of our experiment. Raises EdgepressError where MLflow does not answer."""
     from mlflow import MlflowClient
 
-    try:
+    with _answering(uri):
         make_database(uri)
         client = MlflowClient(uri)
         return client, _experiment(client)
-    except Exception as error:  # noqa: BLE001  (sorted; what is neither is raised)
+
+
+@contextmanager
+def _answering(uri: str) -> Iterator[None]:
+    """Raise EdgepressError for whatever goes wrong in the block, which asks MLflow before a run begins."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  (sorted there)
         try:
             translate(error)
         except (Away, Refused) as known:
-            raise _no_answer(uri, str(known)) from None
+            raise EdgepressError(
+                f"MLflow at {uri} does not answer: {known}. Start it, or set MLFLOW_TRACKING_URI to another (unset: a file mlflow.db here); "
+                "nothing was run"
+            ) from known
 
 
 def _experiment(client: Any) -> str:
@@ -352,12 +390,6 @@ def _experiment(client: Any) -> str:
         if found is None:
             raise
         return found.experiment_id
-
-
-def _no_answer(uri: str, reason: str) -> EdgepressError:
-    return EdgepressError(
-        f"MLflow at {uri} does not answer: {reason}. Start it, or set MLFLOW_TRACKING_URI to another (unset: a file mlflow.db here); nothing was run"
-    )
 
 
 def _points(values: Sequence[tuple[int, Mapping[str, float]]]) -> list[Point]:

@@ -24,9 +24,9 @@ from typing import Any, TextIO
 from compression.context import Context
 from compression.errors import EdgepressError
 from compression.evaluation.findings import Findings
+from compression.locks import file_lock
 from compression.redaction import redacted
 from tasks.files import write_json
-from tasks.runners.folder import held
 from tasks.sampler import sampled
 
 STAGE = "tasks.jobs:run_stage"
@@ -50,7 +50,7 @@ def main(job_file: str) -> int:
 def _main(job_file: str) -> int:
     folder = Path(job_file).parent
     job = json.loads(Path(job_file).read_text())
-    with held(folder / "job.lock"), _printing_into(folder / "log.txt"), (folder / "events.jsonl").open("a", buffering=1) as events:
+    with file_lock(folder / "job.lock"), _printing_into(folder / "log.txt"), (folder / "events.jsonl").open("a", buffering=1) as events:
         for name in ("result.json", "error.json"):
             (folder / name).unlink(missing_ok=True)  # of a child before, whose worker was lost
         events.write(("\n" if events.tell() else "") + json.dumps({"started": f"{socket.gethostname()}/{os.getpid()}"}) + "\n")

@@ -1,3 +1,4 @@
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -5,6 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import tiny_checkpoint
+
+# A shell starts what it puts into the background with SIGINT ignored, and every process that is started from there inherits that:
+# tests of Ctrl-C would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,8 @@ NEEDS: dict[str, dict[str, object]] = {
 }
 
 
-def tiny_tokenizer(vocab_size: int = 320, *, bos: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with <s> (0) and </s> (1), which adds <s> in front when `bos`."""
+def tiny_tokenizer(vocab_size: int = 320, *, bos: bool = True, eos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with <s> (0) and </s> (1), which adds <s> in front when `bos` and </s> behind when `eos`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,8 +29,11 @@ def tiny_tokenizer(vocab_size: int = 320, *, bos: bool = True) -> PreTrainedToke
         vocab_size=vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(SENTENCES * 4, trainer)
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
+    front, behind = "<s> " if bos else "", " </s>" if eos else ""
+    if bos or eos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{front}$A{behind}", pair=f"{front}$A $B{behind}", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 

@@ -4,8 +4,10 @@
 - A row is packed from whole documents: it begins with the beginning of a document and the last one is cut at its end; what was
   cut off is dropped, except that a document longer than a row fills further rows of its own while it can. No row is padded.
 - A question is asked as "{passage}\\nQuestion: {question}\\nAnswer:" and answered with " {choice}". Where the tokenizer has a chat
-  template, the prompt is a user's turn rendered by it, the answer follows without the blank, and no special token is added again.
+  template, the prompt is a user's turn rendered by it (behind `system`, where the recipe gives one), and the answer follows without the blank.
   Such a model is also calibrated on the training questions, rendered in this way, next to the text. Plain text is never templated.
+- Prompt and answer are context and continuation as in lm-evaluation-harness (`encode_pairs`), behind what the tokenizer puts in front (BOS),
+  which is not added again, and without what it appends (EOS): a model goes on from a prompt, and an EOS there would end it.
 - What is too long for a question loses the beginning of its prompt, as in lm-evaluation-harness; answers are never cut.
 - Perplexity on the user's text follows the WikiText protocol: the test text as one string, tokenized once with the tokenizer's own
   special tokens, non-overlapping windows from the start, the remainder dropped. On the embedded world, whose model was trained on
@@ -14,12 +16,14 @@
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from compression.data.sources import documents, questions, running_text, stream_documents
-from compression.data.spec import DataSpec, Split
-from compression.errors import UnusableData
+from compression.data.spec import DataSpec, Split, outside
+from compression.data.templates import conversation, refusals
+from compression.errors import UnusableData, UnusableModel
 from compression.reference.world import Question
 
 if TYPE_CHECKING:  # planning reads this package without paying for torch
@@ -35,8 +39,12 @@ def training_rows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", split: S
     texts = documents(spec, split)
     rows = list(pack((encode_document(tokenizer, text) for text in texts), spec.length))
     if not rows:
-        raise UnusableData(f"the {split} text fills no row of {spec.length} tokens; give more text or a smaller length", key="length")
+        raise no_row(spec, split)
     return _tensor(rows)
+
+
+def no_row(spec: DataSpec, split: Split) -> UnusableData:
+    return UnusableData(f"the {split} text fills no row of {spec.length} tokens; give more text or a smaller length", key="length")
 
 
 def question_rows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", split: Split = "train") -> "tuple[Tensor, Tensor]":
@@ -51,9 +59,9 @@ def question_rows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", split: S
     asked = questions(spec, split)
     if not asked:
         raise UnusableData("the data names no questions to train on; give data.questions", key="questions")
-    examples = [_truncate(*_example(tokenizer, q), spec.length) for q in asked]
+    examples = [encode_example(tokenizer, question, spec) for question in asked]
     longest = max(len(prompt) + len(answer) for prompt, answer in examples)
-    padding = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    padding = tokenizer.eos_token_id or 0  # stands in the rows anyway; a pad token may have no row in the embedding
     rows = torch.full((len(examples), longest), padding, dtype=torch.long)
     mask = torch.zeros_like(rows, dtype=torch.bool)
     for i, (prompt, answer) in enumerate(examples):
@@ -68,18 +76,23 @@ def calibration_windows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", se
 
     Raises UnusableData as `documents` does, and when the training text does not fill as many windows.
     """
+    return _tensor(calibration_rows(spec, tokenizer, seed))
+
+
+def calibration_rows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[list[int]]:
+    """The rows of `calibration_windows`."""
     items: list[str | Question] = list(documents(spec, "train"))
     if tokenizer.chat_template is not None and spec.questions is not None:
         items += questions(spec, "train")
     random.Random(f"calibration-{seed}").shuffle(items)
-    encoded = (encode_document(tokenizer, i) if isinstance(i, str) else [*chain(*_example(tokenizer, i))] for i in items)
+    encoded = (encode_document(tokenizer, i) if isinstance(i, str) else [*chain(*_example(tokenizer, i, spec.system))] for i in items)
     rows = list(islice(pack(encoded, spec.length), spec.calibration_windows))
     if len(rows) < spec.calibration_windows:
         raise UnusableData(
             f"the training text fills only {len(rows)} windows of {spec.length} tokens, not {spec.calibration_windows}",
             key="calibration_windows",
         )
-    return _tensor(rows)
+    return rows
 
 
 def evaluation_windows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
@@ -87,15 +100,20 @@ def evaluation_windows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase") -> 
 
     Raises UnusableData as `documents` does, and when the test text does not fill one window.
     """
-    if spec.text == "embedded":
+    return _tensor(evaluation_rows(spec, tokenizer))
+
+
+def evaluation_rows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """The rows of `evaluation_windows`."""
+    if (source := outside(spec.text)) is None:
         packed = pack((encode_document(tokenizer, text) for text in stream_documents(spec, "test")), spec.length)
         rows = list(islice(packed, spec.evaluation_windows))
     else:
-        tokens = tokenizer(running_text(spec.text, "test"), verbose=False)["input_ids"]
+        tokens = tokenizer(running_text(source, "test"), verbose=False)["input_ids"]
         rows = [tokens[i : i + spec.length] for i in range(0, len(tokens) - spec.length + 1, spec.length)][: spec.evaluation_windows]
     if not rows:
         raise UnusableData(f"the test text fills no window of {spec.length} tokens; give more text or a smaller length", key="length")
-    return _tensor(rows)
+    return rows
 
 
 def encode_document(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
@@ -118,36 +136,97 @@ def pack(encoded: Iterable[list[int]], length: int) -> Iterator[list[int]]:
         row = []
 
 
-def prompt(question: Question, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The prompt of a question as text, rendered by the tokenizer's chat template where there is one."""
+def prompts_of(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", count: int) -> list[list[int]]:
+    """The first `count` tokens of each text that has as many, without special tokens. Raises UnusableData where none has."""
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    prompts = [tokens[:count] for tokens in encoded if len(tokens) >= count]
+    if not prompts:
+        raise no_prompt(count)
+    return prompts
+
+
+def no_prompt(count: int) -> UnusableData:
+    return UnusableData(f"no training document has {count} tokens to prompt with", key="prompt_tokens")
+
+
+def start_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """What stands before a document: BOS where the tokenizer puts it there, else EOS, which ends the one before in a packed row.
+
+    Raises UnusableModel for a tokenizer that has neither.
+    """
+    adds_bos = tokenizer.bos_token_id in tokenizer("", verbose=False)["input_ids"]
+    token = tokenizer.bos_token_id if adds_bos or tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if token is None:
+        raise UnusableModel(
+            "the tokenizer has neither BOS nor EOS, so nothing says where a document begins; name one in tokenizer_config.json", key="model"
+        )
+    return int(token)
+
+
+def prompt(question: Question, tokenizer: "PreTrainedTokenizerBase", system: str | None = None) -> str:
+    """The prompt of a question as text, rendered by the tokenizer's chat template where there is one, behind a system message where one is given.
+
+    Raises UnusableData, with the template's own words, where it refuses.
+    """
     body = f"{question.passage}\nQuestion: {question.question}\nAnswer:".lstrip("\n")
     if tokenizer.chat_template is None:
         return body
-    return str(tokenizer.apply_chat_template([{"role": "user", "content": body}], tokenize=False, add_generation_prompt=True))
+    with refusals(system):
+        return str(tokenizer.apply_chat_template(conversation(body, system), tokenize=False, add_generation_prompt=True))
 
 
-def encode_choices(tokenizer: "PreTrainedTokenizerBase", question: Question) -> list[tuple[list[int], list[int]]]:
-    """(prompt tokens, answer tokens) of each choice of a question.
+def encode_choices(
+    tokenizer: "PreTrainedTokenizerBase", question: Question, system: str | None = None
+) -> list[tuple[list[int], list[int]]]:
+    """(context tokens, continuation tokens) of each choice of a question. Raises UnusableData as `encode_pairs` and `prompt` do."""
+    return _encode_answers(tokenizer, question, question.choices, system)
 
-    Prompt and answer are encoded as one text and divided where the prompt alone ends, as in lm-evaluation-harness, so that
-    the tokens are those the model would have read in running text.
+
+def encode_pairs(tokenizer: "PreTrainedTokenizerBase", context: str, continuations: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    """(context tokens, continuation tokens) for each continuation, by the rule of lm-evaluation-harness (`_encode_pair`).
+
+    Blanks at the end of the context belong to the continuation. Both are encoded as one text, and the continuation is what stands behind as many
+    tokens as the context has alone. One that melts whole into the context's last token leaves nothing there (the harness stops with an
+    assertion): it is encoded by itself.
+    Raises UnusableData for a continuation of which the tokenizer makes no token.
     """
-    return _encode_answers(tokenizer, question, question.choices)
+    bare = context.rstrip()
+    blanks = context[len(bare) :]
+    first, *wholes = encode_prompts(tokenizer, [bare, *(context + continuation for continuation in continuations)])
+    pairs = []
+    for continuation, whole in zip(continuations, wholes, strict=True):
+        own = whole[len(first) :] or list(tokenizer(blanks + continuation, add_special_tokens=False, verbose=False)["input_ids"])
+        if not own:
+            raise UnusableData(f"the tokenizer makes no token of {continuation!r}, which is to follow a prompt", key="questions")
+        pairs.append((first, own))
+    return pairs
 
 
-def _example(tokenizer: "PreTrainedTokenizerBase", question: Question) -> tuple[list[int], list[int]]:
+def encode_prompts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that a model goes on from: behind what the tokenizer puts in front, but once, and without what it appends."""
+    marked = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    front = [token for token, _ in takewhile(itemgetter(1), zip(marked["input_ids"], marked["special_tokens_mask"], strict=True))]
+    bodies = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [body if body[: len(front)] == front else front + body for body in bodies]
+
+
+def _example(tokenizer: "PreTrainedTokenizerBase", question: Question, system: str | None) -> tuple[list[int], list[int]]:
     """(prompt tokens, tokens of the right answer and EOS)."""
-    ((asked, answer),) = _encode_answers(tokenizer, question, [question.choices[question.answer]])
+    ((asked, answer),) = _encode_answers(tokenizer, question, [question.choices[question.answer]], system)
     eos = [] if tokenizer.eos_token_id is None or answer[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
     return asked, answer + eos
 
 
-def _encode_answers(tokenizer: "PreTrainedTokenizerBase", question: Question, answers: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-    templated = tokenizer.chat_template is not None
-    text = prompt(question, tokenizer)
-    texts = [text, *(text + ("" if templated else " ") + answer for answer in answers)]
-    start, *wholes = tokenizer(texts, add_special_tokens=not templated, verbose=False)["input_ids"]
-    return [(whole[: len(start)], whole[len(start) :]) for whole in wholes]
+def _encode_answers(
+    tokenizer: "PreTrainedTokenizerBase", question: Question, answers: Sequence[str], system: str | None
+) -> list[tuple[list[int], list[int]]]:
+    blank = " " if tokenizer.chat_template is None else ""
+    return encode_pairs(tokenizer, prompt(question, tokenizer, system), [blank + answer for answer in answers])
+
+
+def encode_example(tokenizer: "PreTrainedTokenizerBase", question: Question, spec: DataSpec) -> tuple[list[int], list[int]]:
+    """(prompt tokens, tokens of the right answer and EOS) as they are trained on, `length` at most. Raises UnusableData as `question_rows` does."""
+    return _truncate(*_example(tokenizer, question, spec.system), spec.length)
 
 
 def _truncate(asked: list[int], answer: list[int], length: int) -> tuple[list[int], list[int]]:

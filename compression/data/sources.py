@@ -4,23 +4,26 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, TypeVar
 
-from compression.checkpoint import digest_file
 from compression.data import hub
-from compression.data.spec import DataSpec, QuestionSource, Source, Split, TextSource
+from compression.data.spec import DataSpec, QuestionSource, Source, Split, TextSource, outside
 from compression.errors import UnusableData
 from compression.reference import world
 from compression.reference.world import Question
 
 Use = Literal["training", "validation", "calibration", "evaluation"]
 Record = dict[str, Any]
+T = TypeVar("T")
 
+QUESTIONS_VERSION = 2  # of how questions become tokens (rows.py): raise it when the same ones become others
 EMBEDDED_DOCUMENTS = 4000
 EMBEDDED_QUESTIONS = 2000
 FORMATS = (".txt", ".jsonl", ".parquet")
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON writes half of a character beyond 16 bits; two of them are one
 _CHECKED = 100  # records of each split that are looked at before any work; a later bad one is reported with its place
 
 _DECIDES: dict[Use, tuple[tuple[Split, ...], tuple[str, ...]]] = {
@@ -36,18 +39,19 @@ def documents(spec: DataSpec, split: Split) -> list[str]:
 
     Raises UnusableData: a file, column or split that is missing, or no document in it.
     """
-    limit = spec.train_documents if split == "train" else None
-    if spec.text == "embedded":
-        return list(itertools.islice(world.documents(split), limit or EMBEDDED_DOCUMENTS))
-    found = list(itertools.islice(_documents(spec.text, split), limit))
-    if not found:
-        raise UnusableData(f"{spec.text.path}: the split {split!r} holds no text", key="text")
-    return found
+    found = stream_documents(spec, split)
+    if (source := outside(spec.text)) is None:
+        return list(itertools.islice(found, EMBEDDED_DOCUMENTS if split != "train" else None))
+    return _some(found, source, split, "text")
 
 
 def stream_documents(spec: DataSpec, split: Split) -> Iterator[str]:
-    """The same documents one by one; those of the embedded world never end outside of training."""
-    return world.documents(split) if spec.text == "embedded" and split != "train" else iter(documents(spec, split))
+    """The same documents one by one, read as they are taken; those of the embedded world never end outside of training."""
+    if (source := outside(spec.text)) is not None:
+        return itertools.islice(_documents(source, split), spec.train_documents if split == "train" else None)
+    return (
+        world.documents(split) if split != "train" else itertools.islice(world.documents(split), spec.train_documents or EMBEDDED_DOCUMENTS)
+    )
 
 
 def running_text(source: TextSource, split: Split) -> str:
@@ -59,7 +63,7 @@ def running_text(source: TextSource, split: Split) -> str:
     if Path(source.path).is_file() or not files:
         pieces = list(_texts(source, split))
     else:
-        pieces = [p for f in files for p in ([f.read_text(encoding="utf-8")] if f.suffix == ".txt" else _file_texts(f, source.column))]
+        pieces = [p for f in files for p in ([_read(f)] if f.suffix == ".txt" else _file_texts(f, source.column))]
     return "\n\n".join(pieces)
 
 
@@ -71,27 +75,66 @@ def questions(spec: DataSpec, split: Split) -> list[Question]:
     if spec.questions is None:
         return []
     limit = spec.train_questions if split == "train" else spec.evaluation_questions
-    if spec.questions == "embedded":
+    if (source := outside(spec.questions)) is None:
         return list(itertools.islice(world.questions(split), limit or EMBEDDED_QUESTIONS))
-    found = list(itertools.islice(_questions(spec.questions, split), limit))
-    if not found:
-        raise UnusableData(f"{spec.questions.path}: the split {split!r} holds no questions", key="questions")
-    return found
+    return _some(itertools.islice(_questions(source, split), limit), source, split, "questions")
 
 
 def check_data(spec: DataSpec) -> None:
-    """Refuse what cannot be read, before any work: looks at the beginning of every split that the spec names.
+    """Refuse what cannot be read, before any work: looks at the beginning of every split that the spec names, and for its characters at all of a file.
 
-    Raises UnusableData: no such file or data set, split or column, nothing in it, or items of another shape.
+    Raises UnusableData: no such file or data set, split or column, nothing in it, items of another shape, or characters that no text can hold.
     """
-    if spec.text != "embedded":
-        for split in _named_splits(spec.text, ("train", "test"), "text"):
-            if not list(itertools.islice(_documents(spec.text, split), _CHECKED)):
-                raise UnusableData(f"{spec.text.path}: the split {split!r} holds no text", key="text")
-    if spec.questions is not None and spec.questions != "embedded":
-        for split in _named_splits(spec.questions, ("test",), "questions"):
-            if not list(itertools.islice(_questions(spec.questions, split), _CHECKED)):
-                raise UnusableData(f"{spec.questions.path}: the split {split!r} holds no questions", key="questions")
+    if (text := outside(spec.text)) is not None:
+        for split in (splits := _named_splits(text, ("train", "test"), "text")):
+            _some(itertools.islice(_documents(text, split), _CHECKED), text, split, "text")
+        _check_characters(text, splits)
+    if (asked := outside(spec.questions)) is not None:
+        for split in (splits := _named_splits(asked, ("test",), "questions")):
+            _some(itertools.islice(_questions(asked, split), _CHECKED), asked, split, "questions")
+        _check_characters(asked, splits)
+
+
+def lone_documents(spec: DataSpec, split: Split) -> list[Path]:
+    """The .txt files of a split that hold one document longer than several rows: blank lines, which end documents, may be missing."""
+    source = outside(spec.text)
+    if source is None or hub.is_hub_id(source.path):
+        return []
+    return [
+        file
+        for file in _files(source, split)
+        if file.suffix == ".txt" and len(found := list(_file_texts(file, ""))) == 1 and len(found[0].split()) > 4 * spec.length
+    ]
+
+
+def _some(found: Iterable[T], source: Source, split: Split, what: Literal["text", "questions"]) -> list[T]:
+    """All of them. Raises UnusableData where there is none."""
+    kept = list(found)
+    if not kept:
+        raise UnusableData(f"{source.path}: the split {split!r} holds no {what}{_why_none(Path(source.path), split)}", key=what)
+    return kept
+
+
+def _why_none(path: Path, split: Split) -> str:
+    """Of a file that is divided by itself what it lacks."""
+    if not path.is_file():
+        return ""
+    parts = "one file is divided by its records, 90% train, 5% validation, 5% test"
+    if path.suffix == ".txt":
+        return f"; {parts}, and the documents of a .txt file end at blank lines: add blank lines, or give a directory with {split}.txt"
+    return f"; {parts}, of which it has too few: give more, or a directory with {split}{path.suffix}"
+
+
+def _check_characters(source: Source, splits: list[Split]) -> None:
+    """Read local files whole: one bad line would stop a stage in its middle."""
+    files = [] if hub.is_hub_id(source.path) else [file for split in splits for file in _files(source, split)]
+    for file in dict.fromkeys(files):
+        if file.suffix == ".jsonl":
+            for number, line in enumerate(_lines(file), 1):
+                if _HALF.search(line):
+                    _parse(line, f"{file}:{number}")
+        elif file.suffix == ".txt":
+            _read(file)
 
 
 def pinned(spec: DataSpec) -> DataSpec:
@@ -101,8 +144,8 @@ def pinned(spec: DataSpec) -> DataSpec:
     """
     commits = {
         name: source.model_copy(update={"revision": hub.resolve_commit(source.path, source.revision)})
-        for name, source in (("text", spec.text), ("questions", spec.questions))
-        if isinstance(source, Source) and hub.is_hub_id(source.path)
+        for name, source in (("text", outside(spec.text)), ("questions", outside(spec.questions)))
+        if source is not None and hub.is_hub_id(source.path)
     }
     return spec.model_copy(update=commits)
 
@@ -118,22 +161,30 @@ def fingerprint(spec: DataSpec, use: Use | None = None) -> str:
     sizes = sorted({name for u in uses for name in _DECIDES[u][1]})
     parts: dict[str, Any] = {name: getattr(spec, name) for name in sizes}
     parts["text"] = _identify(spec.text, splits)
-    parts["questions"] = None if spec.questions is None else _identify(spec.questions, splits)
+    if spec.questions is not None:
+        parts["questions"] = [QUESTIONS_VERSION, spec.system, _identify(spec.questions, splits)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _identify(source: Literal["embedded"] | Source, splits: list[Split]) -> Any:
-    if source == "embedded":
+def _identify(named: Literal["embedded"] | Source, splits: list[Split]) -> Any:
+    if (source := outside(named)) is None:
         sample = [[*itertools.islice(world.documents(s), 8), *map(repr, itertools.islice(world.questions(s), 8))] for s in splits]
         return ["world", world.VERSION, hashlib.sha256(json.dumps(sample).encode()).hexdigest(), EMBEDDED_DOCUMENTS, EMBEDDED_QUESTIONS]
-    assert isinstance(source, Source)
     column = getattr(source, "column", None)
     if hub.is_hub_id(source.path):
         return ["hub", source.path, source.config, hub.resolve_commit(source.path, source.revision), _split_names(source, splits), column]
     if Path(source.path).is_file():
-        return ["file", digest_file(Path(source.path)), column]
+        return ["file", _digest(Path(source.path)), column]
     present = [s for s in splits if _has_split(source, s)]
-    return ["files", {s: [[f.suffix, digest_file(f)] for f in _files(source, s)] for s in present}, column]
+    return ["files", {s: [[f.suffix, _digest(f)] for f in _files(source, s)] for s in present}, column]
+
+
+def _digest(file: Path) -> str:
+    """sha256 of what is read of a file: a byte order mark is not."""
+    with file.open("rb") as stream:
+        if stream.read(len(BOM_UTF8)) != BOM_UTF8 or file.suffix == ".parquet":
+            stream.seek(0)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _split_names(source: Source, splits: list[Split]) -> dict[Split, str]:
@@ -279,7 +330,11 @@ def file_records(file: Path, columns: tuple[str, ...] | None) -> Iterator[tuple[
         raise UnusableData(f"{file}: there is no column {missing[0]!r}; there are: {', '.join(table.schema_arrow.names)}", key="column")
     row = 0
     for batch in table.iter_batches(columns=list(columns) if columns else None):
-        for record in batch.to_pylist():
+        try:
+            found = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            raise UnusableData(f"{file}: a text behind row {row} is not UTF-8: {error}", key="path") from None
+        for record in found:
             row += 1
             yield f"{file}, row {row}", record
 
@@ -291,19 +346,39 @@ def _parse(line: str, place: str) -> Record:
         raise UnusableData(f"{place}: not JSON: {error}", key="path") from None
     if not isinstance(record, dict):
         raise UnusableData(f"{place}: a line must be a JSON object, not {type(record).__name__}", key="path")
+    if _HALF.search(line) and (half := re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False))):
+        raise UnusableData(
+            f"{place}: \\u{ord(half[0]):x} is half a character (an emoji cut in two?), which no text can hold; remove it, or write \\ufffd in its place",
+            key="path",
+        )
     return record
 
 
 def _lines(file: Path) -> Iterator[str]:
     try:
-        with file.open(encoding="utf-8") as stream:
+        with file.open(encoding="utf-8-sig") as stream:  # without a byte order mark
             yield from stream
-    except UnicodeDecodeError as error:
-        raise UnusableData(f"{file} is not UTF-8: {error}", key="path") from None
+    except UnicodeDecodeError:
+        _refuse_bytes(file)
 
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UnusableData(f"{file} is not UTF-8: {error}", key="path") from None
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        _refuse_bytes(file)
+
+
+def _refuse_bytes(file: Path) -> NoReturn:
+    """Raises UnusableData for the first line of a file that is not UTF-8."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if number == 1 and line.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+                raise UnusableData(f"{file} is UTF-16; save it as UTF-8", key="path")
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                half = line[error.start] == 0xED  # how half a character would be written
+                remedy = "half a character stands there: remove it" if half else "save it as UTF-8, or replace what is damaged"
+                raise UnusableData(f"{file}:{number} is not UTF-8 (byte {error.start + 1} of the line); {remedy}", key="path") from None
+    raise UnusableData(f"{file} changed while it was read", key="path")

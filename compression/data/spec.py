@@ -8,7 +8,7 @@ data:
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
@@ -45,6 +45,9 @@ class Source(Settings):
     )
 
 
+S = TypeVar("S", bound=Source)
+
+
 class TextSource(Source):
     """Documents. In .txt files they are separated by blank lines; elsewhere a record is a document."""
 
@@ -52,7 +55,21 @@ class TextSource(Source):
 
 
 class QuestionSource(Source):
-    """Multiple-choice items in CommonsenseQA's shape: question, choices {label, text}, answerKey, and optionally passage."""
+    """Multiple-choice items in CommonsenseQA's shape: question, choices {label, text}, answerKey, and optionally passage.
+
+    `path: embedded` takes those of the built-in world.
+    """
+
+    system: str | None = Field(
+        None,
+        min_length=1,
+        description="System message in front of every question, where the model has a chat template; some insist on one.",
+    )
+
+
+def outside(source: "Embedded | S | None") -> "S | None":
+    """A source that is not the built-in world (`embedded`, or `path: embedded`), which is None here."""
+    return None if source is None or source == "embedded" or source.path == "embedded" else source
 
 
 class DataSpec(Settings):
@@ -72,6 +89,11 @@ class DataSpec(Settings):
     calibration_windows: Annotated[int, Field(ge=1)] = Field(64, description="Windows drawn from the training text for calibration.")
     evaluation_windows: Annotated[int, Field(ge=1)] = Field(64, description="Windows of test text for perplexity and KL, at most.")
     evaluation_questions: Annotated[int, Field(ge=1)] = Field(200, description="Test questions for accuracy, at most.")
+
+    @property
+    def system(self) -> str | None:
+        """The system message in front of every question that is put into a chat template."""
+        return self.questions.system if isinstance(self.questions, QuestionSource) else None
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoint import Checkpoint, file_digests, open_checkpoint
 from compression.context import Context
 from compression.distillation.compatibility import (
     CacheSettings,
@@ -70,7 +70,10 @@ def distill(
         model, teacher=load_model(teacher, device=context.device) if guide and not said else None, cache=said, alpha=alpha, beta=beta,
         gamma=gamma, temperature=temperature, divergence=divergence, mixture=mixture, feature=feature, layers=layers, seed=context.seed,
     )  # fmt: skip
-    metrics = train(objective, rows, mask=mask, settings=settings, workdir=workdir, context=context, what="distil", validation=validation)
+    origin = {"method": "distill", "student": file_digests(student), "teacher": file_digests(teacher) if guide else None}
+    metrics = train(
+        objective, rows, mask=mask, settings=settings, origin=origin, workdir=workdir, context=context, what="distil", validation=validation
+    )
     save_student(model, out, like=student)
     if said is not None:
         metrics |= {"teacher_cache_mb": said.nbytes / 1e6, "teacher_cache_built": float(said.built)}

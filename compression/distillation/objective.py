@@ -124,6 +124,12 @@ class Objective(nn.Module):
 @torch.no_grad()
 def _check_head(model: PreTrainedModel) -> None:
     """Raise Incompatible unless logits are the output head on the last hidden state (some architectures scale or cap them)."""
+    if model.base_model is model:
+        raise Incompatible(
+            f"{type(model).__name__} does not tell transformers which of its parts gives the hidden states (base_model_prefix), and training "
+            "reads the output head on them; this architecture cannot be trained yet",
+            key="model",
+        )
     tokens = torch.arange(min(8, model.config.vocab_size), device=model.device)[None]
     was_training = model.training
     model.eval()  # or dropout would tell the two apart

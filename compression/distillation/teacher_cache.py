@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.lib.format import open_memmap
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -30,6 +29,7 @@ from compression.distillation.losses import MAX_LOGITS, log_probabilities, merge
 from compression.distillation.targets import HeadTargets, Targets, TopTargets
 from compression.errors import EdgepressError, Incompatible
 from compression.loading import load_model
+from compression.locks import file_lock
 from compression.resumption import latest_checkpoint, write_checkpoint
 
 FORMAT = 1  # raise it when the same key would have other bytes
@@ -93,7 +93,7 @@ def open_teacher_cache(
     key = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
     home = folder / key
     home.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{key}.lock"):
+    with file_lock(folder / f"{key}.lock"):
         found = latest_checkpoint(home, run=key, warn=lambda _: context.warn(f"the teacher cache {home} is damaged and is made anew"))
         built = found is None
         if found is None:

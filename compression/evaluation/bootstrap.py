@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compression.evaluation.findings import Items
+from compression.evaluation.findings import Items, exponential
 
 BOOTSTRAP_VERSION = 1  # part of the key of records that hold intervals: raise it when they change
 RESAMPLES = 10_000
@@ -31,7 +31,7 @@ class Interval:
 def value(items: Items) -> float:
     """The metric that the items make."""
     mean = sum(items.sums) / sum(items.counts)
-    return float(np.exp(mean)) if items.transform == "exp" else float(mean)
+    return exponential(mean) if items.transform == "exp" else float(mean)
 
 
 def paired(one: Items, other: Items) -> bool:
@@ -56,7 +56,8 @@ def resample(seed: str, *items: Items, resamples: int = RESAMPLES) -> list[np.nd
         for number in range(len(items)):
             means[number].append(_sums(sums[number], drawn) / _sums(counts[number], drawn))
     joined = [np.concatenate(parts) for parts in means]
-    return [np.exp(mean) if each.transform == "exp" else mean for mean, each in zip(joined, items, strict=True)]
+    with np.errstate(over="ignore"):  # beyond the range of floats it is infinite
+        return [np.exp(mean) if each.transform == "exp" else mean for mean, each in zip(joined, items, strict=True)]
 
 
 def _sums(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -66,8 +67,10 @@ def _sums(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
 
 
 def middle(sample: np.ndarray) -> Interval:
-    """The middle 95 % of bootstrap values."""
-    low, high = np.quantile(sample, (0.025, 0.975))
+    """The middle 95 % of bootstrap values. Between infinite ones nothing is interpolated: the value beyond them counts."""
+    finite = bool(np.isfinite(sample).all())
+    low = np.quantile(sample, 0.025, method="linear" if finite else "lower")
+    high = np.quantile(sample, 0.975, method="linear" if finite else "higher")
     return Interval(float(low), float(high))
 
 
@@ -89,6 +92,7 @@ def comparison_figures(name: str, mine: Items, base: Items, seed: str) -> dict[s
     figures = {figure: value(mine) / value(base) if ratio else value(mine) - value(base)}
     if paired(mine, base):
         one, other = resample(seed, mine, base)
-        found = middle(one / other if ratio else one - other)
+        with np.errstate(invalid="ignore", divide="ignore"):  # of two infinite perplexities there is no ratio: not a number
+            found = middle(one / other if ratio else one - other)
         figures |= {f"{figure}_low": found.low, f"{figure}_high": found.high}
     return figures

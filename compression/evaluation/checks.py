@@ -1,10 +1,10 @@
 """Whether an `evaluation:` section can work, before any work starts. Imports no torch."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from compression.data.templates import chat_template
 from compression.errors import Incompatible, UnusableData
 from compression.evaluation.answers import open_questions
 from compression.evaluation.red_team import probes
@@ -30,19 +30,12 @@ def check_evaluation(spec: EvaluationSpec, model: Path, max_length: int) -> None
         _read("summarization", spec.summarization, articles(spec.summarization, spec.limit))
     if spec.red_team_set:
         _read("red_team", spec.red_team_set, probes(spec.red_team_set))
-    if spec.harness_chat and not _templated(model):
+    if spec.harness_chat and chat_template(model) is None:
         raise Incompatible("the model has no chat template", key="harness_chat")
     if spec.harness:
         from compression.evaluation.harness_tasks import check_tasks
 
         check_tasks(spec.harness, max_length)
-
-
-def _templated(model: Path) -> bool:
-    """Whether the tokenizer of a model's directory has a chat template, told without loading it."""
-    config = model / "tokenizer_config.json"
-    within = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-    return bool(within) or (model / "chat_template.jinja").is_file()
 
 
 def _read(key: str, source: str, items: Iterator[Any]) -> None:

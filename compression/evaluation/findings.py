@@ -2,11 +2,20 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Transform = Literal["mean", "exp"]
+
+
+def exponential(value: float) -> float:
+    """e**value, as a perplexity is of a loss: infinite where that is beyond the range of floats."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True)

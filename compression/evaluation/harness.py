@@ -1,7 +1,8 @@
 """lm-evaluation-harness on any of our runtimes: one adapter, and what it found as metrics.
 
-A task decides its prompts, metrics and few-shot examples; texts are encoded as the harness encodes them for Hugging Face models. Few-shot examples are
-drawn with the harness's own fixed seed.
+A task decides its prompts, metrics and few-shot examples; texts are encoded as the harness encodes them for Hugging Face models, with two differences
+(compression/data/rows.py): what a tokenizer appends (EOS) is left out, behind which the harness divides context and continuation in the wrong place, and
+a continuation that melts whole into the context is scored by itself. Few-shot examples are drawn with the harness's own fixed seed.
 """
 
 import os
@@ -19,6 +20,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, set_torch_seed
 
 from compression.context import Context
+from compression.data.rows import encode_pairs, encode_prompts
 from compression.errors import Incompatible, UnusableData
 from compression.evaluation.findings import Findings, Items
 from compression.evaluation.harness_tasks import Task, metric_name, new_tokens, refuse_sampling
@@ -75,11 +77,15 @@ class HarnessModel(TemplateLM):
         return found[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokens; a text that begins with the begin-of-text gets no other one in front."""
-        if add_special_tokens is None:
-            bos = self.tokenizer.bos_token
-            add_special_tokens = not (bos and string.startswith(bos))
-        return list(self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        """Tokens, with or without what the tokenizer puts in front of a text; what it appends (EOS) would end a text that is to go on."""
+        if add_special_tokens is False:
+            return list(self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"])
+        return encode_prompts(self.tokenizer, [string])[0]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As the data's questions are encoded: the harness's rule, but for tokenizers that append EOS and continuations that melt into the context."""
+        ((tokens, own),) = encode_pairs(self.tokenizer, context, [continuation])
+        return tokens or [self.prefix_token_id], own
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
@@ -121,17 +127,18 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
-        return continuation_likelihoods(self.runtime, pairs, len(self.tokenizer), self.context)
+        return continuation_likelihoods(self.runtime, pairs, self.context)
 
 
 def evaluate_tasks(
-    model: HarnessModel, tasks: Sequence[Task], *, limit: int | None, num_fewshot: int | None, chat: bool = False
+    model: HarnessModel, tasks: Sequence[Task], *, limit: int | None, num_fewshot: int | None, chat: bool = False, system: str | None = None
 ) -> Findings:  # fmt: skip
     """Run tasks of the harness.
 
     limit        items of each task, counted from the first; None takes all
     num_fewshot  examples in front of each item; None leaves it to the task, and a task that says 0 keeps 0
     chat         put prompts into the model's chat template, few-shot examples as turns before them
+    system       message in front of such a conversation
 
     Returns for each task and group harness.{task}.{metric}, harness.{task}.{metric}_stderr where there is one, and harness.{task}.count. A metric behind
     a filter other than `none` has its name behind it. Where a metric is the mean of a value for each item, these are its items. In `details`
@@ -154,6 +161,7 @@ def evaluate_tasks(
             bootstrap_iters=BOOTSTRAP_DRAWS,
             log_samples=True,
             apply_chat_template=chat,
+            system_instruction=system if chat else None,
             fewshot_as_multiturn=chat,
         )
     assert results is not None  # of the first process, which this is

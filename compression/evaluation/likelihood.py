@@ -1,17 +1,21 @@
-"""Log-likelihoods of continuations through any runtime, many at a time."""
+"""Log-likelihoods through any runtime: of tokens given logits, and of continuations, many at a time.
 
-from collections.abc import Sequence
+Everything is computed from logits in float64, a few positions at a time, so that a vocabulary of 150,000 fits in memory.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from compression.context import Context
 from compression.errors import UnusableModel
 from compression.evaluation.runtime import Runtime
-from compression.evaluation.scorers import log_likelihoods
 
-_BATCH_ROWS = 16
 _BATCH_LOGITS = 2**25  # logits asked of a runtime at once, 128 MiB in float32
+_BATCH_ROWS = 16
+_CHUNK_LOGITS = 2**22  # logits held in float64 at once, 32 MiB
 
 
 @dataclass(frozen=True)
@@ -23,32 +27,69 @@ class Likelihood:
 
 
 def continuation_likelihoods(
-    runtime: Runtime, pairs: Sequence[tuple[list[int], list[int]]], vocabulary: int, context: Context
+    runtime: Runtime, pairs: Sequence[tuple[list[int], list[int]]], context: Context, what: str = "rows"
 ) -> list[Likelihood]:
-    """Score each (prompt, continuation), both of one token or more; what is too long loses the beginning of its prompt.
+    """Score each (context, continuation), both of one token or more; what is too long loses the beginning of its context.
 
-    vocabulary  size, for how much fits into a batch
-    Pairs that read the same tokens (continuations of one token after the same prompt) share a row. Raises Incompatible as the runtime does, and
-    UnusableModel for logits that are not finite.
+    what  the rows are called in the progress
+
+    A row that begins another one (continuations of one token after the same context) needs none of its own. The longest come first, so that running
+    out of memory comes at once. Raises Incompatible as the runtime does, and UnusableModel for logits that are not finite.
     """
-    readers: dict[tuple[int, ...], list[int]] = {}
-    for number, (prompt, continuation) in enumerate(pairs):
-        readers.setdefault(tuple((prompt + continuation)[-(runtime.max_length + 1) :][:-1]), []).append(number)
-    rows = sorted(readers, key=len)  # rows of like length share a batch, with little padding
+    reads = [(tokens + continuation)[-(runtime.max_length + 1) :][:-1] for tokens, continuation in pairs]
+    rows: list[tuple[list[int], list[int]]] = []  # tokens, and the numbers of the pairs that are read from them
+    for number in sorted(
+        range(len(pairs)), key=lambda number: reads[number], reverse=True
+    ):  # a row stands right behind those that it begins
+        if not rows or rows[-1][0][: len(reads[number])] != reads[number]:
+            rows.append((reads[number], []))
+        rows[-1][1].append(number)
+    rows.sort(key=lambda row: -len(row[0]))  # rows of like length share a batch, with little padding
     found: dict[int, Likelihood] = {}
-    done = 0
+    done, size = 0, 1  # the first row tells the size of the vocabulary: the embedding's, which may be padded
     while done < len(rows):
-        longest = len(rows[min(done + _BATCH_ROWS, len(rows)) - 1])
-        batch = rows[done : done + max(1, min(_BATCH_ROWS, _BATCH_LOGITS // (longest * vocabulary)))]
-        width = max(map(len, batch))
-        logits = runtime.logits(np.array([[*row, *[0] * (width - len(row))] for row in batch], dtype=np.int64))
-        if not np.isfinite(logits).all():
-            raise UnusableModel(f"the model gives logits that are not finite in {runtime.name}: it is damaged, or its type overflows")
-        for row, row_logits in zip(batch, logits, strict=True):
-            for number in readers[row]:
+        batch = rows[done : done + size]
+        width = len(batch[0][0])
+        logits = finite_logits(runtime, np.array([[*row, *[0] * (width - len(row))] for row, _ in batch], dtype=np.int64))
+        for row_logits, (_, numbers) in zip(logits, batch, strict=True):
+            for number in numbers:
                 tokens = np.array(pairs[number][1])
-                own = row_logits[len(row) - len(tokens) : len(row)]
+                own = row_logits[len(reads[number]) - len(tokens) : len(reads[number])]
                 found[number] = Likelihood(float(log_likelihoods(own, tokens).sum()), bool((own.argmax(-1) == tokens).all()))
         done += len(batch)
-        context.progress(done, len(rows), "rows")
+        if done < len(rows):
+            size = batch_rows(len(rows[done][0]), logits.shape[-1])
+        context.progress(done, len(rows), what)
     return [found[number] for number in range(len(pairs))]
+
+
+def log_likelihoods(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Natural log-probability of `tokens` [...], given the logits [..., vocabulary] that predict them: float64, flattened."""
+    targets = torch.from_numpy(np.ascontiguousarray(tokens)).reshape(-1)
+    values, done = [], 0
+    for chunk in chunks(logits):
+        wanted = targets[done : done + len(chunk), None]
+        values.append((chunk.gather(-1, wanted)[:, 0] - chunk.logsumexp(-1)).numpy())
+        done += len(chunk)
+    return np.concatenate(values)
+
+
+def finite_logits(runtime: Runtime, rows: np.ndarray) -> np.ndarray:
+    """Logits of rows of tokens. Raises UnusableModel where they are not finite."""
+    logits = runtime.logits(rows)
+    if not np.isfinite(logits).all():
+        raise UnusableModel(f"the model gives logits that are not finite in {runtime.name}: it is damaged, or its type overflows")
+    return logits
+
+
+def batch_rows(length: int, vocabulary: int) -> int:
+    """How many rows of `length` tokens are given to a runtime at once."""
+    return max(1, min(_BATCH_ROWS, _BATCH_LOGITS // (length * vocabulary)))
+
+
+def chunks(logits: np.ndarray) -> Iterator[torch.Tensor]:
+    """Logits [..., vocabulary] as float64 [positions, vocabulary], a few positions at a time."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    size = max(1, _CHUNK_LOGITS // flat.shape[1])
+    for start in range(0, len(flat), size):
+        yield torch.from_numpy(flat[start : start + size]).double()

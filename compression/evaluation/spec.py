@@ -68,6 +68,11 @@ class EvaluationSpec(Settings):
         return max(self.samples, SUITE_GENERATIONS) if self.suite else self.samples
 
     @property
+    def chats(self) -> bool:
+        """Whether anything is asked in the model's chat template, where it has one, besides the questions of the data."""
+        return self.harness_chat or any((self.question_answering, self.summarization, self.red_team_set))
+
+    @property
     def red_team_set(self) -> str | None:
         return self.red_team or (EMBEDDED if self.suite else None)
 

@@ -20,11 +20,11 @@ class Text(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text to go on from, begin-of-text in front where the model wants it, special tokens recognized."""
+        """Tokens of a text to go on from, begin-of-text in front where the model wants it (once), no end-of-text behind it, special tokens recognized."""
         ...
 
-    def encode_chat(self, message: str) -> list[int]:
-        """Tokens of a user's message in the model's chat template, up to where the answer begins.
+    def encode_chat(self, message: str, system: str | None = None) -> list[int]:
+        """Tokens of a user's message in the model's chat template, behind a system message where there is one, up to where the answer begins.
 
         Raises Incompatible for a model without a chat template.
         """

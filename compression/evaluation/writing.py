@@ -31,18 +31,19 @@ class Written:
 class Writer:
     """Greedy generation of at most `new_tokens` tokens with a runtime and its tokenizer.
 
+    system  message in front of a prompt in a chat template
     Raises Incompatible where so many leave no room for a prompt.
     """
 
-    def __init__(self, runtime: Runtime, text: Text, new_tokens: int):
+    def __init__(self, runtime: Runtime, text: Text, new_tokens: int, system: str | None = None):
         if new_tokens >= runtime.max_length:
             raise Incompatible(f"{new_tokens} new tokens leave no room for a prompt in the model's {runtime.max_length}", key="new_tokens")
         self.text = text
-        self._runtime, self._new_tokens = runtime, new_tokens
+        self._runtime, self._new_tokens, self._system = runtime, new_tokens, system
 
     def answer(self, message: str, until: Sequence[str] = ()) -> Written:
         """What the model says to a message."""
-        return self.go_on(self.text.encode_chat(message) if self.text.templated else self.text.encode(message), until)
+        return self.go_on(self.text.encode_chat(message, self._system) if self.text.templated else self.text.encode(message), until)
 
     def go_on(self, prompt: list[int], until: Sequence[str] = ()) -> Written:
         """How the model goes on after tokens; after none at all, as after a text that ended."""

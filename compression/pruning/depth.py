@@ -1,6 +1,5 @@
 """Depth pruning: whole blocks leave, so that a shallower ordinary model remains."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 from compression.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
+from compression.evaluation.findings import exponential
 from compression.loading import copy_tokenizer, load_model
 from compression.pruning.kept import read_kept, write_kept
 from compression.pruning.masks import MaskWriter, read_masks
@@ -51,19 +51,24 @@ def prune_depth(
     config = depth_config(source, kept)
     listed = source.family.blocks
     writer, masks = CheckpointWriter(out), MaskWriter(out)
+    inside: list[str] = []
     earlier = read_kept(checkpoint)
     remaining = {name: indices for name, indices in earlier.items() if not name.startswith(f"{listed}.")}
     for index, block in enumerate(kept):
         context.progress(index, len(kept), f"block {block} becomes block {index}")
         before, after = f"{listed}.{block}.", f"{listed}.{index}."
-        writer.add(_renamed(read_tensors(checkpoint, [name for name in source.tensors if name.startswith(before)]), before, after))
+        renamed = {after + name.removeprefix(before): name for name in source.tensors if name.startswith(before)}
+        tensors = read_tensors(checkpoint, renamed.values())
+        writer.add({name: tensors[old] for name, old in renamed.items()})
+        inside += renamed
         masks.add(_renamed(read_masks(checkpoint, prefix=before), before, after))
         remaining |= _renamed(earlier, before, after)
-    writer.add(read_tensors(checkpoint, [name for name in source.tensors if not name.startswith(f"{listed}.")]))
+    outside = [name for name in source.tensors if not name.startswith(f"{listed}.")]
+    writer.add(read_tensors(checkpoint, outside))
     masks.finish()
     copy_tokenizer(checkpoint, out)
     write_kept(out, remaining, {listed: torch.tensor(kept, dtype=torch.int32)})
-    writer.finish(config)
+    writer.finish(config, names=outside + inside)
     context.progress(len(kept), len(kept), "pruned")
     size = sum(info.numel for info in source.tensors.values())
     return {
@@ -129,7 +134,7 @@ def redundant_blocks(checkpoint: Checkpoint, windows: torch.Tensor, count: int, 
         layers[best].forward = _skip
         remaining.remove(best)
         gone.append(best)
-        context.metrics({"calibration_perplexity": math.exp(losses[best])}, len(gone))
+        context.metrics({"calibration_perplexity": exponential(losses[best])}, len(gone))
     return gone
 
 

@@ -7,6 +7,7 @@ al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis" (arXiv 1912.05
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoint import file_digests, open_checkpoint
 from compression.context import Context
 from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, Incompatible
@@ -23,10 +24,13 @@ from compression.pruning import Scope
 from compression.pruning.held import held_masks, hold_masks, zero_pruned
 from compression.pruning.masks import read_masks, write_masks
 from compression.pruning.selection import PRUNED, keep_strongest, keep_strongest_overall
+from compression.resumption import fingerprint, same_work
+from compression.skeleton import linear_layers, skeleton
 from compression.training import HeldOut, open_student, processes, save_student, train
 from compression.training.trainer import KEPT
 from compression.training_settings import TrainingSettings
 
+CLAIM = "search"  # in the work directory: the name of the search that it belongs to
 FOUND = "found"  # below a round's directory: its masks and metrics, there once it is done
 
 
@@ -55,9 +59,20 @@ def prune_lottery(
         raise EdgepressError(f"rewind_step is {rewind_step}; it is a step before the last, {settings.steps}", key="rewind_step")
     if not rounds >= 1:
         raise EdgepressError(f"rounds is {rounds}; at least one is needed", key="rounds")
-    names = open_checkpoint(model).linear_tensors()
+    checkpoint = open_checkpoint(model)
+    linear_layers(skeleton(checkpoint), checkpoint)
+    names = checkpoint.linear_tensors()
     masks = read_masks(model)
     densities = _densities(1 - _sparsity(masks, names, model), 1 - sparsity, rounds)
+    origin = {
+        "method": "lottery",
+        "student": file_digests(model),
+        "sparsity": sparsity,
+        "rounds": rounds,
+        "rewind_step": rewind_step,
+        "scope": scope,
+    }
+    _claim(workdir, _run(origin, rows, mask, validation, settings, context), context)
     early = workdir / "round-1" / KEPT / f"checkpoint-{rewind_step}" if rewind_step else None
     metrics: dict[str, float] = {}
 
@@ -69,7 +84,7 @@ def prune_lottery(
     def trained(place: Path, what: str, **where: Any) -> tuple[Objective, dict[str, float]]:
         objective = opened()
         figures = train(
-            objective, rows, mask=mask, settings=settings, workdir=place, context=context, what=what, validation=validation, **where
+            objective, rows, mask=mask, settings=settings, origin=origin, workdir=place, context=context, what=what, validation=validation, **where
         )  # fmt: skip
         return objective, figures
 
@@ -92,6 +107,35 @@ def prune_lottery(
             _rewind(objective, early)
     save_student(objective.student, out, like=model)
     return metrics | {"sparsity": _sparsity(masks, names, model)}
+
+
+def _run(
+    origin: Mapping[str, Any], rows: torch.Tensor, mask: torch.Tensor | None, validation: HeldOut | None, settings: TrainingSettings,
+    context: Context,
+) -> str:  # fmt: skip
+    """What the rounds in a work directory must agree with to be taken up."""
+    data = [tensor for tensor in (rows, mask, *(validation or ())) if tensor is not None]
+    document = {
+        **origin, "settings": asdict(settings), "seed": context.seed, "data": [list(tensor.shape) for tensor in data],
+        "device": torch.device(context.device).type, "processes": processes.count(),
+    }  # fmt: skip
+    return fingerprint(document, *(tensor.numpy().tobytes() for tensor in data))
+
+
+def _claim(workdir: Path, run: str, context: Context) -> None:
+    """Keep a work directory for one search. Raises EdgepressError where it belongs to another."""
+    claim = workdir / CLAIM
+    if processes.is_first() and not (claim.is_file() and same_work(claim.read_text(), run, workdir)):
+        workdir.mkdir(parents=True, exist_ok=True)
+        for left in (*workdir.glob("round-*"), *workdir.glob("ticket")):
+            context.warn(f"{left} was left by another version of edgepress and is begun anew")
+            shutil.rmtree(left)
+        beside = claim.with_suffix(".new")
+        beside.write_text(run)
+        fsync(beside)
+        beside.rename(claim)
+        fsync(workdir)
+    processes.wait()
 
 
 def _densities(before: float, after: float, rounds: int) -> list[float]:

@@ -38,8 +38,6 @@ class MaskWriter:
         self._widths |= {name: mask.shape[1] for name, mask in masks.items()}
 
     def finish(self) -> None:
-        if not self._packed:
-            return
         """Write the file, if any mask was taken."""
         if not self._packed:
             return

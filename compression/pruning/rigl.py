@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoint import file_digests, open_checkpoint
 from compression.context import Context
 from compression.distillation.objective import Objective
 from compression.errors import Incompatible
@@ -15,6 +15,7 @@ from compression.pruning.densities import Distribution, layer_sparsities
 from compression.pruning.held import HeldMasks, held_masks, hold_masks, zero_moments
 from compression.pruning.masks import pack_mask, unpack_mask
 from compression.pruning.selection import PRUNED, keep_strongest
+from compression.skeleton import linear_layers
 from compression.training import HeldOut, open_student, save_student, train
 from compression.training_settings import TrainingSettings
 
@@ -40,11 +41,17 @@ def prune_rigl(
     """
     checkpoint = open_checkpoint(model)
     student = open_student(model, rows, context)
+    linear_layers(student, checkpoint)
     hold_masks(student, _starting_masks(student, checkpoint.linear_tensors(), sparsity, distribution))
     objective = Objective(student, beta=1.0)
     rigl = RigL(objective, drop_fraction=drop_fraction, delta_t=delta_t, last_step=math.ceil(stop_at * settings.steps))
+    origin = {
+        "method": "rigl", "student": file_digests(model), "sparsity": sparsity, "distribution": distribution, "drop_fraction": drop_fraction,
+        "delta_t": delta_t, "stop_at": stop_at,
+    }  # fmt: skip
     metrics = train(
-        objective, rows, mask=mask, settings=settings, workdir=workdir, context=context, what="RigL", validation=validation, sparsity=rigl
+        objective, rows, mask=mask, settings=settings, origin=origin, workdir=workdir, context=context, what="RigL", validation=validation,
+        sparsity=rigl,
     )  # fmt: skip
     save_student(student, out, like=model)
     masks = held_masks(student).values()

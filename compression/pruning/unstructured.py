@@ -162,7 +162,7 @@ def _write_pruned(
     mask_writer.finish()
     copy_tokenizer(source.path, out)
     copy_kept(source.path, out)
-    writer.finish(source.config)
+    writer.finish(source.config, names=source.tensors)
     context.progress(total, total, "pruned")
     return {"sparsity": 1 - kept / weights, "fallback_layers": 0.0}
 
@@ -214,7 +214,13 @@ def _prune_on_the_walk(
         return Outcome(masks=masks, counts=counts, layers=figures, warnings=warnings)
 
     collect: Collect = frozenset({"gram"}) if compensate else MEAN_SQUARE
-    counts = compress_blocks(source.path, out, windows, compress, collect=collect, work=work, context=context)
+    settings = {
+        "method": "sparsegpt" if compensate else "wanda",
+        "sparsities": dict(sparsities),
+        "group": group,
+        "damp_percent": damp_percent,
+    }
+    counts = compress_blocks(source.path, out, windows, compress, settings=settings, collect=collect, work=work, context=context)
     return {"sparsity": 1 - counts["kept"] / counts["weights"], "fallback_layers": counts["fallback_layers"]}
 
 

@@ -80,7 +80,7 @@ def prune_width(
     masks.finish()
     copy_tokenizer(checkpoint, out)
     write_kept(out, read_kept(checkpoint), kept)
-    writer.finish(config)
+    writer.finish(config, names=source.tensors)
     context.progress(source.num_layers, source.num_layers, "pruned")
     after = sum(math.prod(info.shape) for info in open_checkpoint(out).tensors.values())
     before = sum(info.numel for info in source.tensors.values())

@@ -74,7 +74,8 @@ def quantize_awq(
         return replace(outcome, counts={**outcome.counts, "scaled_pairs": float(scaled)})
 
     config = {"quantization_config": awq_config(group_size=group_size)}
-    return compress_blocks(checkpoint, out, windows, compress, config=config, work=work, context=context)
+    settings = {"method": "awq", "bits": bits, "group_size": group_size, "clip": clip}
+    return compress_blocks(checkpoint, out, windows, compress, settings=settings, config=config, work=work, context=context)
 
 
 def search_scales(weight: torch.Tensor, gram: torch.Tensor, codes: Codes, *, clip: bool = True) -> torch.Tensor | None:

@@ -74,7 +74,11 @@ def quantize_gptq(
         return rounded.outcome()
 
     config = gptq_config(planned, bits=bits, group_size=group_size, symmetric=symmetric, layers=layers, damp_percent=damp_percent)
-    return compress_blocks(checkpoint, out, windows, compress, config={"quantization_config": config}, work=work, context=context)
+    codes = {module: codes and [codes.bits, codes.group_size] for module, codes in planned.items()}
+    settings = {"method": "gptq", "codes": codes, "symmetric": symmetric, "damp_percent": damp_percent, "act_order": act_order, "mse": mse}
+    return compress_blocks(
+        checkpoint, out, windows, compress, settings=settings, config={"quantization_config": config}, work=work, context=context
+    )
 
 
 def column_order(gram: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from compression.loading import copy_tokenizer
 from compression.quantization.gptqmodel_limits import Method, check_gptqmodel
 from compression.quantization.settings import awq_config, gptq_config, plan_codes
 from compression.shards import CheckpointWriter, read_tensors
+from compression.skeleton import linear_layers, skeleton
 
 SHORTEST_WINDOW = 10  # GPTQModel drops shorter calibration rows
 LAST_WORDS = 2000  # characters
@@ -52,6 +53,7 @@ def quantize_with_gptqmodel(
     if find_spec("gptqmodel") is None:
         raise MissingExtra("gptqmodel", "gptqmodel", "engine: gptqmodel")
     check_gptqmodel(source, method=method, bits=bits, group_size=group_size)
+    linear_layers(skeleton(source), source)
     if windows.dtype != torch.int64 or windows.dim() != 2 or windows.shape[1] < SHORTEST_WINDOW:
         raise UnusableData(
             f"GPTQModel needs calibration windows int64 [count, {SHORTEST_WINDOW} tokens or more], not {windows.dtype} {list(windows.shape)}"
@@ -130,6 +132,7 @@ def _rewrite(source: Checkpoint, saved: Path, out: Path, config: dict[str, Any])
     """
     names = list(weight_map(saved))
     quantized = {name.removesuffix(".qweight") for name in names if name.endswith(".qweight")}
+    parts = {name for name in names if name.rpartition(".")[2] in QUANTIZED}
     if other := quantized ^ {name.removesuffix(".weight") for name in source.linear_tensors()}:
         raise EdgepressError(
             f"GPTQModel quantized other layers than the linear layers of the blocks; these differ: {', '.join(sorted(other))}"
@@ -137,9 +140,11 @@ def _rewrite(source: Checkpoint, saved: Path, out: Path, config: dict[str, Any])
     writer = CheckpointWriter(out)
     for name in names:
         (tensor,) = read_tensors(saved, [name]).values()
-        if name.rpartition(".")[2] in QUANTIZED:
+        if name in parts:
             writer.add({name: tensor})
         elif name in source.tensors:
             writer.add({name: tensor.to(read_tensors(source.path, [name])[name].dtype)})
     copy_tokenizer(source.path, out)
-    writer.finish(source.config | {"quantization_config": config})
+    others = set(source.tensors) - {f"{module}.weight" for module in quantized}
+    writer.add(read_tensors(source.path, sorted(others - set(names))))  # what GPTQModel does not write it has not changed
+    writer.finish(source.config | {"quantization_config": config}, names=others | parts)

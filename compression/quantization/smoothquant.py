@@ -54,7 +54,10 @@ def quantize_smoothquant(
         return Outcome(tensors, counts={"scaled_pairs": float(moved)})
 
     config = {"quantization_config": scheme.config(layers_outside(source))}
-    return compress_blocks(checkpoint, out, windows, compress, config=config, collect=frozenset({"absmax"}), work=work, context=context)
+    return compress_blocks(
+        checkpoint, out, windows, compress, settings={"method": "smoothquant", "alpha": alpha}, config=config,
+        collect=frozenset({"absmax"}), work=work, context=context,
+    )  # fmt: skip
 
 
 def smooth(block: Block, family: Family, alpha: float) -> int:

@@ -61,7 +61,7 @@ def batch_of(rows: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor) -> di
 
 def used_lengths(mask: torch.Tensor) -> torch.Tensor:
     """How many tokens of each row there are up to its last target, int64 [n]."""
-    return (mask * torch.arange(1, mask.shape[1] + 1)).amax(1)
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
 
 
 def _grouped(order: torch.Tensor, lengths: torch.Tensor, batch_size: int, pool: int, generator: torch.Generator) -> torch.Tensor:

@@ -14,25 +14,25 @@ class Curve:
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor | float] = {}
-        self.tokens = 0
+        self.tokens: torch.Tensor | int = 0
         self.steps = 0
         self.seconds = 0.0
         self.last: dict[str, float] = {}
         self._step: dict[str, torch.Tensor] = {}
-        self._step_tokens = 0
+        self._step_tokens: torch.Tensor | int = 0
 
-    def add(self, terms: Mapping[str, torch.Tensor], tokens: int) -> None:
-        """Take the terms of one batch of a step, already divided by what the whole step is divided by."""
+    def add(self, terms: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> None:
+        """Take the terms of one batch of a step, already divided by what the whole step is divided by, and how many `tokens` it has, int64 []."""
         for name, value in terms.items():
             self._step[name] = self._step[name] + value.detach() if name in self._step else value.detach()
-        self._step_tokens += tokens
+        self._step_tokens = self._step_tokens + tokens
 
     def end_step(self, seconds: float) -> torch.Tensor:
         """Count the step, over all processes; returns its loss."""
         terms = {name: processes.summed(value) for name, value in self._step.items()}
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.tokens += int(processes.summed(torch.tensor(self._step_tokens)))
+        self.tokens = self.tokens + processes.summed(torch.as_tensor(self._step_tokens))
         self.steps += 1
         self.seconds += seconds
         self._step, self._step_tokens = {}, 0
@@ -40,7 +40,7 @@ class Curve:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
+        return float(self.tokens) / max(self.seconds, 1e-9)
 
     def point(self, learning_rate: float) -> dict[str, float]:
         """Close the interval: the mean of every term, learning_rate and training_tokens_per_second."""
@@ -51,7 +51,7 @@ class Curve:
 
     def save(self, file: Path) -> None:
         sums = {name: float(value) for name, value in self.sums.items()}
-        state = {"sums": sums, "tokens": self.tokens, "steps": self.steps, "seconds": self.seconds, "last": self.last}
+        state = {"sums": sums, "tokens": int(self.tokens), "steps": self.steps, "seconds": self.seconds, "last": self.last}
         file.write_text(json.dumps(state))
 
     def load(self, file: Path) -> None:

@@ -4,14 +4,13 @@ What is minimised is an `nn.Module`, the objective: `objective(input_ids, loss_m
 which "loss" is differentiated. It holds the student and whatever else learns, so that all of it is in the checkpoints.
 """
 
-import hashlib
-import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import nn
 from compression.context import Context
 from compression.errors import EdgepressError
 from compression.pruning.held import HeldMasks
-from compression.resumption import latest_checkpoint
+from compression.resumption import fingerprint, latest_checkpoint
 from compression.training import processes
 from compression.training.batches import Batches, check_rows
 from compression.training.memory import BatchTooLarge, Fit, free_memory
@@ -30,14 +29,16 @@ from compression.training_settings import TrainingSettings
 
 
 def train(
-    objective: nn.Module, rows: torch.Tensor, *, mask: torch.Tensor | None, settings: TrainingSettings, workdir: Path,
-    context: Context, what: str, validation: HeldOut | None = None, sparsity: HeldMasks | None = None, start: Path | None = None,
+    objective: nn.Module, rows: torch.Tensor, *, mask: torch.Tensor | None, settings: TrainingSettings, origin: Mapping[str, Any],
+    workdir: Path, context: Context, what: str, validation: HeldOut | None = None, sparsity: HeldMasks | None = None, start: Path | None = None,
     keep_step: int | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Minimise `objective` in place; a second call with the same arguments after a kill continues from the last checkpoint.
 
     rows        int64 [n, length]: packed tokens. Batches are drawn from seeded permutations of them
     mask        bool [n, length], true where a token is a target (not prompt, not padding); None takes all
+    origin      what the objective was made of, as JSON: the method's name and settings, `file_digests` of the models that it started from.
+                A checkpoint in `workdir` of another origin is not continued
     workdir     holds the checkpoints; one training each. They stay: the caller removes them once the result is safe
     what        names the work to `context.progress`
     validation  further rows and their mask, on which every `settings.evaluate_every` steps the loss is taken; the objective ends with
@@ -51,14 +52,14 @@ def train(
     stopped_early. On a CPU the weights are bit-identical however often it was killed, except where memory ran out: then the step is
     tried again in batches of half the size, as many rows in all, and so are all that follow.
     Raises UnusableData (rows of another shape, nothing to learn from), Incompatible (device or precision that this machine does not
-    have) and EdgepressError (the loss is no longer finite).
+    have) and EdgepressError (the loss is no longer finite, a work directory of another training).
     """
     mask = check_rows(rows, mask)
     judge = Validation(validation, settings) if validation and settings.evaluate_every else None
     sparsity = sparsity or HeldMasks(objective)
     if settings.gradient_checkpointing:
         checkpoint_activations(objective)
-    run = _fingerprint(objective, rows, mask, settings, context.seed)
+    run = _fingerprint(objective, rows, mask, judge, settings, origin, context)
     batches = Batches(rows, mask, settings, context.seed, processes.count())
     first = resume = _latest(workdir, start, run, context)
     fit = Fit.load(resume) if resume else Fit(settings.batch_size)
@@ -117,11 +118,15 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(before[1])
 
 
-def _fingerprint(objective: nn.Module, rows: torch.Tensor, mask: torch.Tensor, settings: TrainingSettings, seed: int) -> str:
+def _fingerprint(
+    objective: nn.Module, rows: torch.Tensor, mask: torch.Tensor, judge: Validation | None, settings: TrainingSettings,
+    origin: Mapping[str, Any], context: Context,
+) -> str:  # fmt: skip
     """What a checkpoint must agree with to be continued; `extra_repr` of the objective tells its weights and temperature."""
-    digest = hashlib.sha256()
-    shapes = {name: list(tensor.shape) for name, tensor in trainable(objective).items()}
-    digest.update(json.dumps([asdict(settings), seed, list(rows.shape), shapes, objective.extra_repr(), processes.count()]).encode())
-    digest.update(rows.numpy().tobytes())
-    digest.update(mask.numpy().tobytes())
-    return digest.hexdigest()
+    data = [rows, mask, *((judge.rows, judge.mask) if judge else ())]
+    document = {
+        "origin": dict(origin), "settings": asdict(settings), "objective": objective.extra_repr(), "seed": context.seed,
+        "trainable": {name: list(tensor.shape) for name, tensor in trainable(objective).items()},
+        "data": [list(tensor.shape) for tensor in data], "device": torch.device(context.device).type, "processes": processes.count(),
+    }  # fmt: skip
+    return fingerprint(document, *(tensor.numpy().tobytes() for tensor in data))

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from compression.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
+from compression.data.fill import unknown_token
 from compression.errors import Incompatible, UnusableData
 from compression.loading import load_model, save_model
 from compression.pruning.held import held_masks, hold_masks, zero_pruned
@@ -32,12 +33,9 @@ def check_student(checkpoint: Checkpoint, rows: torch.Tensor) -> None:
     path = checkpoint.path
     if checkpoint.layout != "dense":
         raise Incompatible(f"{path} is quantized ({checkpoint.layout}) and cannot be trained; train before quantizing")
-    if rows.numel() and (int(rows.max()) >= checkpoint.vocab_size or int(rows.min()) < 0):
-        raise UnusableData(
-            f"training rows hold tokens {int(rows.min())}..{int(rows.max())}, {path} knows 0..{checkpoint.vocab_size - 1}; "
-            "tokenize with the tokenizer of the model",
-            key="data",
-        )
+    for token in (int(rows.min()), int(rows.max())) if rows.numel() else ():
+        if not 0 <= token < checkpoint.vocab_size:
+            raise unknown_token(token, checkpoint.vocab_size, path)
     if rows.shape[-1] > checkpoint.max_length:
         raise UnusableData(f"training rows are {rows.shape[-1]} tokens long, {path} reads {checkpoint.max_length} at most", key="length")
 

@@ -16,7 +16,7 @@ from compression.errors import EdgepressError, Incompatible
 from compression.pruning.held import HeldMasks
 from compression.resumption import write_checkpoint
 from compression.training import processes
-from compression.training.batches import Batches
+from compression.training.batches import Batches, used_lengths
 from compression.training.curve import Curve
 from compression.training.memory import BatchTooLarge, Fit, is_out_of_memory
 from compression.training.validation import Validation
@@ -94,7 +94,7 @@ class StageTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:  # fmt: skip
         terms = model(**inputs, count=num_items_in_batch)
-        self.curve.add(terms, inputs["input_ids"].numel())
+        self.curve.add(terms, used_lengths(inputs["loss_mask"]).sum())  # padding is no work
         return terms["loss"] * processes.count()  # gradients are averaged over processes, and the count is that of all
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

@@ -9,9 +9,17 @@ from typing import Any
 
 from compression.checkpoint import Checkpoint
 from compression.errors import Incompatible
+from export.refusals import check_settings, rope_setting
 
 SILU, GELU = "silu", "gelu_pytorch_tanh"
 CELLS = 256  # llama.cpp rounds the length of a context up to a multiple of this
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {  # what each rope type needs besides, which transformers fills in where it has a default
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "yarn": ("rope_theta", "factor", "original_max_position_embeddings"),
+    "llama3": ("rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("rope_theta", "original_max_position_embeddings", "short_factor", "long_factor"),
+}
 NOPE_STEP = 4  # llama.cpp's smollm3 leaves rope out of every fourth layer, whatever the file says
 
 
@@ -56,44 +64,31 @@ ARCHITECTURES: dict[str, Architecture] = {  # by transformers' model_type
 
 
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """rope_type, rope_theta and the rest, from either spelling of config.json (`rope_parameters`, or before it `rope_scaling`).
-
-    Of a model with windows they are those of the layers without one; `local_rope_theta` tells the others'.
-    """
-    theta = {"gemma3_text": 1e6, "smollm3": 2e6}.get(config["model_type"], 10000.0)
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", theta), **(config.get("rope_scaling") or {})}
-    rope = {"rope_theta": theta, **rope.get("full_attention", rope)}
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
-    if config["model_type"] == "phi3":  # transformers' Phi3Config: two older names of it, and where its settings stand in its files
-        rope["rope_type"] = {"su": "longrope", "yarn": "longrope"}.get(rope["rope_type"], rope["rope_type"])
-        for key in ("original_max_position_embeddings", "partial_rotary_factor"):
-            if key in config:
-                rope.setdefault(key, config[key])
-    return rope
+    """`rope_parameters`: rope_type, rope_theta and the rest. Of a model whose layers differ, those of its layers without a window."""
+    rope = config["rope_parameters"]
+    return rope.get("full_attention", rope)
 
 
 def local_rope_theta(config: dict[str, Any]) -> float:
     """The rope base of gemma3's layers with a window."""
-    local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
-    return local.get("rope_theta", config.get("rope_local_base_freq", 10000.0))
+    return rope_setting(rope_setting(config["rope_parameters"], "sliding_attention"), "rope_theta")
 
 
 def longrope_attention_factor(rope: dict[str, Any], max_length: int) -> float:
     """What cosines and sines are multiplied by (LongRoPE, Ding et al. 2024): sqrt(1 + ln(factor) / ln(original length))."""
-    original = rope["original_max_position_embeddings"]
+    original = rope_setting(rope, "original_max_position_embeddings")
     factor = rope.get("factor") or max_length / original
     given = rope.get("attention_factor")
     return given if given is not None else math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
 def sliding_layers(config: dict[str, Any]) -> list[bool]:
-    """Of each layer whether its attention slides."""
-    if not config.get("sliding_window") or not config.get("use_sliding_window", config["model_type"] in ("mistral", "phi3", "gemma3_text")):
+    """Of each layer whether its attention slides. Config classes without windows have no `sliding_window`, and null where it is off."""
+    if config.get("sliding_window") is None:
         return [False] * config["num_hidden_layers"]
-    if kinds := config.get("layer_types"):
-        return [kind == "sliding_attention" for kind in kinds]
-    step = (config.get("sliding_window_pattern") or 6) if config["model_type"] == "gemma3_text" else 0
-    return [not step or (index + 1) % step != 0 for index in range(config["num_hidden_layers"])]
+    if "layer_types" not in config:  # mistral and phi3: every layer
+        return [True] * config["num_hidden_layers"]
+    return [kind == "sliding_attention" for kind in config["layer_types"]]
 
 
 def context_length(checkpoint: Checkpoint) -> tuple[int, str | None]:
@@ -103,8 +98,8 @@ def context_length(checkpoint: Checkpoint) -> tuple[int, str | None]:
         window = config["sliding_window"]
         return window, f"llama.cpp does not slide this model's attention: its context is cut from {whole} to the window of {window} tokens"
     rope = rope_settings(config)
-    if rope["rope_type"] == "longrope" and rope["original_max_position_embeddings"] < whole:
-        short = rope["original_max_position_embeddings"] // CELLS * CELLS
+    if rope["rope_type"] == "longrope" and (original := rope_setting(rope, "original_max_position_embeddings")) < whole:
+        short = original // CELLS * CELLS
         return short, (
             f"llama.cpp takes longrope's long factors for every text of a context that is longer than {short} tokens, transformers for "
             f"texts that are: the file says {short} of {whole}; open it with more (n_ctx) for longer texts only"
@@ -117,11 +112,12 @@ def check_architecture(checkpoint: Checkpoint) -> None:
     config, model_type = checkpoint.config, checkpoint.model_type
     if model_type not in ARCHITECTURES:
         raise Incompatible(f"export.gguf does not write the architecture {model_type!r}; it writes {', '.join(ARCHITECTURES)}", key="uses")
+    check_settings(checkpoint)
     architecture = ARCHITECTURES[model_type]
-    activation = config.get("hidden_activation") or config.get("hidden_act") or architecture.activation
+    activation = config["hidden_activation" if model_type == "gemma3_text" else "hidden_act"]
     if activation != architecture.activation:
         raise Incompatible(
-            f"llama.cpp runs {model_type} with {architecture.activation} only; this model has hidden_act {activation!r}", key="uses"
+            f"llama.cpp runs {model_type} with {architecture.activation} only; this model's activation is {activation!r}", key="uses"
         )
     _check_rope(config, architecture)
     if architecture.square and config["num_attention_heads"] * checkpoint.head_dim != checkpoint.hidden_size:
@@ -142,8 +138,9 @@ def check_architecture(checkpoint: Checkpoint) -> None:
 
 def _check_rope(config: dict[str, Any], architecture: Architecture) -> None:
     rope = rope_settings(config)
+    kind = rope_setting(rope, "rope_type")
     unwritten = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None]
-    known = rope["rope_type"] in architecture.ropes and (not unwritten or rope["rope_type"] == "longrope")
+    known = kind in architecture.ropes and (not unwritten or kind == "longrope")
     whole = rope.get("partial_rotary_factor", 1.0) == 1.0
     if not known or not (whole or architecture.partial_rope) or not rope.get("truncate", True):
         raise Incompatible(
@@ -152,7 +149,9 @@ def _check_rope(config: dict[str, Any], architecture: Architecture) -> None:
             "yarn with its own scaling of attention",
             key="uses",
         )
-    if rope["rope_type"] == "longrope" and rope["original_max_position_embeddings"] < CELLS:
+    for key in _ROPE_KEYS[kind]:
+        rope_setting(rope, key)
+    if kind == "longrope" and rope["original_max_position_embeddings"] < CELLS:
         raise Incompatible(
             f"llama.cpp's contexts are multiples of {CELLS} tokens, so this model, whose longrope begins at "
             f"{rope['original_max_position_embeddings']}, would always run with the long factors",
@@ -161,10 +160,8 @@ def _check_rope(config: dict[str, Any], architecture: Architecture) -> None:
 
 
 def _check_smollm3(config: dict[str, Any]) -> None:
-    every = config.get("no_rope_layer_interval", NOPE_STEP)
-    layers = range(1, config["num_hidden_layers"] + 1)
-    found = config.get("no_rope_layers") or [int(layer % every != 0) for layer in layers]
-    if [bool(rope) for rope in found] != [layer % NOPE_STEP != 0 for layer in layers]:
+    found = config["no_rope_layers"]
+    if [bool(rope) for rope in found] != [layer % NOPE_STEP != 0 for layer in range(1, config["num_hidden_layers"] + 1)]:
         raise Incompatible(
             f"llama.cpp's smollm3 leaves rope out of every {NOPE_STEP}th layer, and this model has no_rope_layers {found}; export it to ONNX instead",
             key="uses",
@@ -175,7 +172,7 @@ def _check_gemma3(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     # llama.cpp knows the one size of Gemma 3 that scales otherwise (27B) by its 62 layers
     expected = checkpoint.hidden_size // config["num_attention_heads"] if checkpoint.num_layers == 62 else checkpoint.head_dim
-    scalar = config.get("query_pre_attn_scalar", 256)
+    scalar = config["query_pre_attn_scalar"]
     if scalar != expected:
         raise Incompatible(
             f"llama.cpp's gemma3 scales attention by {expected}^-0.5 for a model of this shape, and this one has query_pre_attn_scalar "

@@ -1,12 +1,14 @@
 """Which checkpoints can become which GGUF file. Imports no torch: used while planning."""
 
-import json
+from functools import lru_cache
+from pathlib import Path
 
 from compression.checkpoint import Checkpoint
 from compression.errors import Incompatible
 from compression.quantization.settings import codes_of, layer_codes
 from export.gguf.architectures import check_architecture
-from export.gguf.pretokenizer import recognize
+from export.gguf.tokenizer import read_vocabulary
+from export.gguf.tokenizer_files import stamp_of
 from export.gguf.types import BLOCK, CARRY, FLOATS, NEEDS_IMPORTANCE, QUANTIZED, TENSOR_TYPES, TYPES, tensor_types
 from export.refusals import check_tied_types
 
@@ -20,7 +22,7 @@ def check_gguf(
 ) -> None:  # fmt: skip
     """Refuse what cannot be written, before any work starts.
 
-    Raises Incompatible (`key` names the parameter): an unknown type, codes that GGUF has no place for, a row width that is no multiple
+    Raises Incompatible (`key` names the parameter): an unknown type, codes that GGUF has no place for, rows none of which is a multiple
     of the block, a family or a feature of it that llama.cpp lacks, a tokenizer that it does not know, a type that needs an importance
     matrix without one.
     """
@@ -31,7 +33,13 @@ def check_gguf(
     _check_layout(checkpoint, type, requantize)
     _check_importance(type, importance)
     if checkpoint.path.is_dir() and (checkpoint.path / "tokenizer.json").is_file():
-        recognize(json.loads((checkpoint.path / "tokenizer.json").read_text()))
+        _check_vocabulary(checkpoint.path, checkpoint.vocab_size, stamp_of(checkpoint.path))
+
+
+@lru_cache(maxsize=32)
+def _check_vocabulary(path: Path, vocab_size: int, stamp: tuple[tuple[str, int, int], ...]) -> None:
+    """Once for the exports of a sweep: a large tokenizer takes seconds."""
+    read_vocabulary(path, vocab_size)
 
 
 def _check_outer_types(checkpoint: Checkpoint, type: str, embedding_type: str | None, head_type: str | None) -> None:
@@ -65,10 +73,12 @@ def _check_layout(checkpoint: Checkpoint, type: str, requantize: bool) -> None:
     if type == CARRY:
         _check_codes(checkpoint)
     elif type not in FLOATS:
-        wrong = {name: width for name, (_, width) in checkpoint.linear_widths().items() if width % BLOCK}
-        if wrong:
+        widths = {name: width for name, (_, width) in checkpoint.linear_widths().items()}
+        if all(width % BLOCK for width in widths.values()):
             raise Incompatible(
-                f"{type} needs rows of a multiple of {BLOCK}; prune with multiple_of: {BLOCK}. Too narrow: {wrong}", key="type"
+                f"{type} needs rows of a multiple of {BLOCK}, and no linear layer has such ({widths}), so all would stay in f16; prune with "
+                f"multiple_of: {BLOCK} or say f16",
+                key="type",
             )
 
 
@@ -86,7 +96,6 @@ def _check_codes(checkpoint: Checkpoint) -> None:
             f"this checkpoint leaves layers as they were, so there are no codes of them to carry; choose a float type, {_OPENLY}",
             key="type",
         )
-    widths = {width for _, width in checkpoint.linear_widths().values()}
     for codes in sorted(codes_of(checkpoint), key=lambda codes: (codes.bits, codes.group_size)):
         if codes.bits not in CARRIED_BITS:
             raise Incompatible(
@@ -94,11 +103,12 @@ def _check_codes(checkpoint: Checkpoint) -> None:
                 f"choose a float type, {_OPENLY}",
                 key="type",
             )
-        if any(codes.width(width) % BLOCK for width in widths):
-            raise Incompatible(
-                f"group_size {codes.group_size} cannot be carried into GGUF's blocks of {BLOCK}; quantize with a multiple of {BLOCK}, {_OPENLY}",
-                key="type",
-            )
+    if not _carries_any(checkpoint):
+        sizes = ", ".join(sorted({str(codes.group_size) for codes in codes_of(checkpoint)}))
+        raise Incompatible(
+            f"group_size {sizes} cannot be carried into GGUF's blocks of {BLOCK}; quantize with a multiple of {BLOCK}, {_OPENLY}",
+            key="type",
+        )
     if any(codes.bits == 8 for codes in codes_of(checkpoint)) and not settings.get("sym", checkpoint.layout == "gptq"):
         raise Incompatible(
             f"GGUF's q8_0 has no zero points, so asymmetric 8-bit codes cannot be carried; quantize with symmetric: true, {_OPENLY}",
@@ -110,3 +120,13 @@ def _check_codes(checkpoint: Checkpoint) -> None:
             f"{_OPENLY}",
             key="type",
         )
+
+
+def _carries_any(checkpoint: Checkpoint) -> bool:
+    """Whether the groups of any linear layer are whole blocks; layers whose are not are written in f16."""
+    settings, widths = checkpoint.config["quantization_config"], checkpoint.linear_widths()
+    modules = [
+        (f"{checkpoint.blocks}.{index}.{path}", width) for index in range(checkpoint.num_layers) for path, (_, width) in widths.items()
+    ]
+    found = [(layer_codes(settings, module), width) for module, width in modules]
+    return any(codes is not None and codes.width(width) % BLOCK == 0 for codes, width in found)

@@ -52,11 +52,12 @@ def _floored(mean_square: torch.Tensor) -> np.ndarray:
 def _dequantized(checkpoint: Checkpoint, out: Path) -> Checkpoint:
     """The dense checkpoint that a GPTQ or AWQ one stands for, layer by layer."""
     writer = CheckpointWriter(out)
+    weights: list[str] = []
     for module, layer in read_quantized_linears(checkpoint.path):
-        writer.add({f"{module}.weight": layer.dequantize()})
-    writer.add(
-        read_tensors(checkpoint.path, [name for name in checkpoint.tensors if not name.endswith(tuple(f".{part}" for part in PACKED))])
-    )
+        weights.append(f"{module}.weight")
+        writer.add({weights[-1]: layer.dequantize()})
+    others = [name for name in checkpoint.tensors if not name.endswith(tuple(f".{part}" for part in PACKED))]
+    writer.add(read_tensors(checkpoint.path, others))
     copy_tokenizer(checkpoint.path, out)
-    writer.finish({key: value for key, value in checkpoint.config.items() if key != "quantization_config"})
+    writer.finish({key: value for key, value in checkpoint.config.items() if key != "quantization_config"}, names=weights + others)
     return dataclasses.replace(open_checkpoint(out), sparse=False)

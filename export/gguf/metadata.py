@@ -1,8 +1,12 @@
 """GGUF's key-value part: hyperparameters and vocabulary."""
 
+import re
+from collections.abc import Mapping
+
 import gguf
 
 from compression.checkpoint import Checkpoint
+from compression.origin import Origin
 from export.gguf.architectures import (
     ARCHITECTURES,
     context_length,
@@ -11,7 +15,28 @@ from export.gguf.architectures import (
     rope_settings,
     sliding_layers,
 )
+from export.gguf.special import model_name
 from export.gguf.tokenizer import Vocabulary
+
+
+def write_origin(writer: gguf.GGUFWriter, checkpoint: Checkpoint, origin: Origin | None, *, strips: bool) -> None:
+    """general.name, .license and .base_model.*: what the model was made of, where it is known.
+
+    strips  whether the name is to tell llama.cpp that special tokens swallow blanks (`model_name`)
+    """
+    writer.add_name(model_name(origin.name if origin else checkpoint.model_type, strips))
+    if origin is None:
+        return
+    if origin.license:
+        writer.add_license(origin.license)
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, origin.name)
+    if origin.organization:
+        writer.add_base_model_organization(0, origin.organization)
+    if origin.url:
+        writer.add_base_model_repo_url(0, origin.url)
+    if origin.revision:
+        writer.add_base_model_version(0, origin.revision)
 
 
 def write_hyperparameters(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: int) -> None:
@@ -26,7 +51,7 @@ def write_hyperparameters(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_
     writer.add_block_count(checkpoint.num_layers)
     writer.add_feed_forward_length(checkpoint.intermediate_size)
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config.get("num_key_value_heads") or config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(checkpoint.head_dim)
     writer.add_value_length(checkpoint.head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
@@ -70,6 +95,8 @@ def write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     add_special = {
         "bos": writer.add_bos_token_id,
         "eos": writer.add_eos_token_id,
+        "eot": writer.add_eot_token_id,
+        "eom": writer.add_eom_token_id,
         "unk": writer.add_unk_token_id,
         "pad": writer.add_pad_token_id,
     }
@@ -77,5 +104,15 @@ def write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
         add_special[name](id)
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
-    if vocabulary.chat_template is not None:
-        writer.add_chat_template(vocabulary.chat_template)
+    _write_templates(writer, vocabulary.templates)
+
+
+def _write_templates(writer: gguf.GGUFWriter, templates: Mapping[str, str]) -> None:
+    """The default one as tokenizer.chat_template, the others under their names, sorted (`add_chat_template` writes a set in any order)."""
+    if "default" in templates:
+        writer.add_chat_template(templates["default"])
+    named = {re.sub(r"[^a-zA-Z0-9]", "_", name): text for name, text in sorted(templates.items()) if name != "default"}
+    for name, text in named.items():
+        writer.add_string(gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), text)
+    if named:
+        writer.add_array(gguf.Keys.Tokenizer.CHAT_TEMPLATES, list(named))

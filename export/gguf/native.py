@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 
 from compression.errors import EdgepressError, Incompatible, MissingExtra
-from export.gguf.tokenizer import FastTokenizer, Vocabulary
+from export.gguf.tokenizer import Vocabulary
 from export.gguf.torture import torture_texts
 
 
@@ -23,15 +23,15 @@ def require_llama() -> None:
         raise MissingExtra("llama-cpp-python", "llamacpp", "GGUF export, which proves its files in llama.cpp,")
 
 
-def prove_tokenizer(file: Path, tokenizer: FastTokenizer, vocabulary: Vocabulary) -> int:
-    """Tokenize the torture texts in llama.cpp and in transformers; returns how many texts agreed (all of them).
+def prove_tokenizer(file: Path, vocabulary: Vocabulary) -> int:
+    """Tokenize the torture texts in llama.cpp and by tokenizer.json; returns how many texts agreed (all of them).
 
     Raises Incompatible with the first text whose token ids differ.
     """
     texts = torture_texts(vocabulary)
     answers = _call("tokenize", model=str(file), texts=texts)
     for text, theirs in zip(texts, answers, strict=True):
-        ours = tokenizer.backend_tokenizer.encode(text, add_special_tokens=True).ids
+        ours = vocabulary.backend.encode(text, add_special_tokens=True).ids
         if ours != theirs:
             raise Incompatible(_first_difference(text, ours, theirs, vocabulary), key="model")
     return len(texts)
@@ -42,7 +42,7 @@ def _first_difference(text: str, ours: list[int], theirs: list[int], vocabulary:
     show = [f"{ids[at : at + 4]} {[vocabulary.tokens[id] for id in ids[at : at + 4]]}" for ids in (ours, theirs)]
     kind = f"tokenizer.ggml.model {vocabulary.definition.model}, pre {vocabulary.definition.pre}"
     return (
-        f"llama.cpp would tokenize otherwise ({kind}): in the text {text!r}, from token {at}, transformers has {show[0]}, "
+        f"llama.cpp would tokenize otherwise ({kind}): in the text {text!r}, from token {at}, tokenizer.json has {show[0]}, "
         f"llama.cpp {show[1]}; the model would run on other tokens than it was trained on"
     )
 

@@ -16,6 +16,12 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 LLAMA3 = _CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace("{1,3}", "")
 QWEN35 = _CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD = r"[^\r\n\p{L}\p{N}]?"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K = f"{_WORD}{_UPPER}*{_LOWER}+{_SUFFIX}|{_WORD}{_UPPER}+{_LOWER}*{_SUFFIX}|\\p{{N}}{{1,3}}{_REST}"  # gpt-oss, Phi-4-mini
+TEKKEN = f"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\\p{{N}}{_REST}"  # Mistral's since Nemo
 
 # How text is split, and whether a whole word of the vocabulary skips the merges -> llama.cpp's name for it
 PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
@@ -25,7 +31,15 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((LLAMA3,), False): "dbrx",
     ((QWEN2,), False): "qwen2",
     ((QWEN35,), False): "qwen35",
+    # Not "gpt-4o", whose words end at combining marks (Hindi, Bengali, Thai). This name skips the merges of whole words, which changes
+    # nothing: the merges of every word of o200k lead to it.
+    ((O200K,), False): "granite-embed-multi-97m",
+    ((O200K,), True): "granite-embed-multi-97m",
+    ((TEKKEN,), True): "tekken",
 }
+# Where llama.cpp's words under a name are not the tokenizer's: they end at combining marks, or go on over a capital letter beyond ASCII that
+# follows a small one.
+INEXACT: dict[str, frozenset[str]] = {"tekken": frozenset({"marks", "capitals"}), "granite-embed-multi-97m": frozenset({"capitals"})}
 SPACE = "▁"  # SentencePiece's visible space
 
 
@@ -38,12 +52,14 @@ class Definition:
     prepend       where SentencePiece's leading space goes: "always" in front of a text and after a special token, as in llama.cpp;
                   "metaspace" only where there is none (and perhaps only in front of the text), which llama.cpp cannot do; "never"
     composes      text is normalized to NFC first, which llama.cpp does not do
+    inexact       where llama.cpp splits text otherwise (`INEXACT`)
     """
 
     model: str
     pre: str
     prepend: str = "never"
     composes: bool = False
+    inexact: frozenset[str] = frozenset()
 
 
 def recognize(tokenizer: dict[str, Any]) -> Definition:
@@ -63,7 +79,7 @@ def recognize(tokenizer: dict[str, Any]) -> Definition:
     name = PRE_TOKENIZERS.get((splits, bool(model.get("ignore_merges"))))
     if name is None:
         raise Incompatible(f"llama.cpp has no name known to edgepress for this pre-tokenizer: {json.dumps(splitters)}", key="model")
-    return Definition("gpt2", name, composes=bool(normalizers))
+    return Definition("gpt2", name, composes=bool(normalizers), inexact=INEXACT.get(name, frozenset()))
 
 
 def _flat(part: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:

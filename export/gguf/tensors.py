@@ -9,13 +9,13 @@ import gguf
 import numpy as np
 
 from compression.checkpoint import Checkpoint
-from compression.errors import Incompatible
+from compression.errors import Incompatible, UnusableModel
 from compression.quantization.layouts import QuantizedLinear, read_quantized_linears
 from compression.shards import read_tensors
 from export.gguf import native
 from export.gguf.architectures import ARCHITECTURES, rope_settings
 from export.gguf.carry import pack
-from export.gguf.types import CARRY, WRITTEN
+from export.gguf.types import BLOCK, CARRY, NARROW, WRITTEN, row_type
 
 PACKED = ("qweight", "qzeros", "scales", "g_idx")  # what stands for a quantized layer's weight
 
@@ -103,10 +103,11 @@ def model_tensors(checkpoint: Checkpoint, types: Types, importance: Mapping[str,
     names, family = tensor_names(checkpoint), checkpoint.family
     matrices = {f"{family.embed}.weight": types.embedding, f"{family.head}.weight": types.head}
     packed = {f"{name.removesuffix('.qweight')}.{part}" for name in checkpoint.tensors if name.endswith(".qweight") for part in PACKED}
+    _check_tied(checkpoint)
     for name, info in checkpoint.tensors.items():
         if name in packed or name.endswith("rotary_emb.inv_freq") or (checkpoint.tied and name == f"{family.head}.weight"):
             continue
-        type = "f32" if len(info.shape) == 1 else matrices.get(name, types.linear)
+        type = "f32" if len(info.shape) == 1 else matrices.get(name) or row_type(types.linear, info.shape[-1])
         array = _reorder(read_tensors(checkpoint.path, [name])[name].float().numpy(), name, checkpoint)
         if len(info.shape) == 1 and name.endswith("norm.weight"):
             array = array + np.float32(family.norm_offset)
@@ -131,10 +132,25 @@ def model_tensors(checkpoint: Checkpoint, types: Types, importance: Mapping[str,
             yield Tensor(f"rope_factors_{kind}.weight", "f32", np.array(rope[f"{kind}_factor"], np.float32))
 
 
+def _check_tied(checkpoint: Checkpoint) -> None:
+    """Raises UnusableModel for a tied model with a head of other values in its files, which transformers would then use."""
+    embed, head = f"{checkpoint.family.embed}.weight", f"{checkpoint.family.head}.weight"
+    if not checkpoint.tied or head not in checkpoint.tensors:
+        return
+    found = read_tensors(checkpoint.path, [embed, head])
+    if not found[embed].equal(found[head]):
+        raise UnusableModel(
+            f"config.json of {checkpoint.path} ties the head to the embedding (tie_word_embeddings), but the files hold a head of other values, "
+            "which transformers uses: set tie_word_embeddings to false",
+            key="model",
+        )
+
+
 def _quantized(name: str, mapped: str, layer: QuantizedLinear, types: Types, checkpoint: Checkpoint) -> Tensor:
     weight = _reorder(layer.dequantize().numpy(), name, checkpoint)
-    if types.linear != CARRY:
-        return Tensor(mapped, types.linear, encode(weight, types.linear, name), True)
+    if types.linear != CARRY or layer.group_size % BLOCK:
+        type = NARROW if types.linear == CARRY else row_type(types.linear, weight.shape[-1])
+        return Tensor(mapped, type, encode(weight, type, name), True)
     if not layer.storage_ordered:
         raise Incompatible(
             f"the groups of {name} are out of storage order (act-order), and GGUF's are in order; quantize with static groups, or say "
@@ -155,4 +171,4 @@ def _reorder(array: np.ndarray, name: str, checkpoint: Checkpoint) -> np.ndarray
     q, k = (f"{path}." for path in checkpoint.family.qkv[:2])
     if q in name:
         return interleave_rope_rows(array, heads)
-    return interleave_rope_rows(array, checkpoint.config.get("num_key_value_heads") or heads) if k in name else array
+    return interleave_rope_rows(array, checkpoint.config["num_key_value_heads"]) if k in name else array

@@ -27,6 +27,7 @@ NEEDS_IMPORTANCE = (
 )  # llama.cpp refuses them without
 
 BLOCK, SUPERBLOCK = 32, 256  # weights that share their scales
+NARROW = "f16"  # of rows that are no multiple of a block, as llama.cpp's quantizer has it
 # Of embedding and head, with the weights of a block. Left out are those that need an importance matrix, which no embedding has.
 TENSOR_TYPES: dict[str, int] = {
     "f32": 1, "f16": 1, "bf16": 1, "q8_0": BLOCK, "q4_0": BLOCK, "q4_1": BLOCK, "q5_0": BLOCK, "q5_1": BLOCK, "iq4_nl": BLOCK,
@@ -43,19 +44,31 @@ def bits_per_weight(type: str) -> float:
     return {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, CARRY: 5}.get(type) or QUANTIZED[type]
 
 
+def wanted_block(type: str) -> int:
+    """What the rows of all linear layers should be a multiple of in a file of this type."""
+    return SUPERBLOCK if type in QUANTIZED and type not in _MIXED else BLOCK
+
+
+def row_type(type: str, width: int) -> str:
+    """The type of a matrix of a file of `type`, one of WRITTEN."""
+    return NARROW if type == "q8_0" and width % BLOCK else type
+
+
 def fell_back(tensor_type: str, block: int, type: str) -> bool:
     """Whether a linear layer of a file of `type` is in a type that llama.cpp took because of the width of its rows.
 
     block  the weights of a block of `tensor_type`
     """
+    if type == CARRY:
+        return tensor_type == NARROW
     if type not in QUANTIZED:
-        return type not in (CARRY, tensor_type)
+        return tensor_type != type
     return tensor_type not in _MIXED[type] if type in _MIXED else block != SUPERBLOCK
 
 
 def tensor_types(checkpoint: Checkpoint, *, type: str, embedding_type: str | None, head_type: str | None) -> tuple[str, str]:
     """Types of embedding and head. None stands for `type` where that is a float type, else for the checkpoint's own dtype."""
-    own = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[checkpoint.dtype]
+    own = {"float64": "f32", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}[checkpoint.dtype]
     default = type if type in FLOATS else own
     embedding = embedding_type or default
     return embedding, head_type or (embedding if checkpoint.tied else default)

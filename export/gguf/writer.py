@@ -12,22 +12,22 @@ import torch
 
 from compression.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
-from compression.loading import load_tokenizer
+from compression.origin import Origin
 from export.gguf.architectures import ARCHITECTURES, context_length
 from export.gguf.check import check_gguf
 from export.gguf.importance import gather_importance
-from export.gguf.metadata import write_hyperparameters, write_vocabulary
+from export.gguf.metadata import write_hyperparameters, write_origin, write_vocabulary
 from export.gguf.native import file_type, prove_tokenizer, quantize, require_llama
 from export.gguf.tensors import Types, model_tensors, tensor_name, tensor_names
 from export.gguf.tokenizer import Vocabulary, read_vocabulary
-from export.gguf.types import CARRY, FLOATS, QUANTIZED, fell_back, tensor_types
+from export.gguf.types import CARRY, FLOATS, QUANTIZED, fell_back, tensor_types, wanted_block
 
 FILE = "model.gguf"
 
 
 def export_gguf(
     checkpoint: Path, out: Path, windows: torch.Tensor | None = None, *, type: str, embedding_type: str | None = None,
-    head_type: str | None = None, requantize: bool = False, threads: int = 1, context: Context,
+    head_type: str | None = None, requantize: bool = False, threads: int = 1, origin: Origin | None = None, context: Context,
 ) -> dict[str, float]:  # fmt: skip
     """Write `out`/model.gguf.
 
@@ -38,16 +38,16 @@ def export_gguf(
                     dtype
     requantize      round a GPTQ or AWQ checkpoint a second time
     threads         of llama.cpp's quantizer
+    origin          what the model was made of, for the file's general.*
     Returns bits_per_weight (over every tensor in the file), tokenizer_texts (proven equal), fallback_tensors
-    (linear layers that llama.cpp could not give the type asked for) and, with "carry", carry_worst_difference (of a weight to the
+    (linear layers that could not have the type asked for, because its blocks do not divide their rows) and, with "carry", carry_worst_difference (of a weight to the
     checkpoint's) and carry_worst_difference_in_steps (of that weight's scale).
     Raises Incompatible (`check_gguf`, or a tokenizer that comes out different in llama.cpp), UnusableModel, UnusableData, MissingExtra.
     """
     require_llama()
     source = open_checkpoint(checkpoint)
     check_gguf(source, type=type, embedding_type=embedding_type, head_type=head_type, requantize=requantize, importance=windows is not None)
-    tokenizer = load_tokenizer(checkpoint)
-    vocabulary = read_vocabulary(tokenizer, source.vocab_size, source.config)
+    vocabulary = read_vocabulary(source.path, source.vocab_size)
     _warn(source, vocabulary, type, requantize, context)
     embedding, head = tensor_types(source, type=type, embedding_type=embedding_type, head_type=head_type)
     out.mkdir(parents=True, exist_ok=True)
@@ -55,20 +55,20 @@ def export_gguf(
         importance = {} if windows is None else gather_importance(source, windows, context, work=Path(work) / "dense")
         file = Path(work) / FILE
         types = Types("f32" if type in QUANTIZED else type, embedding, head)
-        metrics = write_model(file, source, vocabulary, types, context, importance)
+        metrics = write_model(file, source, vocabulary, types, context, importance, origin)
         if type in QUANTIZED:
             full, file = file, Path(work) / f"{type}.gguf"
             names = tensor_names(source)
             weights = {tensor_name(name, names): values for name, values in importance.items()}
             quantize(full, file, type, embedding_type=embedding, head_type=head, importance=weights, threads=threads, work=Path(work))
-        metrics |= {"tokenizer_texts": float(prove_tokenizer(file, tokenizer, vocabulary))} | _measure(file, type, context)
+        metrics |= {"tokenizer_texts": float(prove_tokenizer(file, vocabulary))} | _measure(file, type, context)
         file.replace(out / FILE)
     return metrics
 
 
 def write_model(
     file: Path, checkpoint: Checkpoint, vocabulary: Vocabulary, types: Types, context: Context,
-    importance: Mapping[str, np.ndarray] | None = None,
+    importance: Mapping[str, np.ndarray] | None = None, origin: Origin | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Write the GGUF file. Tensors wait on disk for the header, so that memory holds one at a time."""
     written: Counter[str] = Counter()
@@ -80,6 +80,7 @@ def write_model(
             written[tensor.type] += tensor.linear
             difference, steps = max(difference, tensor.difference), max(steps, tensor.difference_in_steps)
             context.progress(written.total(), checkpoint.num_layers * len(checkpoint.family.linears), tensor.name)
+        write_origin(writer, checkpoint, origin, strips=vocabulary.strips)
         write_hyperparameters(writer, checkpoint, file_type(max(written, key=lambda type: written[type])))
         write_vocabulary(writer, vocabulary)
         writer.write_header_to_file()
@@ -89,8 +90,24 @@ def write_model(
 
 
 def _warn(checkpoint: Checkpoint, vocabulary: Vocabulary, type: str, requantize: bool, context: Context) -> None:
+    for loss in vocabulary.losses:
+        context.warn(loss)
     if vocabulary.definition.composes:
         context.warn("this tokenizer composes text to NFC and llama.cpp does not: compose prompts before they reach llama.cpp")
+    if "marks" in vocabulary.definition.inexact:
+        context.warn(
+            "llama.cpp ends words at combining marks, which this tokenizer keeps in them: text in Hindi, Bengali, Thai and the like becomes "
+            "other tokens than the model was trained on"
+        )
+    if "capitals" in vocabulary.definition.inexact:
+        context.warn(
+            "this tokenizer begins a new word where a capital letter follows a small one, llama.cpp only in ASCII: words such as мирТруд may "
+            "become other tokens"
+        )
+    if vocabulary.keeps_blanks:
+        context.warn(
+            f"llama.cpp keeps the blanks behind {', '.join(sorted(vocabulary.keeps_blanks)[:4])}, which this tokenizer swallows: put none there"
+        )
     if vocabulary.definition.prepend == "metaspace":
         context.warn(
             "llama.cpp puts a space in front of every text and after every special token, this tokenizer only where there is none: "
@@ -113,7 +130,7 @@ def _measure(file: Path, type: str, context: Context) -> dict[str, float]:
             fallbacks[f"{tensor.name.split('.')[2]} (rows of {tensor.shape[0]}) in {found}"] += 1
     if fallbacks:
         context.warn(
-            f"{fallbacks.total()} tensors are in another type than {type}, whose rows are multiples of 256: "
+            f"{fallbacks.total()} tensors are in another type than {type}, whose rows are multiples of {wanted_block(type)}: "
             f"{', '.join(f'{count} {what}' for what, count in sorted(fallbacks.items()))}"
         )
     return {"bits_per_weight": 8 * bytes_ / weights, "fallback_tensors": float(fallbacks.total())}

@@ -97,7 +97,7 @@ def export_onnx(
             onnx.checker.check_model(str(place / "model.onnx"), full_check=True)
         context.progress(2, 2, "written")
         describe(source, place)
-    return {"opset": OPSET, "bytes": sum(f.stat().st_size for f in out.iterdir()), "seconds": time.perf_counter() - started}
+    return {"opset": OPSET, "bytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file()), "seconds": time.perf_counter() - started}
 
 
 def _round_to_bytes(

@@ -3,6 +3,7 @@
 import ctypes
 from functools import cached_property
 
+from compression.data.templates import conversation
 from compression.errors import Incompatible
 from export.runtimes.llamacpp import LlamaCppRuntime
 
@@ -24,15 +25,17 @@ class LlamaCppText:
         return bool(self._llama.llama_model_chat_template(self._model, None))
 
     def encode(self, text: str) -> list[int]:
-        return self._encode(text, add_special=True)
+        tokens = self._encode(text)
+        front = [self._llama.llama_vocab_bos(self._vocabulary)] if self._llama.llama_vocab_get_add_bos(self._vocabulary) else []
+        return tokens if tokens[: len(front)] == front else front + tokens
 
-    def encode_chat(self, message: str) -> list[int]:
+    def encode_chat(self, message: str, system: str | None = None) -> list[int]:
         from export.runtimes.texts import render_chat
 
         template = self._llama.llama_model_chat_template(self._model, None)
         special = {"bos_token": self._llama.llama_vocab_bos, "eos_token": self._llama.llama_vocab_eos}
         texts = {name: self._spelling(which(self._vocabulary)) for name, which in special.items()}
-        return self._encode(render_chat(template.decode() if template else None, message, texts), add_special=False)
+        return self._encode(render_chat(template.decode() if template else None, conversation(message, system), texts))
 
     def decode(self, tokens: list[int]) -> str:
         ids, room = (self._llama.llama_token * len(tokens))(*tokens), 16 * len(tokens) + 16
@@ -43,11 +46,12 @@ class LlamaCppText:
                 return text.raw[:length].decode(errors="replace")
             room = -length
 
-    def _encode(self, text: str, *, add_special: bool) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
+        """Tokens of a text alone, special ones in it recognized."""
         raw = text.encode()
-        room = len(raw) + 16  # a token is at least a byte; begin and end of text and a space in front come on top
+        room = len(raw) + 16  # a token is at least a byte; a space in front comes on top
         ids = (self._llama.llama_token * room)()
-        count = self._llama.llama_tokenize(self._vocabulary, raw, len(raw), ids, room, add_special, True)
+        count = self._llama.llama_tokenize(self._vocabulary, raw, len(raw), ids, room, False, True)
         if count < 0:
             raise Incompatible(f"llama.cpp cannot tokenize this text of {len(raw)} bytes", key="prompt")
         return list(ids[:count])

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from compression.data.rows import encode_prompts
+from compression.data.templates import Conversation, conversation
 from compression.errors import Incompatible, UnusableModel
 from compression.loading import load_tokenizer
 
@@ -24,10 +26,10 @@ class HuggingFaceText:
         return _template(self._tokenizer.chat_template) is not None
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer(text).input_ids
+        return encode_prompts(self._tokenizer, [text])[0]
 
-    def encode_chat(self, message: str) -> list[int]:
-        rendered = render_chat(self._tokenizer.chat_template, message, self._tokenizer.special_tokens_map)
+    def encode_chat(self, message: str, system: str | None = None) -> list[int]:
+        rendered = render_chat(self._tokenizer.chat_template, conversation(message, system), self._tokenizer.special_tokens_map)
         return self._tokenizer(rendered, add_special_tokens=False).input_ids
 
     def decode(self, tokens: list[int]) -> str:
@@ -47,16 +49,15 @@ def _ends(directory: Path) -> list[int]:
     return found
 
 
-def render_chat(template: str | dict[str, str] | None, message: str, special_tokens: dict[str, Any]) -> str:
-    """A user's message in a chat template, up to where the answer begins. Raises Incompatible without a template, or where it refuses."""
+def render_chat(template: str | dict[str, str] | None, messages: Conversation, special_tokens: dict[str, Any]) -> str:
+    """A conversation in a chat template, up to where the answer begins. Raises Incompatible without a template, or where it refuses."""
     from jinja2 import TemplateError
 
     template = _template(template)
     if template is None:
         raise Incompatible("this model has no chat template; leave --chat out", key="chat")
-    conversation = [{"role": "user", "content": message}]
     try:
-        rendered: Any = render_jinja_template([conversation], chat_template=template, add_generation_prompt=True, **special_tokens)
+        rendered: Any = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **special_tokens)
     except TemplateError as error:
         raise Incompatible(f"the model's chat template does not take this message: {error}", key="chat") from None
     texts, _ = rendered  # annotated as a string, which it is not

@@ -11,8 +11,10 @@ from pydantic import Field
 from compression.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec, TextSource
-from compression.data.rows import encode_document, pack
+from compression.data.fill import check_training
+from compression.data.rows import encode_document, no_row, pack
 from compression.data.sources import documents, questions, stream_documents
+from compression.data.spec import outside
 from compression.errors import Incompatible, UnusableData
 from compression.settings import Settings
 from compression.synthesis_settings import CORPUS
@@ -97,12 +99,19 @@ class TrainingStage(Stage):
                 f"rows of data.length {data.length} are longer than the model's {parent.max_length} positions", key="train_on"
             )
         source = data.questions if self.train_on == "questions" else data.text
-        if self.evaluate_every and source != "embedded":
+        if self.evaluate_every and outside(source) is not None:
             read = questions if self.train_on == "questions" else documents
             try:
                 read(self._validation_data(data), "validation")
             except UnusableData as error:
                 raise UnusableData(f"evaluate_every needs a validation split: {error}", key="evaluate_every") from None
+
+    def check_text(self, parent: Checkpoint, data: DataSpec, seed: int) -> None:
+        on_questions = self.train_on == "questions"
+        if not self.corpus:
+            check_training(data, parent.path, parent.vocab_size, on_questions=on_questions)
+        if self.evaluate_every:
+            check_training(self._validation_data(data), parent.path, parent.vocab_size, on_questions=on_questions, split="validation")
 
     def rows(self, inputs: Inputs, data: DataSpec, context: Context) -> dict[str, Any]:
         """`rows` and `mask`, and where there are evaluations `validation`, as the training functions take them."""
@@ -128,9 +137,7 @@ class TrainingStage(Stage):
         encoded = (encode_document(tokenizer, text) for text in stream_documents(data, "validation"))
         rows = list(islice(pack(encoded, data.length), self.validation_rows))
         if not rows:
-            raise UnusableData(
-                f"the validation text fills no row of {data.length} tokens; give more text or a smaller length", key="length"
-            )
+            raise no_row(data, "validation")
         return torch.tensor(rows), None
 
     def train(self, function: Callable[..., dict[str, float]], *paths: Path, context: Context, **parameters: Any) -> dict[str, float]:

@@ -18,7 +18,7 @@ class ExportGguf(Stage):
     """GGUF; `type: carry` keeps the codes of a GPTQ or AWQ checkpoint, nothing is rounded again."""
 
     uses: Literal["export.gguf"] = "export.gguf"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     metrics: ClassVar[tuple[str, ...]] = (
         "carry_worst_difference",
         "carry_worst_difference_in_steps",
@@ -75,4 +75,6 @@ class ExportGguf(Stage):
 
         windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed) if self.importance else None
         parameters = self.model_dump(exclude={"uses", "importance"})
-        return export_gguf(inputs.parent, place.out, windows, **parameters, threads=torch.get_num_threads(), context=context)
+        return export_gguf(
+            inputs.parent, place.out, windows, **parameters, threads=torch.get_num_threads(), origin=inputs.origin, context=context
+        )

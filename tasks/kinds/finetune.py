@@ -40,7 +40,7 @@ class Finetune(TrainingStage):
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
         self.check_data(parent, others, data)
-        check_method(parent, self.method)
+        check_method(parent, self.method, self.target_modules)
         return parent
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:

@@ -17,7 +17,7 @@ class PruneUnstructured(Stage):
     """Set a share of the weights of every linear layer to zero; masks.safetensors keeps them zero in the stages that follow."""
 
     uses: Literal["prune.unstructured"] = "prune.unstructured"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     metrics: ClassVar[tuple[str, ...]] = ("sparsity", "fallback_layers")
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")

@@ -19,7 +19,7 @@ class QuantizeGptq(CodesStage):
     """GPTQ: quantize column by column, each time moving the error to the columns that are left."""
 
     uses: Literal["quantize.gptq"] = "quantize.gptq"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     metrics: ClassVar[tuple[str, ...]] = ("fallback_layers", "damped_layers")
     reads: ClassVar[Reads] = "calibration"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")

@@ -17,7 +17,7 @@ class QuantizeSmoothquant(Stage):
     """SmoothQuant: W8A8, with the outliers of activations moved into the weights first."""
 
     uses: Literal["quantize.smoothquant"] = "quantize.smoothquant"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     metrics: ClassVar[tuple[str, ...]] = ("scaled_pairs",)
     sparse: ClassVar[bool] = True
     compresses: ClassVar[bool] = True

@@ -9,6 +9,9 @@ from pydantic import Field
 from compression.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec, documents
+from compression.data.fill import check_prompts
+from compression.data.plain import plain_tokenizer
+from compression.data.rows import prompts_of, start_token
 from compression.errors import Incompatible
 from compression.synthesis_settings import SynthesisSettings
 from tasks.stage import Corpus, Inputs, Planned, Reads, Stage, Workplace
@@ -53,9 +56,14 @@ class Synthesize(Stage):
             raise Incompatible(f"documents of {self.length} tokens are longer than the model's {parent.max_length} positions", key="length")
         return Corpus(size_bytes=_BYTES_A_TOKEN * (self.tokens or (self.documents or 0) * self.length))
 
+    def check_text(self, parent: Checkpoint, data: DataSpec, seed: int) -> None:
+        start_token(plain_tokenizer(parent.path))
+        if self.prompt_tokens:
+            check_prompts(data, parent.path, self.prompt_tokens)
+
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         from compression.loading import load_tokenizer
-        from compression.synthesize import prompts_of, synthesize
+        from compression.synthesize import synthesize
 
         prompts = prompts_of(documents(data, "train"), load_tokenizer(inputs.parent), self.prompt_tokens) if self.prompt_tokens else None
         return synthesize(inputs.parent, place.out, settings=self.settings(), prompts=prompts, workdir=place.work, context=context)

@@ -14,7 +14,7 @@ class Harness(Measurement):
     """Whatever tasks a recipe names, in the runtime that will run the model; each has a record of its own."""
 
     name: ClassVar[str] = "harness"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def applies(self, asked: Asked) -> bool:
         return asked.settings is not None and len(asked.settings.harness) > 0
@@ -32,11 +32,11 @@ class Harness(Measurement):
         return {
             "task": fingerprint_task(task), "limit": settings.limit, "num_fewshot": settings.num_fewshot, "chat": settings.harness_chat,
             "lm_eval": version("lm-eval"),
-        }  # fmt: skip
+        } | subject.asked.chat  # fmt: skip
 
     def job(self, subject: Subject) -> tuple[str, dict[str, Any]]:
         return "tasks.evaluation_jobs:run_harness", {
             "target": str(subject.target.path),
             "tokenizer": str(subject.tokenizer),
             "evaluation": subject.asked.settings.model_dump(mode="json"),
-        }
+        } | subject.asked.chat

@@ -14,7 +14,7 @@ class QuestionAnswering(Measurement):
     """Questions of a file, or of the embedded world, answered in writing."""
 
     name: ClassVar[str] = "question_answering"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def applies(self, asked: Asked) -> bool:
         return asked.settings is not None and asked.settings.question_answering is not None
@@ -25,10 +25,10 @@ class QuestionAnswering(Measurement):
     def document(self, subject: Subject) -> dict[str, Any]:
         settings = subject.asked.settings
         questions = [asdict(question) for question in open_questions(settings.question_answering, settings.limit)]
-        return {"questions": digest({"questions": questions}), "new_tokens": settings.new_tokens}
+        return {"questions": digest({"questions": questions}), "new_tokens": settings.new_tokens} | subject.asked.chat
 
     def job(self, subject: Subject) -> tuple[str, dict[str, Any]]:
         return "tasks.evaluation_jobs:answer_questions", {
             "target": str(subject.target.path),
             "evaluation": subject.asked.settings.model_dump(mode="json"),
-        }
+        } | subject.asked.chat

@@ -14,7 +14,7 @@ class RedTeam(Measurement):
     """The prompts of a file, or the small set that ships with edgepress."""
 
     name: ClassVar[str] = "red_team"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def applies(self, asked: Asked) -> bool:
         return asked.settings is not None and asked.settings.red_team_set is not None
@@ -26,10 +26,10 @@ class RedTeam(Measurement):
     def document(self, subject: Subject) -> dict[str, Any]:
         settings = subject.asked.settings
         prompts = [asdict(probe) for probe in probes(settings.red_team_set)]
-        return {"prompts": digest({"prompts": prompts}), "new_tokens": settings.new_tokens}
+        return {"prompts": digest({"prompts": prompts}), "new_tokens": settings.new_tokens} | subject.asked.chat
 
     def job(self, subject: Subject) -> tuple[str, dict[str, Any]]:
         return "tasks.evaluation_jobs:probe_refusals", {
             "target": str(subject.target.path),
             "evaluation": subject.asked.settings.model_dump(mode="json"),
-        }
+        } | subject.asked.chat

@@ -15,7 +15,7 @@ class Summarization(Measurement):
     """Documents of a file, summarized."""
 
     name: ClassVar[str] = "summarization"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def applies(self, asked: Asked) -> bool:
         return asked.settings is not None and asked.settings.summarization is not None
@@ -26,10 +26,14 @@ class Summarization(Measurement):
     def document(self, subject: Subject) -> dict[str, Any]:
         settings = subject.asked.settings
         documents = [asdict(article) for article in articles(settings.summarization, settings.limit)]
-        return {"documents": digest({"documents": documents}), "new_tokens": settings.new_tokens, "rouge_score": version("rouge-score")}
+        return {
+            "documents": digest({"documents": documents}),
+            "new_tokens": settings.new_tokens,
+            "rouge_score": version("rouge-score"),
+        } | subject.asked.chat
 
     def job(self, subject: Subject) -> tuple[str, dict[str, Any]]:
         return "tasks.evaluation_jobs:summarize", {
             "target": str(subject.target.path),
             "evaluation": subject.asked.settings.model_dump(mode="json"),
-        }
+        } | subject.asked.chat

@@ -6,7 +6,6 @@
 So a worker needs nothing but the folder in the same place, with file locks that hold between machines (NFS 4, or one machine).
 """
 
-import fcntl
 import json
 import os
 import socket
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from compression.errors import EdgepressError, Incompatible
+from compression.locks import acquire, open_lock, try_acquire
 from tasks.children import Done, EventSink, Job, JobFailed, Stopped
 from tasks.files import write_json
 from tasks.identity import library_versions
@@ -109,8 +109,8 @@ def asked(folder: Path, paths: Sequence[Path], job: Job | None = None) -> Iterat
         "environment": environment(), "job": asdict(job) if job else None,
     }  # fmt: skip
     write_json(folder / ASKED, document)
-    with (folder / ASKED).open("r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open_lock(folder / ASKED) as handle:
+        acquire(handle)
         yield attempt
 
 
@@ -134,12 +134,9 @@ class Request:
 
 def _free(file: IO[str]) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return try_acquire(file.fileno(), shared=True)
     except OSError:  # on a network file system: another file took its place
         return True
-    return True
 
 
 @contextmanager

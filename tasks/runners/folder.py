@@ -7,10 +7,7 @@ log.txt       what it printed
 result.json   or error.json: how it ended
 """
 
-import fcntl
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tasks.children import EventSink
@@ -21,26 +18,6 @@ def cleared(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("result.json", "error.json", "events.jsonl"):
         (folder / name).unlink(missing_ok=True)
-
-
-@contextmanager
-def held(file: Path) -> Iterator[None]:
-    """Hold a lock file; waits while another process does. The lock dies with its owner (and what it forked)."""
-    with file.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def is_held(file: Path) -> bool:
-    """Whether a process holds a lock file."""
-    if not file.exists():
-        return False
-    with file.open("r") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 class EventReader:

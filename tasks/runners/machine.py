@@ -3,7 +3,6 @@
 The lock files are in the temporary directory; containers of one host, each of which has one of its own, share a folder that EDGEPRESS_LOCKS names.
 """
 
-import fcntl
 import os
 import re
 import runpy
@@ -16,6 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from compression.errors import EdgepressError
+from compression.locks import acquire, file_lock, open_lock, try_acquire
 from tasks.children import Stopped
 
 GivenUp = Callable[[], bool]
@@ -31,10 +31,10 @@ def machine_lock(*, alone: bool, given_up: GivenUp = lambda: False) -> Iterator[
     Who wants it alone waits at the door, so that nobody else comes in meanwhile: work that goes on sharing it would never let go.
     given_up  asked while others hold it; raises Stopped when it says so
     """
-    with _lock_file("edgepress-machine.lock") as machine:
-        with _lock_file("edgepress-machine-door.lock") as door:
-            _wait(door, fcntl.LOCK_EX, given_up)
-            _wait(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, given_up)
+    with open_lock(_lock_file("edgepress-machine.lock")) as machine:
+        with open_lock(_lock_file("edgepress-machine-door.lock")) as door:
+            _wait(door, given_up)
+            _wait(machine, given_up, shared=not alone)
         yield
 
 
@@ -92,8 +92,8 @@ def devices_taken(device: str, count: int, given_up: GivenUp = lambda: False) ->
         return
     with ExitStack() as held:
         taken: list[str] = []
-        with _lock_file("edgepress-devices-door.lock") as door:
-            _wait(door, fcntl.LOCK_EX, given_up)
+        with open_lock(_lock_file("edgepress-devices-door.lock")) as door:
+            _wait(door, given_up)
             while len(taken) < min(count, len(names)):
                 if given_up():
                     raise Stopped()
@@ -108,8 +108,8 @@ def devices_taken(device: str, count: int, given_up: GivenUp = lambda: False) ->
 def _held(name: str, held: ExitStack) -> bool:
     """Take the lock of a GPU if it is free, until `held` ends."""
     with ExitStack() as attempt:
-        handle = attempt.enter_context(_lock_file(f"edgepress-device-{name.replace('/', '-')}.lock"))
-        if _locked(handle, fcntl.LOCK_EX):
+        handle = attempt.enter_context(open_lock(_lock_file(f"edgepress-device-{name.replace('/', '-')}.lock")))
+        if try_acquire(handle):
             held.push(attempt.pop_all())
             return True
     return False
@@ -118,39 +118,19 @@ def _held(name: str, held: ExitStack) -> bool:
 @contextmanager
 def one_at_a_time(name: str) -> Iterator[None]:
     """Wait for the lock file `name` and hold it alone, among all threads and edgepress processes of all users. For what is short."""
-    with _lock_file(name) as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with file_lock(_lock_file(name)):
         yield
 
 
-@contextmanager
-def _lock_file(name: str) -> Iterator[int]:
-    """An open lock file of the machine. Closing it lets its lock go. Raises EdgepressError where EDGEPRESS_LOCKS names no directory."""
+def _lock_file(name: str) -> Path:
+    """A lock file of the machine. Raises EdgepressError where EDGEPRESS_LOCKS names no directory."""
     folder = Path(os.environ.get("EDGEPRESS_LOCKS") or tempfile.gettempdir())
     if not folder.is_dir():
         raise EdgepressError(f"EDGEPRESS_LOCKS={folder} is no directory; it is to be one that the containers of this host share, or unset")
-    path = folder / name
-    try:
-        handle = os.open(path, os.O_RDONLY)  # another user's file can be locked, but neither written nor opened with O_CREAT
-    except FileNotFoundError:
-        handle = os.open(path, os.O_RDONLY | os.O_CREAT)
-        os.fchmod(handle, 0o644)  # whatever the umask: others must be able to open it
-    try:
-        yield handle
-    finally:
-        os.close(handle)
+    return folder / name
 
 
-def _wait(handle: int, how: int, given_up: GivenUp) -> None:
-    while not _locked(handle, how):
-        if given_up():
-            raise Stopped()
-        time.sleep(0.05)
-
-
-def _locked(handle: int, how: int) -> bool:
-    try:
-        fcntl.flock(handle, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _wait(handle: int, given_up: GivenUp, *, shared: bool = False) -> None:
+    """Wait for a lock. Raises Stopped when `given_up` says so."""
+    if not acquire(handle, shared=shared, is_cancelled=given_up):
+        raise Stopped()

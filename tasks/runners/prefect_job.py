@@ -8,10 +8,10 @@ from prefect import flow
 from prefect.concurrency.sync import concurrency
 from prefect.states import Cancelled, Completed, Failed
 
+from compression.locks import file_lock
 from tasks.files import write_json
 from tasks.runners.away import alive_lock, answered, device_asked, serve
 from tasks.runners.budget import Budget
-from tasks.runners.folder import held
 from tasks.runners.local import LocalChildren
 
 FLOW = "edgepress-job"
@@ -32,7 +32,7 @@ def job(folder: str, attempt: str) -> Any:
     children = LocalChildren(Budget())
     slot = concurrency(GPU_LIMIT) if device_asked(place).startswith("cuda") else nullcontext()
     try:
-        with held(alive_lock(place, attempt)), slot:
+        with file_lock(alive_lock(place, attempt)), slot:
             children.preload()
             answer = serve(place, attempt, children)
             write_json(answered(place, attempt), answer)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from compression.errors import Incompatible
+from compression.locks import is_locked
 from tasks.children import Job, JobFailed, Stopped
 from tasks.owner import owner_tag
 from tasks.runners.away import AwayChildren, WorkerLost, alive_lock, answered
-from tasks.runners.folder import is_held
 from tasks.runners.local import LocalChildren
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class _Watch:
         """Raises WorkerLost where the job's process or its worker died, JobFailed where the worker could not begin."""
         from httpx import HTTPError
 
-        alive = is_held(self.lock)
+        alive = is_locked(self.lock)
         if self.held and not alive and not self.answer.exists():
             raise WorkerLost("the process that worked on it for a Prefect worker was killed")
         self.held = self.held or alive

@@ -99,7 +99,16 @@ def measure(settings: TrainingSettings) -> tuple[dict[Pair, list[float]], int]:
 
 
 def our_loop(rows: torch.Tensor, settings: TrainingSettings, place: Path, context: Context) -> None:
-    train(Objective(load_model(EMBEDDED), beta=1.0), rows, mask=None, settings=settings, workdir=place, context=context, what="ours")
+    train(
+        Objective(load_model(EMBEDDED), beta=1.0),
+        rows,
+        mask=None,
+        settings=settings,
+        origin={},
+        workdir=place,
+        context=context,
+        what="ours",
+    )
 
 
 def bare_loop(rows: torch.Tensor, settings: TrainingSettings, context: Context) -> None:

@@ -1,9 +1,14 @@
 """The walk against transformers' own forward pass."""
 
+import contextlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import compression.families
 from compression.calibration import Outcome, compress_blocks
@@ -11,8 +16,11 @@ from compression.checkpoint import file_digests, open_checkpoint
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, UnusableData
 from compression.loading import load_model
+from compression.pruning.unstructured import prune_unstructured
+from compression.quantization.gptq import quantize_gptq
 from compression.shards import read_tensors
-from compression.walk import Block, walk
+from compression.skeleton import skeleton
+from compression.walk import Block, fill_buffers, walk
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 FAMILIES = {
@@ -21,7 +29,11 @@ FAMILIES = {
     "mistral": {"sliding_window": 8},  # shorter than the windows, so that a wrong mask shows
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": {},
-}
+    "gemma4_text": {  # blocks with buffers, each given what depends on the tokens
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 8, "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 320, "num_kv_shared_layers": 0, "global_head_dim": 16,
+    },
+}  # fmt: skip
 
 
 def second_moments(path: Path, windows: torch.Tensor, change: dict[str, float] | None = None) -> dict[str, torch.Tensor]:
@@ -65,7 +77,7 @@ def test_second_moments_are_those_of_a_plain_forward_pass(tmp_path: Path, model_
         for name, factor in change.items():
             if name.startswith(f"{block.name}."):
                 block.linear(name.removeprefix(f"{block.name}.").removesuffix(".weight")).weight.mul_(factor)
-    assert sorted(seen) == sorted(expected)
+    assert sorted(seen) == sorted(name for name in expected if ".layers." in name)
 
 
 def test_layers_that_read_one_tensor_are_counted_once(checkpoint: Path) -> None:
@@ -89,7 +101,7 @@ def test_a_walk_that_changes_nothing_writes_the_same_tensors(tmp_path: Path, tie
     source = tiny_checkpoint(tmp_path / "in", "qwen2", tied=tied, dtype=torch.bfloat16)
     steps: list[tuple[int, int]] = []
     context = Context(progress=lambda done, total, what: steps.append((done, total)))
-    compress_blocks(source, tmp_path / "out", tiny_windows(), lambda block: Outcome(), config={"note": 1}, context=context)
+    compress_blocks(source, tmp_path / "out", tiny_windows(), lambda block: Outcome(), settings={}, config={"note": 1}, context=context)
     before, after = open_checkpoint(source), open_checkpoint(tmp_path / "out")
     assert after.tensors == before.tensors
     originals, copies = read_tensors(source, before.tensors), read_tensors(tmp_path / "out", after.tensors)
@@ -97,6 +109,67 @@ def test_a_walk_that_changes_nothing_writes_the_same_tensors(tmp_path: Path, tie
     assert after.config == before.config | {"note": 1}
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert steps[0] == (0, 14) and (7, 14) in steps and steps[-1] == (14, 14)
+
+
+def checkpoint_with_buffers(path: Path, model_type: str) -> Path:
+    """Blocks whose buffers hold what no constructor gives them."""
+    more = {} if model_type == "apertus" else {**FAMILIES["gemma4_text"], "layer_types": ["sliding_attention", "full_attention"]}
+    source = tiny_checkpoint(path, model_type, **more)
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:
+        if name.endswith(("layer_scalar", "act_fn.beta")):
+            tensors[name] = tensors[name] * 0.7
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+def divergence(one: Path, other: Path) -> float:
+    """Mean KL of two checkpoints' next tokens."""
+    p, q = (load_model(path)(tiny_windows(4, seed=5)).logits.detach().double().log_softmax(-1) for path in (one, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "apertus"])
+def test_buffers_of_blocks_stay(tmp_path: Path, model_type: str) -> None:
+    source = checkpoint_with_buffers(tmp_path / "in", model_type)
+    for method in ("magnitude", "wanda", "sparsegpt"):
+        prune_unstructured(source, tmp_path / method, tiny_windows(), method=method, sparsity=0.01, context=Context())  # type: ignore[arg-type]
+        assert open_checkpoint(tmp_path / method).tensors == open_checkpoint(source).tensors
+    quantize_gptq(source, tmp_path / "gptq", tiny_windows(), bits=8, group_size=32, context=Context())
+    assert divergence(source, tmp_path / "sparsegpt") < 2 * divergence(source, tmp_path / "magnitude")
+    assert max(divergence(source, tmp_path / method) for method in ("wanda", "gptq")) < 0.005
+    stay = set(open_checkpoint(source).tensors) - set(open_checkpoint(source).linear_tensors())
+    before, after = read_tensors(source, stay), read_tensors(tmp_path / "gptq", stay)
+    assert [name for name in stay if not torch.equal(before[name], after[name])] == []
+
+
+def test_buffers_that_no_checkpoint_holds_are_computed(tmp_path: Path) -> None:
+    multipliers = [2.0, 3.0, 0.5, 1.5, 0.7]
+    source = open_checkpoint(
+        tiny_checkpoint(
+            tmp_path / "in", "falcon_h1", mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1,
+            ssm_multipliers=multipliers,
+        )
+    )  # fmt: skip
+    filled, loaded = skeleton(source), load_model(source.path)
+    fill_buffers(filled, "cpu")
+    for name, buffer in loaded.named_buffers():
+        assert torch.equal(filled.get_buffer(name), buffer), name
+    assert set(filled.get_buffer("model.layers.1.mamba.mup_vector").unique().tolist()) == {torch.tensor(m).item() for m in multipliers}
+
+
+def test_a_layer_that_no_window_reaches_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: mlp.down_proj(mlp.gate_proj(x)))
+    with pytest.raises(Incompatible, match=r"no calibration window reaches model\.layers\.0\.mlp\.up_proj"):
+        next(walk(open_checkpoint(checkpoint), tiny_windows(), context=Context()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_a_buffer_that_nothing_fills_is_refused(checkpoint: Path, dtype: torch.dtype) -> None:
+    model = skeleton(open_checkpoint(checkpoint))
+    model.get_submodule("model.layers.1.mlp").register_buffer("forgotten", torch.ones(3, dtype=dtype, device="meta"), persistent=False)
+    with pytest.raises(Incompatible, match=r"model\.layers\.1\.mlp\.forgotten"):
+        fill_buffers(model, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -115,8 +188,6 @@ def test_windows_that_fit_no_model_are_refused(checkpoint: Path, windows: torch.
 
 
 def test_a_quantized_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    from compression.quantization.gptq import quantize_gptq
-
     quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
     with pytest.raises(Incompatible, match="quantized already"):
         next(walk(open_checkpoint(tmp_path / "q"), tiny_windows(), context=Context()))
@@ -141,7 +212,7 @@ def test_a_killed_walk_goes_on_at_its_block_and_ends_in_the_same_bytes(
     source = tiny_checkpoint(tmp_path / "in", layers=4, dtype=torch.bfloat16)
     windows = tiny_windows(count=5)
     warned: list[str] = []
-    undisturbed = compress_blocks(source, tmp_path / "whole", windows, scale_down, context=Context())
+    undisturbed = compress_blocks(source, tmp_path / "whole", windows, scale_down, settings={}, context=Context())
 
     def dying(block: Block) -> Outcome:
         if block.index == 2 and dies_in == "compress":
@@ -153,26 +224,56 @@ def test_a_killed_walk_goes_on_at_its_block_and_ends_in_the_same_bytes(
     with monkeypatch.context() as patch:
         monkeypatch = patch
         with pytest.raises((KeyboardInterrupt, TypeError)):
-            compress_blocks(source, tmp_path / "dead", windows, dying, work=tmp_path / "work", context=Context())
+            compress_blocks(source, tmp_path / "dead", windows, dying, settings={}, work=tmp_path / "work", context=Context())
     seen: list[int] = []
 
     def watched(block: Block) -> Outcome:
         seen.append(block.index)
         return scale_down(block)
 
-    counts = compress_blocks(source, tmp_path / "resumed", windows, watched, work=tmp_path / "work", context=Context(warn=warned.append))
+    counts = compress_blocks(
+        source, tmp_path / "resumed", windows, watched, settings={}, work=tmp_path / "work", context=Context(warn=warned.append)
+    )
     assert seen == [2, 3]
     assert counts == undisturbed == {"seen": 4.0}
     assert warned == [f"block {index}" for index in range(4)]
     assert file_digests(tmp_path / "resumed") == file_digests(tmp_path / "whole")
 
 
-def test_a_walk_does_not_go_on_from_another(tmp_path: Path, checkpoint: Path) -> None:
-    compress_blocks(checkpoint, tmp_path / "a", tiny_windows(), lambda block: Outcome(), work=tmp_path / "work", context=Context())
-    with pytest.raises(EdgepressError, match="other data or with other settings"):
+@pytest.mark.parametrize("other", ["windows", "settings", "config", "weights", "seed"])
+def test_a_walk_does_not_go_on_from_another(tmp_path: Path, other: str) -> None:
+    first = {"windows": tiny_windows(), "settings": {"method": "gptq", "mse": True}, "config": {"bits": 4}, "weights": 0, "seed": 0}
+    changed = {
+        "windows": tiny_windows(seed=1),
+        "settings": {"method": "gptq", "mse": False},
+        "config": {"bits": 8},
+        "weights": 1,
+        "seed": 1,
+    }
+    for number, given in enumerate(({}, {other: changed[other]})):
+        now: dict[str, Any] = first | given
+        source = tiny_checkpoint(tmp_path / f"in-{number}", seed=now["weights"])
+        with contextlib.nullcontext() if number == 0 else pytest.raises(EdgepressError, match="another method, on another model"):
+            compress_blocks(
+                source, tmp_path / f"out-{number}", now["windows"], lambda block: Outcome(), settings=now["settings"], config=now["config"],
+                work=tmp_path / "work", context=Context(seed=now["seed"]),
+            )  # fmt: skip
+
+
+def test_work_of_an_older_edgepress_begins_anew(tmp_path: Path, checkpoint: Path) -> None:
+    def walk_over() -> list[int]:
+        seen: list[int] = []
         compress_blocks(
-            checkpoint, tmp_path / "b", tiny_windows(seed=1), lambda block: Outcome(), work=tmp_path / "work", context=Context()
-        )
+            checkpoint, tmp_path / "out", tiny_windows(), lambda block: seen.append(block.index) or Outcome(), settings={},
+            work=tmp_path / "work", context=Context(warn=warned.append),
+        )  # fmt: skip
+        return seen
+
+    warned: list[str] = []
+    assert walk_over() == [0, 1] and walk_over() == []
+    for marker in (tmp_path / "work" / "walk").glob("*/complete.json"):
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"run": "0" * 64}))
+    assert walk_over() == [0, 1] and len(warned) == 2
 
 
 def test_statistics_of_activations(checkpoint: Path) -> None:
@@ -206,5 +307,5 @@ def test_an_unlisted_decoder_of_linear_layers(tmp_path: Path, model_type: str) -
 
 def test_a_decoder_of_other_layers_is_refused(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "in", "mixtral")  # experts in one tensor, chosen by a router
-    with pytest.raises(Incompatible, match="no linear layers"):
+    with pytest.raises(Incompatible, match="mlp.experts.gate_up_proj"):
         next(walk(open_checkpoint(source), tiny_windows(), context=Context()))

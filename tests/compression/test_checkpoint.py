@@ -43,7 +43,7 @@ def test_looking_imports_no_torch(checkpoint: Path) -> None:
         f"plan_codes(open_checkpoint(Path({str(checkpoint)!r})), bits=4, group_size=32); pruned_width(128, 0.5); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def broken(change: str, path: Path) -> None:

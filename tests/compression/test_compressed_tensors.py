@@ -200,7 +200,7 @@ def test_schemes_that_are_not_read_are_refused(tmp_path: Path, checkpoint: Path,
         (lambda tensors, name: tensors.pop(f"{name}.weight"), r"up_proj lacks its weight$"),
         (lambda tensors, name: tensors.update({f"{name}.weight_scale": torch.ones(2, 1)}), r"with scales \[2, 1\]; its config means"),
         (lambda tensors, name: tensors.update({f"{name}.weight": torch.ones(128, 64, dtype=torch.int8)}), r"a weight I8"),
-        (lambda tensors, name: tensors.update({f"{name}.input_scale": torch.ones(1)}), r"unknown \['model.layers.0.mlp.up_proj.input_scale'\]"),
+        (lambda tensors, name: tensors.update({f"{name}.input_scale": torch.ones(1)}), "does not know model.layers.0.mlp.up_proj.input_scale"),
     ],
 )  # fmt: skip
 def test_damaged_layers_are_refused(tmp_path: Path, checkpoint: Path, spoil: Any, says: str) -> None:

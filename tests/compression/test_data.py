@@ -13,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from compression.data import (
     DataSpec,
@@ -32,6 +34,7 @@ from compression.data import (
 )
 from compression.data.hub import why_not_given
 from compression.data.rows import encode_document, pack
+from compression.data.sources import lone_documents, running_text
 from compression.errors import UnusableData
 from compression.reference.world import Question
 from tests.tiny import tiny_tokenizer
@@ -151,6 +154,52 @@ def test_unusable_text_is_refused_before_any_work(tmp_path: Path) -> None:
     refuses(text_spec(write(tmp_path / "numbers.parquet", [{"text": 1}])), "column", "holds int, not text")
     refuses(text_spec(write(tmp_path / "other.parquet", [{"body": "x"}])), "column", "there are: body")
     refuses(text_spec(write(tmp_path / "corpus.csv", []).rename(tmp_path / "c.md")), "path", "unknown format")
+
+
+def test_half_a_character_is_refused_with_its_place(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in TEXTS * 60]
+    lines[150] = '{"text": "whole \\ud83d\\ude42, half \\ud83d"}'  # beyond the records that are looked at
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    spec = text_spec(tmp_path)
+    for read in (check_data, lambda spec: documents(spec, "train")):
+        with pytest.raises(UnusableData, match=r"train.jsonl:151: .*\\ud83d is half a character"):
+            read(spec)
+    asked = write(tmp_path / "q.jsonl", [ITEM | {"question": f"Where {number}?"} for number in range(60)])
+    asked.write_text(asked.read_text() + json.dumps(ITEM | {"question": "\udd42?"}) + "\n")
+    with pytest.raises(UnusableData, match=r"q.jsonl:61: "):
+        check_data(question_spec(asked))
+    (tmp_path / "test.txt").write_bytes(b"A line.\n\nHalf \xed\xa0\xbd of it.\n")
+    with pytest.raises(UnusableData, match=r"test.txt:3 is not UTF-8 \(byte 6 of the line\); half a character"):
+        check_data(text_spec(tmp_path, {"train": "test.txt", "test": "test.txt"}))
+    (tmp_path / "test.txt").write_text("A line.", encoding="utf-16")
+    with pytest.raises(UnusableData, match="is UTF-16"):
+        check_data(text_spec(tmp_path, {"train": "test.txt", "test": "test.txt"}))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / f"train{suffix}", TEXTS)
+    file = write(tmp_path / f"test{suffix}", TEXTS)
+    spec = text_spec(tmp_path)
+    before, text = fingerprint(spec), running_text(TextSource(path=str(tmp_path)), "test")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    check_data(spec)
+    assert documents(spec, "test") == TEXTS
+    assert running_text(TextSource(path=str(tmp_path)), "test") == text
+    assert fingerprint(spec) == before
+
+
+def test_a_text_file_without_blank_lines(tmp_path: Path) -> None:
+    file = tmp_path / "corpus.txt"
+    file.write_text("The lamp is in the mill.\n" * 200)
+    with pytest.raises(UnusableData, match="end at blank lines"):
+        check_data(text_spec(file))
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text("The lamp is in the mill.\n" * 200)
+    assert lone_documents(text_spec(tmp_path, length=32), "train") == [tmp_path / "train.txt"]
+    (tmp_path / "train.txt").write_text("The lamp is in the mill.\n\n" * 200)
+    assert lone_documents(text_spec(tmp_path, length=32), "train") == []
 
 
 def test_questions_in_commonsenseqa_shape(tmp_path: Path) -> None:
@@ -329,6 +378,48 @@ def test_the_prompt_is_a_users_turn_where_there_is_a_chat_template() -> None:
         assert asked == plain(body)["input_ids"]
     conversation = chat.apply_chat_template([{"role": "user", "content": body}], add_generation_prompt=True, return_dict=False)
     assert encode_choices(chat, question)[0] == (conversation, chat("mill", add_special_tokens=False)["input_ids"])
+
+
+def test_what_a_tokenizer_appends_ends_no_prompt() -> None:
+    spec = DataSpec(text="embedded", questions="embedded", train_questions=6, length=1024)
+    plain, appending = tiny_tokenizer(), tiny_tokenizer(eos=True)
+    for question in questions(spec, "train"):
+        assert encode_choices(appending, question) == encode_choices(plain, question)
+    for one, other in zip(question_rows(spec, appending), question_rows(spec, plain), strict=True):
+        assert torch.equal(one, other)
+    assert encode_document(appending, "lamp") == encode_document(plain, "lamp")
+
+
+def test_an_answer_that_melts_into_its_prompt_is_encoded_alone() -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["\nAnswer: mill"] * 20, trainer)
+    reaching = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    (melted, other) = encode_choices(reaching, Question("", "Where?", ("mill", "barn"), 0))
+    assert melted[0] == other[0] == reaching("Question: Where?\nAnswer:")["input_ids"]
+    assert melted[1] == reaching(" mill")["input_ids"]
+    assert reaching.decode(other[1]) == "barn"  # the blank went to a token with the prompt
+
+
+def test_a_system_message_stands_before_every_question() -> None:
+    spec = DataSpec.model_validate({"text": "embedded", "questions": {"path": "embedded", "system": "Be brief."}, "length": 1024})
+    assert questions(spec, "test") == questions(DataSpec(text="embedded", questions="embedded"), "test")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT
+    rows, _ = question_rows(spec.model_copy(update={"train_questions": 2}), tokenizer)
+    assert all(text.startswith("<s>[system]Be brief.</s>[user]") for text in tokenizer.batch_decode(rows))
+    assert fingerprint(spec) != fingerprint(DataSpec.model_validate({"text": "embedded", "questions": "embedded", "length": 1024}))
+
+
+def test_rows_are_padded_with_a_token_that_exists() -> None:
+    spec = DataSpec(text="embedded", questions="embedded", train_questions=6, length=1024)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    rows, mask = question_rows(spec, tokenizer)
+    assert tokenizer.pad_token_id == 320 > rows.max()
+    assert (rows[~mask] == tokenizer.eos_token_id).any()
 
 
 def test_question_rows_mask_the_prompt() -> None:

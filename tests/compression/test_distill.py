@@ -160,6 +160,18 @@ def test_brings_the_student_to_its_teacher(tmp_path: Path, checkpoint: Path, nar
     assert (out / "kept.safetensors").read_bytes() == (tmp_path / "kept.safetensors").read_bytes()
 
 
+def test_another_teacher_is_another_training(tmp_path: Path, checkpoint: Path) -> None:
+    def taught_by(teacher: Path) -> None:
+        distill(
+            checkpoint, teacher, tmp_path / "out", tiny_windows(4), settings=TrainingSettings(steps=2, batch_size=4), workdir=tmp_path / "work",
+            context=Context(),
+        )  # fmt: skip
+
+    taught_by(tiny_checkpoint(tmp_path / "one", seed=1))
+    with pytest.raises(EdgepressError, match="another method, on another model"):
+        taught_by(tiny_checkpoint(tmp_path / "two", seed=2))
+
+
 def test_the_projector_starts_orthogonal_and_only_where_widths_differ(checkpoint: Path, narrow: Path) -> None:
     objective = Objective(load_model(narrow), teacher=load_model(checkpoint), gamma=1.0, layers={1: 0}, seed=3)
     weight = objective.projectors.maps["1"].weight  # [64, 32]
@@ -291,8 +303,9 @@ def test_students_and_rows_that_cannot_be_trained(tmp_path: Path, checkpoint: Pa
     def attempt(student: Path, rows: torch.Tensor) -> None:
         distill(student, checkpoint, tmp_path / "out", rows, settings=SETTINGS, workdir=tmp_path / "work", context=Context())
 
-    with pytest.raises(UnusableData, match=r"tokens 2\.\.320, .* knows 0\.\.319"):
-        attempt(checkpoint, torch.tensor([[2, 320]]))
+    for token in (320, -1):
+        with pytest.raises(UnusableData, match=rf"token {token}, .* only 320 rows; .* tokenize with the tokenizer of the model"):
+            attempt(checkpoint, torch.tensor([[2, token]]))
     with pytest.raises(UnusableData, match=r"200 tokens long, .* reads 128 at most"):
         attempt(checkpoint, tiny_windows(2, 200))
     short = tiny_checkpoint(tmp_path / "short")
@@ -310,4 +323,4 @@ def test_students_and_rows_that_cannot_be_trained(tmp_path: Path, checkpoint: Pa
 def test_what_validation_needs_imports_no_torch() -> None:
     modules = "compression.distillation, compression.training_settings, compression.resumption"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

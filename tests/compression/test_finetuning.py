@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from compression.adapters import merged
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, MissingExtra
 from compression.finetuning import finetune
+from compression.loading import load_model
 from compression.pruning.masks import read_masks, write_masks
 from compression.pruning.unstructured import prune_unstructured
 from compression.training_settings import TrainingSettings
@@ -106,6 +108,59 @@ def test_a_killed_run_ends_in_the_same_bytes(tmp_path: Path, checkpoint: Path) -
     assert tune(checkpoint, tmp_path / "killed", dropout=0.2, rank=2)["resumed_from_step"] == 5
     for file in ("out/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+
+
+@pytest.mark.parametrize("other", ["alpha", "dropout", "weights"])
+def test_another_method_or_model_does_not_go_on(tmp_path: Path, checkpoint: Path, other: str) -> None:
+    tune(checkpoint, tmp_path, rank=2, target_modules=["q_proj"])
+    base = tiny_checkpoint(tmp_path / "base", seed=1) if other == "weights" else checkpoint
+    given = {} if other == "weights" else {other: 0.5 if other == "dropout" else 7}
+    with pytest.raises(EdgepressError, match="another method, on another model"):
+        tune(base, tmp_path, rank=2, target_modules=["q_proj"], **given)
+
+
+@pytest.mark.parametrize("modules", [["lm_head", "q_proj"], ["embed_tokens"], r".*(embed_tokens|q_proj)"])
+def test_adapters_on_a_tied_end_are_refused(tmp_path: Path, checkpoint: Path, modules: str | list[str]) -> None:
+    with pytest.raises(Incompatible, match="tie_word_embeddings") as caught:
+        tune(checkpoint, tmp_path, target_modules=modules)
+    assert caught.value.key == "target_modules"
+    assert not (tmp_path / "work").exists()
+
+
+def test_untied_ends_take_adapters(tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base", tied=False)
+    tune(base, tmp_path, target_modules=["lm_head", "embed_tokens"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tiny_windows(2)).logits
+        torch.testing.assert_close(
+            PeftModel.from_pretrained(model, tmp_path / "adapter")(tiny_windows(2)).logits, merged, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_merge_that_says_something_else_is_refused(checkpoint: Path) -> None:
+    """An adapter on a tied head, put there by peft itself: merged, it changes the embedding too."""
+    adapted = get_peft_model(load_model(checkpoint), LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    with pytest.raises(EdgepressError, match="diverge") as caught:
+        merged(adapted, tiny_windows(2))
+    assert caught.value.key == "target_modules"
+
+
+def test_routers_get_no_adapter(tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base", "phimoe", tied=False, num_local_experts=2)
+    warned: list[str] = []
+    tune(base, tmp_path, rank=2, context=Context(warn=warned.append))
+    assert "model.layers.0.mlp.router" in warned[0]
+    assert not any("router" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    with pytest.raises(Incompatible, match="router") as caught:
+        tune(base, tmp_path / "named", target_modules=["router"])
+    assert caught.value.key == "target_modules"
+
+
+def test_a_model_without_a_base_model_is_refused(tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base", "llama4_text", intermediate_size_mlp=128, num_local_experts=2)
+    with pytest.raises(Incompatible, match="base_model_prefix"):
+        tune(base, tmp_path, target_modules=["q_proj"])
 
 
 def test_only_the_answer_is_learned_where_the_prompt_is_masked(tmp_path: Path, checkpoint: Path) -> None:

@@ -96,5 +96,5 @@ def test_what_cannot_be_rounded_is_refused(tmp_path: Path, checkpoint: Path) -> 
         quantize_fp8(source, tmp_path / "out", context=Context())
     assert not (tmp_path / "out" / "config.json").exists()
     experts = tiny_checkpoint(tmp_path / "experts", "mixtral", num_local_experts=2)  # transformers holds them in one tensor
-    with pytest.raises(Incompatible, match=r"experts.* of its blocks are no linear layers"):
+    with pytest.raises(Incompatible, match=r"layers\.0\.mlp\.experts\.down_proj"):
         quantize_fp8(experts, tmp_path / "out2", context=Context())

@@ -75,7 +75,7 @@ class Bytes:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, message: str) -> list[int]:
+    def encode_chat(self, message: str, system: str | None = None) -> list[int]:
         raise NotImplementedError
 
     def decode(self, tokens: list[int]) -> str:

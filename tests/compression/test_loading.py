@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from compression.checkpoint import open_checkpoint
 from compression.context import Context
-from compression.errors import UnusableModel
-from compression.loading import load_model
+from compression.errors import EdgepressError, UnusableModel
+from compression.loading import load_model, save_model
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.layouts import read_quantized_linears
@@ -122,7 +122,10 @@ def test_shards_open_in_transformers(tmp_path: Path, checkpoint: Path) -> None:
     for name in source.tensors:
         writer.add(read_tensors(checkpoint, [name]))
     assert not (tmp_path / "out" / "config.json").exists()
-    writer.finish(source.config)
+    with pytest.raises(EdgepressError, match=r"1 are missing \(model\.nothing"):
+        writer.finish(source.config, names=[*source.tensors, "model.nothing"])
+    assert not (tmp_path / "out" / "config.json").exists()
+    writer.finish(source.config, names=source.tensors)
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     assert not list((tmp_path / "out").glob("*.partial"))
     assert open_checkpoint(tmp_path / "out").tensors == source.tensors
@@ -131,3 +134,15 @@ def test_shards_open_in_transformers(tmp_path: Path, checkpoint: Path) -> None:
         assert torch.equal(copy.get_parameter(name), parameter)
     with pytest.raises(UnusableModel, match=r"no tensor model\.nothing"):
         read_tensors(tmp_path / "out", ["model.nothing"])
+
+
+def test_a_model_with_other_tensors_than_its_source_is_not_saved(tmp_path: Path, checkpoint: Path) -> None:
+    model = load_model(checkpoint)
+    source = shutil.copytree(checkpoint, tmp_path / "in")
+    tensors = load_file(source / "model.safetensors")
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors | old, source / "model.safetensors", metadata={"format": "pt"})
+    save_model(model, tmp_path / "out", like=source)  # what older versions wrote, and a tied head
+    save_file(tensors | {"model.layers.0.layer_scalar": torch.ones(1)}, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EdgepressError, match=r"1 are missing \(model\.layers\.0\.layer_scalar"):
+        save_model(model, tmp_path / "again", like=source)

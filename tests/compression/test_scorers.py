@@ -84,7 +84,7 @@ def test_large_vocabularies_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch)
     reference, candidate = np.random.default_rng(0).normal(size=(2, 4, 9, 70)).astype(np.float32)
     tokens = np.random.default_rng(1).integers(0, 70, (4, 9))
     whole, likely = divergence(reference, candidate), log_likelihoods(reference, tokens)
-    monkeypatch.setattr("compression.evaluation.scorers._CHUNK_LOGITS", 200)
+    monkeypatch.setattr("compression.evaluation.likelihood._CHUNK_LOGITS", 200)
     np.testing.assert_allclose(divergence(reference, candidate).kl, whole.kl, rtol=1e-12)
     np.testing.assert_allclose(log_likelihoods(reference, tokens), likely, rtol=1e-12)
 
@@ -123,6 +123,24 @@ def test_choices_of_one_token_share_one_row() -> None:
     tokens = [len(answer) for _, answer in encode_choices(tiny_tokenizer(), Question("", "?", ("is", "the", "to"), 0))]
     assert tokens == [1, 1, 1]
     assert model.rows == 1
+
+
+def test_batches_are_sized_by_the_models_own_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    padded = random_model(0, vocabulary=1000)
+    asked: list[tuple[int, int]] = []
+    compute = padded.compute
+    monkeypatch.setattr(padded, "compute", lambda ids: asked.append(ids.shape) or compute(ids))
+    monkeypatch.setattr("compression.evaluation.likelihood._BATCH_LOGITS", 4 * 1000 * 80)
+    multiple_choice(padded, tiny_tokenizer(), QUESTIONS, Context())
+    assert len(asked) > 1 and max(rows for rows, _ in asked) > 1
+    assert all(rows == 1 or rows * length * 1000 <= 4 * 1000 * 80 for rows, length in asked)
+
+
+def test_perplexity_of_a_loss_beyond_floats_is_infinite() -> None:
+    windows = tiny_windows(3)
+    hopeless = Fake(lambda ids: np.where(np.arange(320) == 0, 1e4, 0.0).astype(np.float32) * np.ones((*ids.shape, 1), np.float32))
+    assert perplexity(hopeless, windows, Context()) == math.inf
+    assert evaluate_quality(hopeless, tiny_tokenizer(), windows, [], references={}, context=Context()).metrics["perplexity"] == math.inf
 
 
 def test_accuracy_has_a_standard_error_and_a_count() -> None:

@@ -110,7 +110,7 @@ def test_a_pruned_weight_has_no_moments_and_counts_in_no_norm(tmp_path: Path, sp
     hold_masks(ours, masks)
     train(
         Objective(ours, beta=1.0), rows, mask=None, settings=replace(SETTINGS, steps=4, batch_size=8, schedule="constant", warmup_ratio=0),
-        workdir=tmp_path, context=Context(), what="train",
+        origin={}, workdir=tmp_path, context=Context(), what="train",
     )  # fmt: skip
     decayed = [parameter for parameter in plain.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in plain.parameters() if parameter.ndim != 2]
@@ -192,7 +192,7 @@ def updates(tmp_path_factory: pytest.TempPathFactory, sparse: Path) -> Iterator[
     rigl = Watched(objective, drop_fraction=0.4, delta_t=3, last_step=9)
     rigl.seen = []
     train(
-        objective, tiny_windows(8), mask=None, settings=replace(SETTINGS, steps=12), workdir=tmp_path_factory.mktemp("rigl"),
+        objective, tiny_windows(8), mask=None, settings=replace(SETTINGS, steps=12), origin={}, workdir=tmp_path_factory.mktemp("rigl"),
         context=Context(), what="RigL", sparsity=rigl,
     )  # fmt: skip
     return rigl
@@ -234,7 +234,17 @@ def test_an_update_leaves_every_weight_alone_but_those_that_it_drops(tmp_path: P
         objective = Objective(model, beta=1.0)
         settings = replace(SETTINGS, steps=steps, schedule="constant", warmup_ratio=0)
         rigl = RigL(objective, drop_fraction=0.3, delta_t=2, last_step=100)
-        train(objective, tiny_windows(8), mask=None, settings=settings, workdir=tmp_path / name, context=Context(), what="", sparsity=rigl)
+        train(
+            objective,
+            tiny_windows(8),
+            mask=None,
+            settings=settings,
+            origin={},
+            workdir=tmp_path / name,
+            context=Context(),
+            what="",
+            sparsity=rigl,
+        )
         return {name: weight.detach() for name, weight in model.named_parameters()}
 
     one, two = after(1, "one"), after(2, "two")
@@ -299,6 +309,14 @@ def magnitudes(model: torch.nn.Module, masks: dict[str, torch.Tensor], count: in
     return {name: part.view(masks[name].shape) for name, part in zip(names, keep.split([masks[n].numel() for n in names]), strict=True)}
 
 
+def test_rounds_of_another_search_are_not_taken_up(tmp_path: Path, checkpoint: Path) -> None:
+    settings = TrainingSettings(steps=2, batch_size=4)
+    lottery(checkpoint, tmp_path, settings=settings)
+    for other in ({"sparsity": 0.5}, {"rounds": 3}, {"scope": "layer"}):
+        with pytest.raises(EdgepressError, match="another method, on another model"):
+            lottery(checkpoint, tmp_path, settings=settings, **other)
+
+
 @pytest.mark.parametrize(("rewind_step", "kept"), [(0, 1.0), (3, 1.0), (3, 0.5)])
 def test_a_ticket_is_what_plain_rounds_of_training_and_sorting_find(
     tmp_path: Path, checkpoint: Path, sparse: Path, rewind_step: int, kept: float
@@ -321,12 +339,12 @@ def test_a_ticket_is_what_plain_rounds_of_training_and_sorting_find(
     if rewind_step == 0:
         watch(0, 0, "")
     hands = {"rows": tiny_windows(8), "mask": None, "settings": SETTINGS, "what": "by hand"}
-    train(objective, **hands, workdir=tmp_path / "hand-1", context=Context(progress=watch), keep_step=rewind_step or None)
+    train(objective, **hands, origin={}, workdir=tmp_path / "hand-1", context=Context(progress=watch), keep_step=rewind_step or None)
     masks = magnitudes(model, masks, total - round((1 - math.sqrt(kept * 0.25)) * total))
     again = load_model(parent)
     hold_masks(again, masks)
     start = tmp_path / "hand-1" / "kept" if rewind_step else None
-    train(Objective(again, beta=1.0), **hands, workdir=tmp_path / "hand-2", context=Context(), start=start)
+    train(Objective(again, beta=1.0), **hands, origin={}, workdir=tmp_path / "hand-2", context=Context(), start=start)
     masks = magnitudes(again, masks, total - round(0.75 * total))
     found, written = read_masks(tmp_path / "out"), load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == masks.keys()
@@ -369,7 +387,7 @@ def test_layer_scope_prunes_every_layer_alike_and_rounds_that_are_done_are_kept(
     lottery(checkpoint, tmp_path, scope="layer")
     for mask in read_masks(tmp_path / "out").values():
         assert float((~mask).float().mean()) == pytest.approx(0.75, abs=1e-3)
-    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["round-1", "round-2"]
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["round-1", "round-2", "search"]
     assert [path.name for path in (tmp_path / "work" / "round-2").iterdir()] == ["found"]
     assert json.loads((tmp_path / "work" / "round-1" / "found" / "metrics.json").read_text())["steps"] == 8
 

@@ -14,10 +14,11 @@ from scipy.stats import chisquare
 
 from compression.checkpoint import file_digests
 from compression.context import Context
+from compression.data.rows import prompts_of, start_token
 from compression.errors import EdgepressError
 from compression.loading import load_model, load_tokenizer
 from compression.synthesis_settings import SynthesisSettings
-from compression.synthesize import _seed, nucleus, prompts_of, sample, start_token, synthesize
+from compression.synthesize import _seed, nucleus, sample, synthesize
 from tests.tiny import SENTENCES, tiny_checkpoint, tiny_tokenizer, tiny_windows
 
 EOS = 1
@@ -141,6 +142,8 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(checkpoint: Path, tmp_p
     assert file_digests(tmp_path / "killed" / "out") == file_digests(tmp_path / "whole" / "out")
     with pytest.raises(EdgepressError, match="other settings"):
         write(checkpoint, tmp_path / "killed", documents=20, temperature=0.5)
+    with pytest.raises(EdgepressError, match="another model"):
+        write(tiny_checkpoint(tmp_path / "other", seed=1), tmp_path / "killed", documents=20)
 
 
 @pytest.mark.parametrize("unit", ["documents", "tokens"])

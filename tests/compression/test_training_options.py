@@ -29,7 +29,7 @@ def run(
     model: nn.Module, workdir: Path, *, settings: TrainingSettings = SETTINGS, mask: torch.Tensor | None = None, **context: object
 ) -> dict[str, float]:
     return train(
-        model, tiny_windows(11), mask=mask, settings=settings, workdir=workdir, context=Context(seed=5, **context), what="toy",
+        model, tiny_windows(11), mask=mask, settings=settings, origin={}, workdir=workdir, context=Context(seed=5, **context), what="toy",
         validation=HELD_OUT,
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ def test_gradient_checkpointing_keeps_less_and_ends_in_the_same_weights(tmp_path
         settings = TrainingSettings(steps=3, batch_size=2, learning_rate=1e-2, gradient_checkpointing=used)
         objective = Objective(model, beta=1.0)
         runs["layers"] = 0
-        train(objective, tiny_windows(6), mask=None, settings=settings, workdir=tmp_path / str(used), context=Context(), what="")
+        train(objective, tiny_windows(6), mask=None, settings=settings, origin={}, workdir=tmp_path / str(used), context=Context(), what="")
         found[used] = (runs["layers"], weights(model))
     assert found[True][0] == 2 * found[False][0] == 6  # computed again in the backward pass
     assert torch.equal(found[True][1], found[False][1])

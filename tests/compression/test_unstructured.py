@@ -257,7 +257,7 @@ def test_every_family_and_one_that_is_not_listed(tmp_path: Path, model_type: str
 
 def test_a_model_of_other_layers_is_refused(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "in", "mixtral")  # experts in one tensor, chosen by a router
-    with pytest.raises(Incompatible, match="no linear layers"):
+    with pytest.raises(Incompatible, match="linear layers"):
         prune(source, tmp_path / "out", method="magnitude", sparsity=0.5)
 
 

@@ -7,14 +7,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from moto.server import ThreadedMotoServer
+
+from tests.waiting import PATIENCE
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
 SETTINGS = {"POSTGRES_PASSWORD": "a-pass", "S3_ACCESS_KEY": "key", "S3_SECRET_KEY": "secret"}
@@ -45,6 +45,15 @@ def postgres_programs() -> Path | None:
     return found[-1].parent if found else None
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    listening = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(each.getsockname()[1]) for each in listening]
+    for each in listening:
+        each.close()
+    return ports
+
+
 class Stack:
     """Services by their names in compose.yaml. Everything they write is below `home`."""
 
@@ -52,10 +61,7 @@ class Stack:
         self.home = home
         self.services = compose()["services"]
         names = ("postgres", "s3", "prefect", "mlflow", "worker")
-        listening = [socket.create_server(("127.0.0.1", 0)) for _ in names]
-        self.ports = {name: each.getsockname()[1] for name, each in zip(names, listening, strict=True)}
-        for each in listening:
-            each.close()
+        self.ports = dict(zip(names, free_ports(len(names)), strict=True))
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
     def here(self, text: str) -> str:
@@ -63,7 +69,7 @@ class Stack:
         text = interpolate(text, SETTINGS)
         for name, inside in (("postgres", "5432"), ("s3", "9000"), ("prefect", "4200"), ("mlflow", "5000"), ("worker", "8080")):
             text = text.replace(f"{name}:{inside}", f"127.0.0.1:{self.ports[name]}")
-            text = re.sub(rf"((?<=127\.0\.0\.1:)|(?<=localhost:)|^){inside}\b", str(self.ports[name]), text)
+            text = re.sub(rf"((?<=127\.0\.0\.1:)|(?<=localhost:)|(?<=^-s3\.port=)|^){inside}\b", str(self.ports[name]), text)
         return text.replace("0.0.0.0", "127.0.0.1").replace("/opt/edgepress/", f"{DOCKER}/")
 
     def environment(self, service: str) -> dict[str, str]:
@@ -85,7 +91,7 @@ class Stack:
     def finish(self, service: str) -> None:
         """Run a service that ends by itself."""
         self.start(service)
-        assert self.running.pop(service).wait(timeout=120) == 0, self.log(service)
+        assert self.running.pop(service).wait(timeout=PATIENCE) == 0, self.log(service)
 
     def stop(self, service: str) -> None:
         process = self.running.pop(service)
@@ -99,7 +105,7 @@ class Stack:
     def log(self, service: str) -> str:
         return (self.home / f"{service}.log").read_text()[-3000:]
 
-    def wait_until_healthy(self, service: str, check: list[str] | None = None, seconds: float = 120) -> None:
+    def wait_until_healthy(self, service: str, check: list[str] | None = None, seconds: float = PATIENCE) -> None:
         """Ask as compose or the image does (a `CMD` list), until it says yes."""
         kind, *words = check or self.services[service]["healthcheck"]["test"]
         assert kind == "CMD"
@@ -151,21 +157,24 @@ class Stack:
     @contextmanager
     def up(self, programs: Path) -> Iterator[None]:
         """All servers, started in the order of `depends_on`, each when those before it are well."""
-        bucket_server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.ports["s3"], verbose=False)  # in place of the service s3
-        bucket_server.start()
-        try:
-            with self.postgres(programs):
+        with self.postgres(programs):
+            try:
+                self.start_s3()
+                self.wait_until_healthy("s3")
                 self.finish("bucket")
                 for service in ("prefect", "mlflow"):
                     self.start(service)
                 for service in ("prefect", "mlflow"):
                     self.wait_until_healthy(service)
-                try:
-                    yield
-                finally:
-                    for service in [name for name in self.running if name != "postgres"]:
-                        self.stop(service)
-        finally:
-            reset = urllib.request.Request(f"http://127.0.0.1:{self.ports['s3']}/moto-api/reset", method="POST")
-            urllib.request.urlopen(reset, timeout=30).close()  # all servers of this process have the same buckets
-            bucket_server.stop()
+                yield
+            finally:
+                for service in [name for name in self.running if name != "postgres"]:
+                    self.stop(service)
+
+    def start_s3(self) -> None:
+        """SeaweedFS by the service's command, which the entry point of its image hands to `weed`. Inside a container all of its ports are free."""
+        data = self.home / "s3"
+        data.mkdir(exist_ok=True)
+        parts = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "s3.port.grpc")
+        own = [f"-{part}={port}" for part, port in zip(parts, free_ports(len(parts)), strict=True)]
+        self.start("s3", ["weed", *self.services["s3"]["command"], f"-dir={data}", *own])

@@ -96,7 +96,7 @@ def test_debian_has_the_packages(file: Path) -> None:
         assert "Package:" in run("apt-cache", "show", name).stdout, name
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_worker_has_what_its_image_needs(worker_environment: Path, tmp_path: Path) -> None:
     programs = worker_environment / "bin"
     made = run(programs / "edgepress", "validate", "demo", cwd=tmp_path)

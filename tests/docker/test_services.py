@@ -16,6 +16,7 @@ from tests.docker.images import instructions
 from tests.docker.services import DOCKER, SETTINGS, Stack, postgres_programs
 from tests.flows.recipes import recipe
 from tests.prefect_api import ask
+from tests.waiting import PATIENCE
 
 STAGES = """\
   pruned: {uses: prune.width, keep: 0.5}
@@ -63,7 +64,7 @@ class Pool:
         (found,) = re.findall(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", self.call("prefect", "deployment", "run", deployment))[:1]
         return str(found)
 
-    def wait_until(self, flow_run: str, *kinds: str, seconds: float = 240) -> dict[str, Any]:
+    def wait_until(self, flow_run: str, *kinds: str, seconds: float = PATIENCE) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
         while (state := self.api(f"flow_runs/{flow_run}")["state"])["type"] not in kinds:
             assert time.monotonic() < deadline, f"{state}\n{self.stack.log('worker')}"
@@ -71,7 +72,7 @@ class Pool:
         return dict(state)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_deployed_recipe_outlives_a_restart_of_its_servers(worker_environment: Path, checkpoint: Path, tmp_path: Path) -> None:
     programs = postgres_programs()
     if programs is None:
@@ -117,7 +118,7 @@ def test_a_deployed_recipe_outlives_a_restart_of_its_servers(worker_environment:
 
 
 def _wait_for_a_finished_stage(tracking: MlflowClient, stack: Stack) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while True:
         experiments = [each.experiment_id for each in tracking.search_experiments()]
         if tracking.search_runs(experiments, "tags.`edgepress.stage` = 'pruned' and attributes.status = 'FINISHED'"):

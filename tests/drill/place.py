@@ -76,7 +76,7 @@ def inspect(calm: Place, hurt: Place) -> Iterator[tuple[str, str, list[str]]]:
     store = hurt.store()
     checked = verify(store)
     yield "store verifies clean", f"{checked.entries} entries, {checked.records} records", [str(path) for path in checked.damaged]
-    left = psutil.wait_procs(hurt.processes(), timeout=20)[1]  # the fork server ends when it sees that the command did
+    left = psutil.wait_procs(hurt.processes(), timeout=120)[1]  # the fork server ends when it sees that the command did
     yield "no process or server left", f"{len(left)} left", [" ".join(words_of(process)) for process in left]
     runs = [(run.run, state_now(store, run)) for run in read_runs(store)]
     yield "no run open in the journal", _counted(state for _, state in runs), [name for name, state in runs if state == "Running"]

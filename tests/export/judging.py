@@ -1,10 +1,13 @@
 """What tests of artifacts judge with."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
+from compression.checkpoint import Checkpoint
 from compression.loading import load_model
 from tests.tiny import tiny_checkpoint, tiny_windows
 
@@ -18,6 +21,22 @@ def kl(expected: np.ndarray, found: np.ndarray) -> float:
 def contents(directory: Path) -> dict[str, bytes]:
     """The bytes of every file, by name."""
     return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def of_type(checkpoint: Checkpoint, model_type: str, **config: object) -> Checkpoint:
+    """A planned checkpoint of another model type and of the same shape, with every setting that its config class writes."""
+    shape = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+    kept = {key: checkpoint.config[key] for key in (*shape, "max_position_embeddings", "tie_word_embeddings")}
+    settings = AutoConfig.for_model(model_type, **kept, bos_token_id=0, eos_token_id=1, pad_token_id=1).to_diff_dict()
+    return dataclasses.replace(checkpoint, config=settings | {"dtype": checkpoint.dtype} | config)
 
 
 def model_of(folder: Path, family: str) -> Path:

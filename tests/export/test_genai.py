@@ -21,6 +21,7 @@ from compression.quantization.layouts import read_quantized_linears
 from export.checks import GENAI_FAMILIES, GENAI_LACKS, check_genai
 from export.genai import export_genai
 from export.runtimes.genai_runtime import GenaiRuntime
+from tests.export.judging import of_type
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 CONTEXT = Context()
@@ -35,9 +36,9 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {layout: root / layout for layout in ("gptq", "awq")}
 
 
-def difference(checkpoint: Path, artifact: Path) -> float:
+def difference(checkpoint: Path, artifact: Path, length: int = 24) -> float:
     """Largest difference in logits between a checkpoint in transformers and its package in GenAI."""
-    ids = tiny_windows(2, 24)
+    ids = tiny_windows(2, length)
     expected = load_model(checkpoint)(ids).logits.detach().numpy()
     return float(np.abs(GenaiRuntime(artifact, threads=1).logits(ids.numpy()) - expected).max())
 
@@ -159,6 +160,43 @@ def test_refuses_windows_and_lengths_of_rope(tmp_path: Path) -> None:
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     with pytest.raises(Incompatible, match="'longrope'"):
         check_genai(dataclasses.replace(phi, config=phi.config | {"rope_parameters": rope}), precision="fp32")
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "pattern"),
+    [
+        ("llama", {"rope_parameters": LINEAR}, "'linear'.*export.gguf and export.onnx.*default, llama3"),
+        ("llama", {"rope_parameters": YARN}, "'yarn'"),
+        ("qwen2", {"rope_parameters": YARN}, "'yarn'.*default, linear"),
+        ("mistral", {"rope_parameters": LLAMA3, "sliding_window": None}, "'llama3'"),
+        ("llama", {"head_dim": 24}, "multiple of 16.*24 wide"),
+        ("phi3", {"original_max_position_embeddings": 64}, "set both to 128"),
+        ("phi3", {"original_max_position_embeddings": 128, "sliding_window": 16}, "and original_max_position_embeddings to 16"),
+    ],
+)
+def test_refuses_what_the_builder_writes_wrong(checkpoint: Path, family: str, config: dict, pattern: str) -> None:
+    with pytest.raises(Incompatible, match=pattern) as error:
+        check_genai(of_type(open_checkpoint(checkpoint), family, **config), precision="fp32")
+    assert error.value.key == "uses"
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [("qwen3", {"rope_parameters": LINEAR}), ("llama", {"rope_parameters": LLAMA3}), ("phi3", {"sliding_window": 16})],
+)
+def test_what_it_writes_right(tmp_path: Path, family: str, config: dict) -> None:
+    source = tiny_checkpoint(tmp_path / "model", family, layers=1, **config)
+    if family == "phi3":  # as the refusal advises
+        shape = json.loads((source / "config.json").read_text())
+        shape |= {"max_position_embeddings": 16, "original_max_position_embeddings": 16}
+        (source / "config.json").write_text(json.dumps(shape))
+    export_genai(source, tmp_path / "out", precision="fp32", context=CONTEXT)
+    assert difference(source, tmp_path / "out", 16) < 1e-4
 
 
 def test_the_tokenizer_is_tried_on_texts(checkpoint: Path, tmp_path: Path) -> None:

@@ -17,14 +17,17 @@ from safetensors.torch import load_file, save_file
 
 from compression.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
-from compression.errors import Incompatible, MissingExtra
-from compression.loading import load_model, load_tokenizer
+from compression.errors import Incompatible, MissingExtra, UnusableModel
+from compression.loading import load_model
+from compression.origin import Origin
+from export.gguf.architectures import ARCHITECTURES
 from export.gguf.check import check_gguf
 from export.gguf.tensors import Types
 from export.gguf.tokenizer import read_vocabulary
 from export.gguf.types import QUANTIZED
 from export.gguf.writer import export_gguf, write_model
 from export.runtimes.llamacpp import LlamaCppRuntime
+from tests.export.judging import of_type
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 
@@ -32,8 +35,7 @@ def write(source: Path, out: Path, type: str) -> None:
     """The file without check and proof, which cost a process each time."""
     out.mkdir()
     checkpoint = open_checkpoint(source)
-    vocabulary = read_vocabulary(load_tokenizer(source), checkpoint.vocab_size, checkpoint.config)
-    write_model(out / "model.gguf", checkpoint, vocabulary, Types(type, type, type), Context())
+    write_model(out / "model.gguf", checkpoint, read_vocabulary(source, checkpoint.vocab_size), Types(type, type, type), Context())
 
 
 def exact_contexts(patch: pytest.MonkeyPatch) -> None:
@@ -139,6 +141,56 @@ def test_same_bytes_every_time(checkpoint: Path, tmp_path: Path) -> None:
     assert filecmp.cmp(tmp_path / "a" / "model.gguf", tmp_path / "b" / "model.gguf", shallow=False)
 
 
+def types_in(out: Path) -> dict[str, str]:
+    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
+
+
+@pytest.mark.parametrize(("type", "found"), [("q8_0", "Q8_0"), ("q4_0", "Q4_0"), ("q4_k_m", "Q5_0")])
+def test_rows_between_blocks_stay_in_f16(tmp_path: Path, type: str, found: str) -> None:
+    source, warnings = tiny_checkpoint(tmp_path / "model", intermediate=80), list[str]()
+    metrics = export_gguf(source, tmp_path / "out", type=type, context=Context(warn=warnings.append))
+    types = types_in(tmp_path / "out")
+    assert (types["blk.0.ffn_down.weight"], types["blk.0.ffn_up.weight"]) == ("F16", found)
+    assert metrics["fallback_tensors"] == (14 if type == "q4_k_m" else 2)
+    assert any("rows of 80" in warning for warning in warnings)
+    assert divergence(source, tmp_path / "out") < 0.2
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_beside_a_tied_embedding(tmp_path: Path, same: bool) -> None:
+    source = tiny_checkpoint(tmp_path / "model", layers=1)
+    weights = load_file(source / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    save_file(
+        weights | {"lm_head.weight": embedding.clone() if same else embedding.flip(0)}, source / "model.safetensors", {"format": "pt"}
+    )
+    if not same:
+        with pytest.raises(UnusableModel, match="tie_word_embeddings") as refused:
+            write(source, tmp_path / "out", "f32")
+        assert refused.value.key == "model"
+        config = json.loads((source / "config.json").read_text())  # as a base is normalised
+        (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    write(source, tmp_path / str(same), "f32")
+    assert ("output.weight" in types_in(tmp_path / str(same))) is not same
+    assert divergence(source, tmp_path / str(same)) < 1e-9
+
+
+def test_float64_weights_become_f32(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model", dtype=torch.float64)
+    export_gguf(source, tmp_path / "out", type="q8_0", context=Context())
+    assert types_in(tmp_path / "out")["token_embd.weight"] == "F32"
+
+
+def test_the_file_names_what_it_was_made_of(checkpoint: Path, tmp_path: Path) -> None:
+    origin = Origin("SmolLM2-135M", "HuggingFaceTB", "https://huggingface.co/HuggingFaceTB/SmolLM2-135M", "93efa2f", "apache-2.0")
+    export_gguf(checkpoint, tmp_path, type="f16", origin=origin, context=Context())
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    told = {key.removeprefix("general."): field.contents() for key, field in fields.items() if key.startswith("general.")}
+    assert told["name"] == told["base_model.0.name"] == "SmolLM2-135M" and told["license"] == "apache-2.0"
+    assert told["base_model.count"] == 1 and told["base_model.0.organization"] == "HuggingFaceTB"
+    assert told["base_model.0.repo_url"] == origin.url and told["base_model.0.version"] == "93efa2f"
+
+
 def test_sliding_attention_cuts_the_context(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "model", "mistral", sliding_window=64)
     warnings: list[str] = []
@@ -163,10 +215,18 @@ def planned(checkpoint: Path) -> Checkpoint:
 
 
 def with_config(checkpoint: Checkpoint, layout: str = "dense", **config: object) -> Checkpoint:
-    return dataclasses.replace(checkpoint, layout=layout, config=checkpoint.config | config)
+    made = of_type(checkpoint, str(config["model_type"])) if config.get("model_type") in ARCHITECTURES else checkpoint
+    return dataclasses.replace(made, layout=layout, config=made.config | config)
 
 
-GEMMA = {"model_type": "gemma3_text", "hidden_act": None, "query_pre_attn_scalar": 16}
+GEMMA = {"model_type": "gemma3_text", "query_pre_attn_scalar": 16}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 64,
+}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 
 
@@ -188,7 +248,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_
         ("type", "group_size 48.*requantize: true", {"type": "carry"}, {"layout": "gptq", "quantization_config": GPTQ | {"group_size": 48}}),
         ("type", "static_groups.*requantize: true", {"type": "carry"}, {"layout": "gptq", "quantization_config": GPTQ | {"desc_act": True}}),
         ("type", "symmetric: true.*requantize: true", {"type": "carry"}, {"layout": "gptq", "quantization_config": GPTQ | {"bits": 8, "sym": False}}),
-        ("type", "multiple of 32.*mlp.down_proj", {"type": "q8_0"}, {"intermediate_size": 120}),
+        ("type", "multiple of 32.*mlp.down_proj", {"type": "q8_0"}, {"intermediate_size": 120, "hidden_size": 72, "head_dim": 18}),
         ("embedding_type", "hidden_size is 72", {"type": "f16", "embedding_type": "q8_0"}, {"hidden_size": 72}),
         ("uses", "'gpt_neox'", {"type": "f16"}, {"model_type": "gpt_neox"}),
         ("uses", "'gelu'", {"type": "f16"}, {"hidden_act": "gelu"}),
@@ -198,7 +258,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_
         ("uses", "heads x head_dim", {"type": "f16"}, {"model_type": "qwen2", "num_attention_heads": 2}),
         ("uses", "no_rope_layers", {"type": "f16"}, {"model_type": "smollm3", "no_rope_layers": [1, 0]}),
         ("uses", "llama3", {"type": "f16"}, {"model_type": "smollm3", "rope_parameters": LLAMA3}),
-        ("uses", "multiples of 256", {"type": "f16"}, {"model_type": "phi3", "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}, "original_max_position_embeddings": 64}),
+        ("uses", "multiples of 256", {"type": "f16"}, {"model_type": "phi3", "rope_parameters": LONGROPE}),
         ("uses", "query_pre_attn_scalar 256", {"type": "f16"}, GEMMA | {"query_pre_attn_scalar": 256}),
         ("uses", "attn_logit_softcapping", {"type": "f16"}, GEMMA | {"attn_logit_softcapping": 50.0}),
         ("uses", "use_bidirectional_attention", {"type": "f16"}, GEMMA | {"use_bidirectional_attention": True}),
@@ -210,6 +270,20 @@ def test_refused_before_any_work(planned: Checkpoint, key: str, pattern: str, se
     with pytest.raises(Incompatible, match=pattern) as refused:
         check_gguf(with_config(planned, **config), **settings)
     assert refused.value.key == key
+
+
+@pytest.mark.parametrize("absent", ["tie_word_embeddings", "head_dim", "rope_parameters", "num_key_value_heads"])
+def test_an_absent_setting_is_not_guessed(planned: Checkpoint, absent: str) -> None:
+    config = {key: value for key, value in planned.config.items() if key != absent}
+    with pytest.raises(UnusableModel, match=absent) as refused:
+        check_gguf(dataclasses.replace(planned, config=config), type="f16")
+    assert refused.value.key == "model"
+
+
+def test_yarn_needs_its_original_length(planned: Checkpoint) -> None:
+    rope = {key: value for key, value in YARN.items() if key != "original_max_position_embeddings"}
+    with pytest.raises(UnusableModel, match="original_max_position_embeddings"):
+        check_gguf(with_config(planned, rope_parameters=rope), type="f16")
 
 
 def test_planned_checkpoints_are_taken(planned: Checkpoint) -> None:

@@ -17,10 +17,10 @@ from compression.context import Context
 from compression.errors import Incompatible
 from compression.families import FAMILIES
 from compression.quantization.layouts import QuantizedLinear, awq_tensors, gptq_tensors
-from compression.quantization.settings import awq_config, gptq_config
+from compression.quantization.settings import ROW, awq_config, gptq_config
 from export.gguf.carry import pack
 from export.gguf.writer import export_gguf
-from tests.export.test_gguf import divergence
+from tests.export.test_gguf import divergence, types_in
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 
@@ -83,12 +83,15 @@ def test_what_blocks_cannot_hold_is_refused(codes: np.ndarray, scales: np.ndarra
 FITTING: dict[str, dict[str, Any]] = {"gemma3_text": {"query_pre_attn_scalar": 32}, "smollm3": {"no_rope_layers": [1, 1]}}  # to llama.cpp
 
 
-def quantized_checkpoint(path: Path, layout: str, bits: int, group_size: int, *, family: str = "llama", act_order: bool = False) -> Path:
+def quantized_checkpoint(
+    path: Path, layout: str, bits: int, group_size: int, *, family: str = "llama", act_order: bool = False, intermediate: int = 128
+) -> Path:
     """A checkpoint whose linear layers are random codes."""
-    tiny_checkpoint(path, family, hidden=128, intermediate=128, tied=family != "llama", **FITTING.get(family, {}))
+    tiny_checkpoint(path, family, hidden=128, intermediate=intermediate, tied=family != "llama", **FITTING.get(family, {}))
     weights, symmetric = load_file(path / "model.safetensors"), layout == "gptq"
     for name in [n for n in weights if n.rpartition(".weight")[0].endswith(FAMILIES[family].linears)]:
-        layer = random_layer(*weights.pop(name).shape, bits, group_size, symmetric=symmetric, seed=len(weights))
+        shape = weights.pop(name).shape
+        layer = random_layer(*shape, bits, shape[1] if group_size == ROW else group_size, symmetric=symmetric, seed=len(weights))
         tensors = gptq_tensors(layer) if layout == "gptq" else awq_tensors(layer)
         if act_order and "g_idx" in tensors:
             tensors["g_idx"] = tensors["g_idx"].flip(0)
@@ -116,6 +119,15 @@ def test_llama_cpp_runs_the_checkpoints_own_weights(tmp_path: Path, kind: str) -
     assert tensors["token_embd.weight"] == "F32"  # the checkpoint's own
     assert metrics["carry_worst_difference_in_steps"] <= (15 * 2**-11 if type == "Q4_1" else 0)
     assert divergence(source, tmp_path / "out") < 2e-3  # llama.cpp rounds activations to 8 bits in front of quantized weights
+
+
+def test_groups_between_blocks_become_f16(tmp_path: Path) -> None:
+    source, warnings = quantized_checkpoint(tmp_path / "model", "gptq", 4, ROW, intermediate=144), list[str]()
+    metrics = export_gguf(source, tmp_path / "out", type="carry", context=Context(warn=warnings.append))
+    types = types_in(tmp_path / "out")
+    assert (types["blk.0.ffn_up.weight"], types["blk.0.ffn_down.weight"]) == ("Q4_0", "F16")
+    assert metrics["fallback_tensors"] == 2 and any("rows of 144" in warning for warning in warnings)
+    assert divergence(source, tmp_path / "out") < 2e-3
 
 
 def test_dequantized_weights_are_exact_in_f32(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from compression.evaluation.text import Text, stream_text
 from compression.loading import load_tokenizer
 from export.gguf.writer import export_gguf
 from export.runtimes import open_runtime, open_text
-from tests.tiny import SENTENCES
+from tests.tiny import SENTENCES, tiny_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[answer] {% endif %}"
@@ -54,6 +54,18 @@ def test_tokens_are_those_of_transformers(text: Text, chatty: Path) -> None:
         tokens = text.encode(sentence)
         assert tokens == tokenizer(sentence).input_ids
         assert text.decode(tokens) == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert text.encode("<s>The lamp") == tokenizer("The lamp").input_ids  # begin-of-text once
+
+
+def test_a_prompt_ends_without_end_of_text(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    tiny_tokenizer(eos=True).save_pretrained(tmp_path / "model")
+    expected = load_tokenizer(checkpoint)("The lamp is in the").input_ids
+    export_gguf(tmp_path / "model", tmp_path / "gguf", type="f32", context=Context())
+    for path in (tmp_path / "model", tmp_path / "gguf"):
+        runtime = open_runtime(path, threads=1)
+        assert open_text(path, runtime).encode("The lamp is in the") == expected
+        runtime.close()
 
 
 def test_streamed_text_is_the_whole_text(text: Text) -> None:
@@ -67,6 +79,9 @@ def test_chat_is_the_template_of_transformers(text: Text, chatty: Path) -> None:
     conversation = [{"role": "user", "content": "Where is the lamp?"}]
     expected = load_tokenizer(chatty).apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
     assert text.encode_chat("Where is the lamp?") == expected
+    conversation = [{"role": "system", "content": "Be brief."}, *conversation]
+    expected = load_tokenizer(chatty).apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    assert text.encode_chat("Where is the lamp?", "Be brief.") == expected
 
 
 def test_end_of_text(chatty: Path, gguf: Path) -> None:

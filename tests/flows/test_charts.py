@@ -1,3 +1,4 @@
+import math
 import re
 from xml.etree import ElementTree
 
@@ -50,6 +51,12 @@ def test_values_far_apart_stand_on_a_logarithmic_axis() -> None:
     (_, low), (_, middle), (_, high) = place(svg)
     assert low - middle == pytest.approx(middle - high, abs=0.11)
     assert "perplexity (logarithmic)" in svg
+
+
+def test_an_infinite_value_stands_at_the_edge() -> None:
+    svg = lines({"": points(1.0, 2.0, math.inf)}, ["a", "b", "c"], "x", "perplexity", None)
+    (_, _), (_, middle), (_, edge) = place(svg)
+    assert edge <= middle and "nan" not in svg
 
 
 def test_whiskers_reach_from_low_to_high() -> None:

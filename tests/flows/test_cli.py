@@ -12,6 +12,7 @@ import yaml
 
 from flows.planning import Plan
 from tests.flows.recipes import edgepress, recipe
+from tests.tiny import tiny_checkpoint
 
 GOOD = "  pruned: {uses: prune.width, keep: 0.5}\n"
 
@@ -112,12 +113,16 @@ def test_wrong_keys(checkpoint: Path, rest: str, line_of: str, words: list[str],
     refused(text, line_of, words, capfd)
 
 
-def drop_architecture(model: Path) -> None:
-    edit(model, architectures=["LlamaForSequenceClassification"])
+def classify_images(model: Path) -> None:
+    edit(model, model_type="vit")
+
+
+def name_an_unknown_type(model: Path) -> None:
+    edit(model, model_type="sesame", architectures=["SesameForCausalLM"])
 
 
 def want_remote_code(model: Path) -> None:
-    edit(model, auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    edit(model, model_type="sesame", auto_map={"AutoModelForCausalLM": "modeling.Model"})
 
 
 def pickle_weights(model: Path) -> None:
@@ -133,10 +138,6 @@ def forget_tokenizer(model: Path) -> None:
     (model / "tokenizer.json").unlink()
 
 
-def unknown_architecture(model: Path) -> None:
-    edit(model, model_type="sesame", architectures=["SesameForCausalLM"])
-
-
 def edit(model: Path, **changes: object) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, **changes}))
@@ -146,7 +147,8 @@ def edit(model: Path, **changes: object) -> None:
     ("damage", "words"),
     [
         (shutil.rmtree, ["there is no model directory"]),
-        (drop_architecture, ["is no causal language model", "ForCausalLM"]),
+        (classify_images, ["not a causal language model", "vit"]),
+        (name_an_unknown_type, ["'sesame'", "transformers"]),
         (want_remote_code, ["auto_map"]),
         (pickle_weights, ["pickled weights", "safetensors"]),
         (truncate, ["truncated or damaged"]),
@@ -161,12 +163,9 @@ def test_wrong_models(
     refused(recipe(copy, GOOD), "model:", words, capfd)
 
 
-def test_an_unlisted_architecture_is_refused_by_the_stage_that_needs_its_names(
-    checkpoint: Path, here: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    copy = shutil.copytree(checkpoint, here / "model")
-    unknown_architecture(copy)
-    refused(recipe(copy, GOOD), "uses: prune.width", ["'sesame'", "llama", "quantize.rtn"], capfd)
+def test_an_unlisted_architecture_is_refused_by_the_stage_that_needs_its_names(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = tiny_checkpoint(here / "model", "stablelm")
+    refused(recipe(model, GOOD), "uses: prune.width", ["'stablelm'", "llama", "quantize.rtn"], capfd)
 
 
 def test_a_hub_model_without_a_hub(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -28,9 +27,11 @@ from flows.deployment import _begun, run_recipe, summary_page
 from flows.pipeline import _end_orphans
 from tasks.journal import Run, RunBase, journal, read_run, read_runs, state_now
 from tasks.store import Store
+from tests import waiting
 from tests.flows.recipes import edgepress
 from tests.flows.test_pipeline import DECOY, SAFE, Workshop
 from tests.prefect_api import ask
+from tests.waiting import PATIENCE
 
 RECIPE = """\
 model: model
@@ -43,7 +44,6 @@ stages:
   rtn: {uses: quantize.rtn, group_size: 32}
 """
 PREFECT = [sys.executable, "-P", "-m", "prefect"]
-WAIT = 240  # seconds; it takes a tenth of that where nothing else works
 
 
 def texts(word: str) -> str:
@@ -57,11 +57,7 @@ def free_port() -> int:
 
 def until(moment: Callable[[], Any], what: str, log: Path | None = None) -> Any:
     """Wait for a moment and return what it brought."""
-    deadline = time.monotonic() + WAIT
-    while not (found := moment()):
-        assert time.monotonic() < deadline, (what, log and log.read_text())
-        time.sleep(0.05)
-    return found
+    return waiting.until(moment, lambda: (what, log and log.read_text()))
 
 
 class Deployed(Workshop):
@@ -158,7 +154,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterato
         for process in reversed(processes):
             process.terminate()
         for process in processes:
-            process.wait(timeout=60)
+            process.wait(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +162,7 @@ def deployed(place: Deployed) -> str:
     """Deployed on a schedule; what the command said."""
     command = ["deploy", "micro.yaml", "--pool", "edge", "--cron", "0 3 * * 0", "--timezone", "Europe/Berlin", "--set", "seed=3"]
     done = subprocess.run(
-        [*SAFE, *command], cwd=place.folder, env=place.environment, text=True, capture_output=True, timeout=WAIT, check=False
+        [*SAFE, *command], cwd=place.folder, env=place.environment, text=True, capture_output=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -379,16 +375,16 @@ def test_serve_runs_on_a_server_of_its_own_and_ends_what_runs(tmp_path: Path, ch
     try:
         until(lambda: serving.poll() is not None or "deployment: edgepress/micro" in log.read_text(), "no deployment", log)
         until(lambda: made.answers() and made.scheduled(), "nothing was scheduled")
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as page:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=PATIENCE) as page:
             assert b"<html" in page.read().lower()
         made.trigger()
         until(lambda: serving.poll() is not None or made.has_trained(), "no training", log)
         family = psutil.Process(serving.pid).children(recursive=True)
         serving.send_signal(signal.SIGTERM)
-        assert serving.wait(timeout=120) == 0, log.read_text()
+        assert serving.wait(timeout=PATIENCE) == 0, log.read_text()
     finally:
         serving.kill()
-    assert psutil.wait_procs(family, timeout=30)[1] == [] and "stopped" in log.read_text()
+    assert psutil.wait_procs(family, timeout=PATIENCE)[1] == [] and "stopped" in log.read_text()
     run = made.journal("micro-1")
     assert run.state == "Interrupted" and run.directory == str(made.folder)
     assert {found.info.status for found in made.runs()} == {"FINISHED", "KILLED"}

@@ -19,6 +19,7 @@ from tasks.perform import _compare_speed
 from tasks.stage import Artifact
 from tasks.store import Store
 from tests.flows.recipes import edgepress
+from tests.waiting import PATIENCE
 
 EDGEPRESS = [sys.executable, "-P", "-m", "flows.cli"]
 
@@ -30,7 +31,7 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     export_gguf(checkpoint, out, type="q8_0", context=Context())
     document = {"uses": "export.gguf", "parameters": {"uses": "export.gguf", "type": "q8_0", "head_type": None}, "libraries": {"gguf": "1"}}
     before = [("2" * 64, {**document, "uses": "prune.width", "parameters": {"keep": 0.5}})]
-    base = Base(open_checkpoint(checkpoint), "1" * 64, "1" * 64, str(checkpoint), None, "mit")
+    base = Base(open_checkpoint(checkpoint), "1" * 64, "1" * 64, str(checkpoint), None, "mit", checkpoint, "1" * 64)
     complete_artifact(out, Artifact("llama.cpp", "int8", 0), document, "3" * 64, before, base)
     return out
 
@@ -72,7 +73,7 @@ def test_ctrl_c_ends_generate_with_its_timings(checkpoint: Path) -> None:
     assert process.stdout is not None
     process.stdout.read(len("The lamp") + 1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, "Traceback" in err) in {(130, False), (0, False)} and "tokens (" in err  # 0: it was faster than the signal
 
 

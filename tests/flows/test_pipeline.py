@@ -9,7 +9,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +25,7 @@ from tasks.store import Store
 from tasks.store_upkeep import collect_garbage, verify
 from tasks.summaries import read_summary
 from tests.flows.recipes import recipe
+from tests.waiting import PATIENCE, until
 
 SAFE = [sys.executable, "-P", "-m", "flows.cli"]
 SCRIPT = [str(Path(sys.executable).with_name("edgepress"))]
@@ -55,7 +55,7 @@ class Workshop:
     def run(self, *overrides: str, command: list[str] = SAFE) -> "Finished":
         """Run the command to its end."""
         process = self.start(*overrides, command=command)
-        out, err = process.communicate(timeout=280)
+        out, err = process.communicate(timeout=PATIENCE)
         summary = self.folder / "outputs" / "micro" / "run.json"
         return Finished(process.returncode, out, err, json.loads(summary.read_text()) if summary.exists() else {})
 
@@ -63,17 +63,13 @@ class Workshop:
         """Start the command, send it a signal when the moment has come, and wait for its end."""
         process = self.start()
         try:
-            deadline = time.monotonic() + 250
-            while not moment():
-                assert process.poll() is None, process.communicate()
-                assert time.monotonic() < deadline, "the moment never came"
-                time.sleep(0.01)
+            until(moment, process=process)
             family = psutil.Process(process.pid).children(recursive=True)
         except BaseException:
             process.kill()
             raise
         process.send_signal(how)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=PATIENCE)
         return Interrupted(process.returncode, out, err, family)
 
     def computing(self, uses: str) -> Callable[[], bool]:
@@ -314,7 +310,16 @@ def test_runs_are_described_and_tagged(first_runs: tuple[Run, dict[str, Run]]) -
     parent, below = first_runs
     note = below["gguf"].data.tags["mlflow.note.content"]
     assert note.startswith("`export.gguf` after gptq: computed") and "| perplexity |" in note and "**PASS** kl_to_parent" in note
-    assert "| 4 | [gguf](#/experiments/" in parent.data.tags["mlflow.note.content"]
+    described = parent.data.tags["mlflow.note.content"]
+    assert [line.split(" | ")[0] for line in described.splitlines()[:5]] == [
+        "| result",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        "| base",
+        "| gguf",
+        "| onnx",
+    ]
+    assert "| 4 | [gguf](#/experiments/" in described
+    assert {run.data.tags["edgepress.run"] for run in (parent, *below.values())} == {"micro-1"}
     tags = below["gptq"].data.tags
     assert [tags[f"edgepress.{tag}"] for tag in ("family", "layout", "bits", "leaf", "makes")] == [
         "llama",
@@ -382,7 +387,7 @@ def killed(disturbed: Workshop) -> Interrupted:
 @pytest.fixture(scope="module")
 def stopped(disturbed: Workshop, killed: Interrupted) -> Interrupted:
     """Ctrl-C in a later stage, after the killed command went on."""
-    assert psutil.wait_procs(killed.family, timeout=30)[1] == []
+    assert psutil.wait_procs(killed.family, timeout=PATIENCE)[1] == []
     return disturbed.interrupt(disturbed.computing("export.onnx"), signal.SIGINT)
 
 
@@ -394,13 +399,13 @@ def finished(disturbed: Workshop, stopped: Interrupted) -> Finished:
 def test_no_process_outlives_a_killed_command(killed: Interrupted) -> None:
     assert killed.code == -signal.SIGKILL
     assert len(killed.family) >= 3  # Prefect's server, the fork server, the child that worked
-    assert psutil.wait_procs(killed.family, timeout=30)[1] == []
+    assert psutil.wait_procs(killed.family, timeout=PATIENCE)[1] == []
 
 
 def test_ctrl_c_ends_everything(disturbed: Workshop, stopped: Interrupted) -> None:
     assert stopped.code == 130
     assert "the same command goes on from here" in stopped.err and "Traceback" not in stopped.err
-    assert psutil.wait_procs(stopped.family, timeout=30)[1] == []
+    assert psutil.wait_procs(stopped.family, timeout=PATIENCE)[1] == []
 
 
 def test_the_same_command_then_finishes_with_the_same_bytes(

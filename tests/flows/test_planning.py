@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,12 @@ def test_an_export_is_bounded_by_its_format_unless_the_recipe_says_otherwise(pla
         ("stages.gguf.bounds={kl_to_parent: {max: 9}}", set()),
         ("gates.pruned.perplexity={max: 9}", set()),
         ("execution.cores=1", set()),
+        ("model={path: CHECKPOINT, license: mit}", {"gguf", "onnx"}),  # which artifacts state
         ("name=other", set()),
     ],
 )
-def test_what_a_change_runs_again(plan: Any, override: str, expected: set[str]) -> None:
+def test_what_a_change_runs_again(plan: Any, checkpoint: Path, override: str, expected: set[str]) -> None:
+    override = override.replace("CHECKPOINT", str(checkpoint))
     if "calibration_windows" in override or "train_documents" in override:
         assert expected <= changed(plan(), plan(override))  # how finely data is told apart is compression.data's matter
     else:
@@ -188,3 +191,54 @@ def test_a_teacher_may_have_an_at_sign_in_its_path(plan: Any, checkpoint: Path, 
     (tmp_path / "teacher@home").symlink_to(checkpoint)
     made = plan(f"stages.distilled.teacher={tmp_path}/teacher@home")
     assert made.by_name["distilled"].outside["teacher"].checkpoint.path.is_dir()
+
+
+@pytest.fixture
+def village(tmp_path: Path) -> str:
+    """A data section of local text: 60 short documents to train on, 12 to measure with."""
+    for split, count in (("train", 60), ("test", 12)):
+        (tmp_path / f"{split}.txt").write_text("\n\n".join(f"The lamp is in the mill. {number}" for number in range(count)))
+    return f"{{text: {{path: {tmp_path}}}, length: 32, calibration_windows: 4, evaluation_windows: 4}}"
+
+
+@pytest.mark.parametrize(
+    ("override", "stage", "key"),
+    [
+        ("data.calibration_windows=64", "{uses: quantize.gptq, group_size: 32}", "data.calibration_windows"),
+        ("data.length=128", "{uses: finetune}", "data.length"),
+        ("data.train_documents=1", "{uses: finetune}", "data.length"),
+        ("stages.one.prompt_tokens=30", "{uses: synthesize, documents: 2, length: 64, prompt_tokens: 4}", "stages.one.prompt_tokens"),
+    ],
+)
+def test_text_that_fills_too_little_is_refused(checkpoint: Path, tmp_path: Path, village: str, override: str, stage: str, key: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(recipe(checkpoint, f"  one: {stage}\n", data=village))
+    make_plan(load_recipe(file, []), Store(tmp_path / "store"))
+    if override == "data.length=128":
+        (tmp_path / "test.txt").write_text("The lamp.")
+    with pytest.raises(EdgepressError, match=rf"{key}"):
+        make_plan(load_recipe(file, [override]), Store(tmp_path / "store"))
+
+
+def test_a_template_that_refuses_questions_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    wants = "{% if messages[0].role != 'system' %}{{ raise_exception('System first!') }}{% endif %}{{ messages[-1].content }}"
+    (model / "chat_template.jinja").write_text(wants)
+    file = tmp_path / "r.yaml"
+    file.write_text(recipe(model, "  one: {uses: quantize.rtn, group_size: 32}\n"))
+    with pytest.raises(EdgepressError, match=r"data\.questions.*System first!.*data\.questions\.system"):
+        make_plan(load_recipe(file, []), Store(tmp_path / "store"))
+    make_plan(load_recipe(file, ["data.questions={path: embedded, system: Be brief.}"]), Store(tmp_path / "store"))
+
+
+def test_synthesize_needs_a_token_to_begin_with(checkpoint: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    (model / "special_tokens_map.json").unlink(missing_ok=True)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": None, "eos_token": None}))
+    file = tmp_path / "r.yaml"
+    file.write_text(recipe(model, "  one: {uses: synthesize, documents: 2, length: 64}\n"))
+    with pytest.raises(EdgepressError, match="neither BOS nor EOS"):
+        make_plan(load_recipe(file, []), Store(tmp_path / "store"))

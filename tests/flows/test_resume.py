@@ -23,6 +23,7 @@ from tasks.journal import Run, RunBase, RunStage, journal, read_run, read_runs, 
 from tasks.store import Store, publish
 from tests.flows.recipes import STAGES, edgepress, recipe
 from tests.flows.test_pipeline import SAFE, Finished, Interrupted, Workshop
+from tests.waiting import PATIENCE
 
 SWEPT = """\
   pruned: {uses: prune.width, keep: 0.5}
@@ -312,7 +313,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Workshop
 
 def command(shop: Workshop, *arguments: str, cwd: Path | None = None) -> Finished:
     done = subprocess.run(
-        [*SAFE, *arguments], cwd=cwd or shop.folder, env=shop.environment, text=True, capture_output=True, timeout=280, check=False
+        [*SAFE, *arguments], cwd=cwd or shop.folder, env=shop.environment, text=True, capture_output=True, timeout=PATIENCE, check=False
     )  # fmt: skip
     return Finished(done.returncode, done.stdout, done.stderr, json.loads((shop.folder / "outputs" / "micro" / "run.json").read_text()))
 
@@ -334,7 +335,7 @@ class Resuming(Workshop):
 def killed(shop: Workshop) -> Interrupted:
     """Killed while it trained; then its recipe is changed."""
     ended = shop.interrupt(shop.has_trained, signal.SIGKILL)
-    assert psutil.wait_procs(ended.family, timeout=30)[1] == []
+    assert psutil.wait_procs(ended.family, timeout=PATIENCE)[1] == []
     (shop.folder / "micro.yaml").write_text("this: is no recipe\n")
     return ended
 

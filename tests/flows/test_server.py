@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from flows.pipeline import _end_orphans
 from flows.server import prefect_server
 from tasks.owner import owner_tag
 from tests.prefect_api import ask
+from tests.waiting import PATIENCE, until
 
 START = """
 import os, sys
@@ -51,27 +51,34 @@ def start(home: Path) -> tuple[subprocess.Popen[str], str, psutil.Process]:
     return process, url, server
 
 
+def healthy(url: str) -> bool:
+    """Whether a server answers, which may take it long; False where none listens."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=PATIENCE) as answer:
+            return bool(answer.read() == b"true")
+    except OSError:
+        return False
+
+
 def test_it_answers_and_ends_with_its_block_and_with_its_killed_owner(tmp_path: Path) -> None:
     process, url, server = start(tmp_path)
-    with urllib.request.urlopen(f"{url}/health", timeout=120) as answer:  # connects at once: the socket listens before the server runs
-        assert answer.read() == b"true"
-    process.communicate("", timeout=60)
+    assert healthy(url)  # connects at once: the socket listens before the server runs
+    process.communicate("", timeout=PATIENCE)
     assert process.returncode == 0 and not server.is_running()
     assert (tmp_path / "prefect.db").is_file()
 
     process, _, server = start(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert psutil.wait_procs([server], timeout=20)[1] == []
+    assert psutil.wait_procs([server], timeout=PATIENCE)[1] == []
 
 
 def test_two_that_make_one_database_at_once_both_answer(tmp_path: Path) -> None:
     both = [start(tmp_path) for _ in range(2)]
     for _, url, _ in both:
-        with urllib.request.urlopen(f"{url}/health", timeout=120) as answer:
-            assert answer.read() == b"true"
+        assert healthy(url)
     for process, _, _ in both:
-        process.communicate("", timeout=60)
+        process.communicate("", timeout=PATIENCE)
         assert process.returncode == 0
 
 
@@ -85,7 +92,7 @@ def test_all_that_dead_processes_left_running_is_marked_as_crashed(tmp_path: Pat
     with temporary_settings({PREFECT_API_URL: url}):
         _end_orphans()
     states = [run["state_type"] for page in (0, 2, 4) for run in ask(f"{url}/task_runs/filter", {"offset": page})]
-    process.communicate("", timeout=60)
+    process.communicate("", timeout=PATIENCE)
     assert sorted(states) == [*["CRASHED"] * 5, "RUNNING"]
 
 
@@ -108,15 +115,7 @@ def test_a_killed_server_is_started_again_at_the_same_address(tmp_path: Path, mo
         monkeypatch.chdir("/")  # as `edgepress serve` goes elsewhere
         first = the_server()
         first.kill()
-        deadline = time.monotonic() + 200
-        while True:
-            try:
-                with urllib.request.urlopen(f"{os.environ['PREFECT_API_URL']}/health", timeout=120) as answer:
-                    assert answer.read() == b"true"
-                break
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+        until(lambda: healthy(os.environ["PREFECT_API_URL"]))
         second = the_server()
         assert second.pid != first.pid
     assert not second.is_running()
@@ -129,7 +128,7 @@ def test_what_a_dead_server_brought_down_names_it(tmp_path: Path, monkeypatch: p
     with named, prefect_server(tmp_path):
         server = the_server()
         server.kill()
-        psutil.wait_procs([server], timeout=20)
+        psutil.wait_procs([server], timeout=PATIENCE)
         raise ConnectionError("refused")
     with pytest.raises(ZeroDivisionError), prefect_server(tmp_path):  # what went wrong beside a living server stays what it is
         _ = 1 / 0

@@ -25,6 +25,7 @@ from flows.study_results import Results, results
 from tasks.store import Store
 from tests.flows.recipes import edgepress, recipe
 from tests.flows.test_report import row
+from tests.waiting import PATIENCE
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -342,7 +343,7 @@ def test_a_study_runs_and_concludes(tmp_path: Path, checkpoint: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "EDGEPRESS_STORE")}
     ended = subprocess.run(
         [sys.executable, "-P", "-m", "flows.cli", "study", "tiny.yaml", "--seeds", "3"], cwd=tmp_path,
-        env={**environment, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=280, check=False,
+        env={**environment, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     folder = tmp_path / "outputs" / "tiny"

@@ -10,6 +10,7 @@ import pytest
 
 from flows.comparison import compare
 from tests.flows.recipes import recipe
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path
     hidden = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "EDGEPRESS_STORE", "PYTHONSAFEPATH")
     environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"PREFECT_HOME": str(folder / "home"), "TMPDIR": str(folder)}
     command = [sys.executable, "-P", "-m", "flows.cli", "run", "micro.yaml"]
-    done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "out.txt").write_text(done.stdout)
     return folder

@@ -5,9 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from mlflow import MlflowClient
 from tests.flows.recipes import recipe
 from tests.flows.test_pipeline import SAFE, Workshop
 from tests.kinds import installed
+from tests.waiting import PATIENCE, until
 
 NAMES = ["one", "two", "three"]
 STAGES = "".join(f"  {name}: {{uses: test.trivial, number: {number}, seconds: 3, needs: base}}\n" for number, name in enumerate(NAMES))
@@ -41,14 +41,11 @@ class Server:
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment, cwd=self.folder)
-        deadline = time.monotonic() + 120
-        while not self.answers():
-            assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "server.log").read_text()
-            time.sleep(0.2)
+        until(self.answers, (self.folder / "server.log").read_text, self.process)
 
     def answers(self) -> bool:
         try:
-            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=60).status == 200
         except OSError:
             return False
 
@@ -78,14 +75,6 @@ def shop(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, server: Ser
     return made
 
 
-def wait_for(process: subprocess.Popen[str], moment: Callable[[], bool]) -> None:
-    """Wait for a moment in the life of a process."""
-    deadline = time.monotonic() + 200
-    while not moment():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
-
-
 def holding(secret: str, *folders: Path) -> list[Path]:
     """Files that a secret stands in."""
     return [file for folder in folders for file in folder.rglob("*") if file.is_file() and secret.encode() in file.read_bytes()]
@@ -95,9 +84,9 @@ def test_a_run_lives_on_and_its_metrics_arrive_when_the_server_is_back(shop: Wor
     outbox = shop.folder / ".edgepress" / "outbox"
     process = shop.start()
     try:
-        wait_for(process, shop.computing("test.trivial"))
+        until(shop.computing("test.trivial"), process=process)
         server.kill()
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == 0, out + err
@@ -107,14 +96,16 @@ def test_a_run_lives_on_and_its_metrics_arrive_when_the_server_is_back(shop: Wor
     assert holding(SECRET, shop.folder, server.folder) == [] and "http://***@127.0.0.1" in told
 
     refused = subprocess.run(
-        [*SAFE, "sync"], cwd=shop.folder, env=shop.environment, text=True, capture_output=True, timeout=100, check=False
+        [*SAFE, "sync"], cwd=shop.folder, env=shop.environment, text=True, capture_output=True, timeout=PATIENCE, check=False
     )
     assert refused.returncode == 1 and "still wait" in refused.stderr and "Traceback" not in refused.stderr
     nothing = shop.run()
     assert nothing.code == 2 and "does not answer" in nothing.err and "Traceback" not in nothing.err
 
     server.start()
-    sent = subprocess.run([*SAFE, "sync"], cwd=shop.folder, env=shop.environment, text=True, capture_output=True, timeout=100, check=False)
+    sent = subprocess.run(
+        [*SAFE, "sync"], cwd=shop.folder, env=shop.environment, text=True, capture_output=True, timeout=PATIENCE, check=False
+    )
     assert sent.returncode == 0 and "MLflow has everything" in sent.stdout, sent.stdout + sent.stderr
     assert not list(outbox.glob("*.jsonl"))
     assert holding(SECRET, shop.folder, server.folder) == [] and SECRET not in "".join(
@@ -139,12 +130,12 @@ def test_a_run_waits_for_nobody_and_sends_itself_what_a_short_absence_left(shop:
     outbox, back = shop.folder / ".edgepress" / "outbox", shop.folder / "back"
     process = shop.start("stages.two.number=7", "stages.three.number=8", f"stages.three.after={back}")
     try:
-        wait_for(process, shop.computing("test.trivial"))
+        until(shop.computing("test.trivial"), process=process)
         server.kill()
-        wait_for(process, lambda: bool(list(outbox.glob("*.jsonl"))))
+        until(lambda: list(outbox.glob("*.jsonl")), process=process)
         server.start()
         back.touch()  # the run ends when the server is back, however long that took
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == 0, out + err

@@ -1,7 +1,6 @@
 """MLflow that answers, and refuses: the run ends as its stages do, and what was refused is kept with the reason."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from mlflow import MlflowClient
 from tests.flows.recipes import recipe
 from tests.flows.test_pipeline import Workshop
 from tests.kinds import installed
+from tests.waiting import PATIENCE, until
 
 STAGES = "  one: {{uses: test.trivial, after: {deleted}}}\n  two: {{uses: test.trivial, number: 2, needs: base}}\n"
 CORES = "execution: {cores: 1}\n"  # one stage after the other
@@ -26,15 +26,12 @@ def shop(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Workshop
 def test_a_run_whose_mlflow_run_was_deleted_goes_on_to_its_end(shop: Workshop) -> None:
     process = shop.start()
     try:
-        deadline = time.monotonic() + 200
-        while not shop.computing("test.trivial")():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.05)
+        until(shop.computing("test.trivial"), process=process)
         parent, _ = shop.latest()
         client = MlflowClient(f"sqlite:///{shop.folder / 'mlflow.db'}")
         client.delete_run(parent.info.run_id)
         (shop.folder / "deleted").touch()
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == 0, out + err

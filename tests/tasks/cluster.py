@@ -5,13 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 import psutil
+
+from tests.waiting import PATIENCE, until
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -65,10 +66,7 @@ class Cluster:
         return self._folder / "log.txt"
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
-        while not ready():
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.1)
+        until(ready, self.log.read_text)
 
 
 class DaskCluster(Cluster):
@@ -82,7 +80,7 @@ class DaskCluster(Cluster):
         self._workers = [self.run("dask", "worker", *at, "--nthreads", "1", "--local-directory", "scratch") for _ in range(self._count)]
         self.wait((self._folder / "s.json").exists)
         with Client(scheduler_file=str(self._folder / "s.json"), set_as_default=False) as client:
-            client.wait_for_workers(self._count, timeout=120)
+            client.wait_for_workers(self._count, timeout=PATIENCE)
             self.address = client.scheduler.address
 
 
@@ -102,14 +100,14 @@ class PrefectPool(Cluster):
         self._servers = [self.run("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self._port), "--no-ui")]
         self.wait(self._answers)
         created = self.run("prefect", "work-pool", "create", "edge", "--type", "process")
-        assert created.wait(120) == 0, self.log.read_text()
+        assert created.wait(PATIENCE) == 0, self.log.read_text()
         self._workers = [
             self.run("prefect", "worker", "start", "--pool", "edge", "--limit", "1", "--name", f"machine-{i}") for i in range(self._count)
         ]
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.address}/health", timeout=2):
+            with urllib.request.urlopen(f"{self.address}/health", timeout=60):
                 return True
         except OSError:
             return False

@@ -1,6 +1,6 @@
 """What runs in MLflow say of themselves, in what a tag holds."""
 
-from tasks.descriptions import describe_stage, fitted, steps_table
+from tasks.descriptions import describe_stage, fitted, results_table, steps_table
 from tasks.gates import Verdict
 from tasks.mlflow_calls import LONGEST
 
@@ -29,6 +29,17 @@ def test_more_points_than_there_is_room_for_leave_half_of_it_to_the_table() -> N
     text = fitted(["x" * 9000], steps(80), [f"- warning {number}: {'w' * 100}" for number in range(200)])
     assert len(text) <= LONGEST and text.count(" more") == 2 and "…" in text
     assert text.count("| [stage-") >= 15 and text.count("- warning") >= 15
+
+
+def test_results_stand_in_rows_and_keep_within_their_room() -> None:
+    rows = {"base": {"accuracy": 0.9, "size_mb": 12.0}, "gguf": METRICS, "broken": {}}
+    assert results_table(rows).splitlines() == [
+        "| result | accuracy | perplexity | KL to base | size MB | decode t/s |", "|---|---:|---:|---:|---:|---:|",
+        "| base | 0.900 |  |  | 12.00 |  |", "| gguf | 0.900 | 4.000 | 0.1 | 3.00 | 480 |", "| broken |  |  |  |  |  |",
+    ]  # fmt: skip
+    many = results_table({f"cell-{number}": METRICS for number in range(200)})
+    assert len(many) <= LONGEST // 4 and many.splitlines()[-1].startswith("and ")
+    assert results_table({"base": {}}) == ""
 
 
 def test_a_stage_with_many_figures_keeps_verdict_and_warning() -> None:

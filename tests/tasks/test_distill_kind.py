@@ -1,5 +1,6 @@
 """`distill` as a stage: a teacher from outside the recipe, and the teacher cache that stages of a store share."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,9 +69,10 @@ def test_what_cannot_teach_is_refused_while_planning(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     other = shutil.copytree(large, tmp_path / "other")
-    text = (other / "tokenizer.json").read_text()
-    token = next(line for line in text.splitlines() if line.strip().endswith(": 300,"))
-    (other / "tokenizer.json").write_text(text.replace(token, f'"renamed": {token.split(":")[-1]}'))
+    document = json.loads((other / "tokenizer.json").read_text())
+    names = {index: token for token, index in document["model"]["vocab"].items()}
+    document["model"]["vocab"] |= {names[300]: 301, names[301]: 300}
+    (other / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(EdgepressError, match=message) as caught:
         plan(tmp_path, checkpoint, teacher.format(large=large, other=other), more)
     assert f"micro.yaml:7: stages.taught.{key}" in str(caught.value)

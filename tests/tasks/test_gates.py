@@ -95,8 +95,13 @@ def test_a_bound_may_say_nothing_of_what_was_not_measured() -> None:
 
 
 @pytest.mark.parametrize("bound", [Bound(max=1e9), Bound(min=-1e9), Bound(max_increase=9), Bound(max_decrease=1), Bound(max_drop=9)])
-def test_no_number_passes_no_bound(bound: Bound) -> None:
-    assert outcomes(bound, math.nan) == ["FAIL"]
+def test_what_is_not_finite_passes_no_bound(bound: Bound) -> None:
+    for figure in (math.nan, math.inf, -math.inf):
+        assert outcomes(bound, figure) == ["FAIL"]
+        if bound.relative:
+            assert outcomes(bound, 1.0, others={"base": Figures({"perplexity": figure})}) == ["FAIL"]
+    crowded = Figures({"tokens_per_second": math.nan, "cpu_wait_share": 0.6})
+    assert outcomes(Bound(min=1), crowded, "tokens_per_second") == ["FAIL"]
 
 
 def test_a_standard_error_is_noise_too() -> None:

@@ -195,6 +195,14 @@ def test_a_comparison_with_the_base_is_a_record_of_two_others(tmp_path: Path, mo
     assert compare(Measured(), base, "c" * 64, store) == {}
 
 
+def test_a_record_made_again_is_compared_again(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    base = Measured(items={"grade": RIGHT}, keys={"graded": "a"})
+    before, after = (Measured(items={"grade": Items(sums, (1.0,) * 4)}, keys={"graded": "b"}) for sums in ((0.0,) * 4, (1.0,) * 4))
+    assert [compare(mine, base, "c" * 64, store)["grade_delta"] for mine in (before, after, before)] == [-0.75, 0.25, -0.75]
+    assert len(store.records()) == 2
+
+
 def test_every_metric_of_a_real_measurement_is_known_while_planning(checkpoint: Path) -> None:
     planned = open_checkpoint(checkpoint)
     asked = Asked(planned, ("base",), SPEC, None)

@@ -156,3 +156,12 @@ def test_energy_is_measured_anew_where_others_can_tell(checkpoint: Path, monkeyp
     assert estimated["estimated_by"].startswith("codecarbon ")
     monkeypatch.setattr("tasks.measurements.energy.readable", lambda: ["RAPL package-0"])
     assert energy.document(of) != estimated
+
+
+def test_the_system_message_is_in_key_and_job(checkpoint: Path, files: dict[str, str]) -> None:
+    data = DataSpec.model_validate({"text": "embedded", "questions": {"path": "embedded", "system": "Be brief."}})
+    for key in ("question_answering", "summarization", "red_team", "harness"):
+        plain = subject(checkpoint, **{key: [files[key]] if key == "harness" else files[key]})
+        told, measurement = replace(plain, asked=replace(plain.asked, data=data)), by_name(key)
+        assert measurement.document(told) == measurement.document(plain) | {"system": "Be brief."}
+        assert measurement.job(told)[1] == measurement.job(plain)[1] | {"system": "Be brief."}

@@ -1,18 +1,29 @@
 """MLflow's sqlite file: whole or not there, whoever makes it and however it dies."""
 
+import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tasks.mlflow_database import make_database
-from tests.drill.place import megabytes
+from tests.waiting import PATIENCE
 
 REPOSITORY = Path(__file__).parents[2]
 MAKE = "import sys\nfrom tasks.mlflow_database import make_database\nmake_database(sys.argv[1])\n"
+STRUCK = """
+import os, signal
+from sqlalchemy import Engine, event
+made = []
+
+@event.listens_for(Engine, "before_cursor_execute")
+def strike(connection, cursor, statement, *_):
+    made.extend(["table"] if "CREATE TABLE" in statement else [])
+    if len(made) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
 COUNT = "from mlflow import MlflowClient; print(len(MlflowClient(sys.argv[1]).search_experiments()))\n"
 
 
@@ -22,15 +33,12 @@ def start(uri: str, code: str = MAKE) -> subprocess.Popen[str]:
 
 def test_killed_in_the_middle_it_is_made_anew(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    first = start(uri)
-    while megabytes(tmp_path) < 0.1:  # some of its tables are there
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.001)
-    first.kill()
+    first = start(uri, STRUCK + MAKE)
     first.communicate()
+    assert first.returncode == -signal.SIGKILL and (tmp_path / ".mlflow.db.new").exists()
     assert not (tmp_path / "mlflow.db").exists()
     both = [start(uri, MAKE + COUNT) for _ in range(2)]  # at once
-    assert [process.communicate(timeout=120)[0].strip() for process in both] == ["1", "1"]
+    assert [process.communicate(timeout=PATIENCE)[0].strip() for process in both] == ["1", "1"]
     assert {file.name for file in tmp_path.iterdir()} == {"mlflow.db", ".mlflow.db.lock"}
     with sqlite3.connect(tmp_path / "mlflow.db") as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)

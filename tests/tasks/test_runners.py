@@ -26,7 +26,7 @@ from flows.recipe import load_recipe
 from tasks.children import Job, Stopped
 from tasks.runners.away import WorkerLost, asked, environment, problem, serve
 from tasks.runners.budget import Budget
-from tasks.runners.folder import EventReader, held, is_held
+from tasks.runners.folder import EventReader
 from tasks.runners.host import Host
 from tasks.runners.local import LocalChildren
 from tasks.runners.machine import default_device, devices_taken, visible_devices, why_no_cuda
@@ -34,6 +34,7 @@ from tasks.runners.prefect_pool import PrefectChildren, _Watch
 from tasks.store import Store
 from tests.flows.recipes import recipe
 from tests.tasks.test_children import job, pids_written, silent
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +73,13 @@ def taken_by_another(take: Callable[[], AbstractContextManager[Any]]) -> threadi
 def test_a_budget_limits_cores_and_memory() -> None:
     budget = Budget(cores=4, memory=8 << 30)
     with budget.taken(claim(5 << 30), silent, never):
-        assert taken_by_another(lambda: budget.taken(claim(1 << 30), silent, never)).wait(20)
+        assert taken_by_another(lambda: budget.taken(claim(1 << 30), silent, never)).wait(PATIENCE)
         large = taken_by_another(lambda: budget.taken(claim(3 << 30), silent, never))  # 5 + 3 GiB, and what the processes need themselves
         wide = taken_by_another(lambda: budget.taken(claim(threads=4), silent, never))
         timed = taken_by_another(lambda: budget.taken(claim(alone=True), silent, never))
         time.sleep(0.7)
         assert not (large.is_set() or wide.is_set() or timed.is_set())
-    assert large.wait(20) and wide.wait(20) and timed.wait(20)
+    assert large.wait(PATIENCE) and wide.wait(PATIENCE) and timed.wait(PATIENCE)
 
 
 def test_a_stage_larger_than_the_budget_runs_alone_and_says_so() -> None:
@@ -87,7 +88,7 @@ def test_a_stage_larger_than_the_budget_runs_alone_and_says_so() -> None:
     with budget.taken(claim(9 << 30), events.append, never):
         small = taken_by_another(lambda: budget.taken(claim(), silent, never))
         assert not small.wait(0.7)
-    assert small.wait(20)
+    assert small.wait(PATIENCE)
     assert [event["note"] for event in events] == ["needs about 9.5 GiB of memory, and there are 2.0 GiB: it runs alone"]
 
 
@@ -204,7 +205,7 @@ def test_each_gpu_is_held_by_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (first, second) == (["2"], ["GPU-ab"])
         third = taken_by_another(lambda: devices_taken("cuda", 1))
         assert not third.wait(0.5)
-    assert third.wait(20)
+    assert third.wait(PATIENCE)
     with devices_taken("cuda", 3) as every:
         assert every == ["2", "GPU-ab"]
     with devices_taken("cpu", 1) as none:
@@ -289,13 +290,6 @@ def test_events_go_on_where_another_child_begins(tmp_path: Path) -> None:
         stream.write('\n{"started": "b/2"}\n{"warning": "y"}\n')
     reader.forward(heard.append)
     assert heard == [{"warning": "x"}, {"again": "its worker was lost; begun anew on b/2"}, {"warning": "y"}]
-
-
-def test_a_lock_tells_whether_its_owner_lives(tmp_path: Path) -> None:
-    assert not is_held(tmp_path / "host.lock")
-    with held(tmp_path / "host.lock"):
-        assert is_held(tmp_path / "host.lock")
-    assert not is_held(tmp_path / "host.lock")
 
 
 # --- `execution:` ---

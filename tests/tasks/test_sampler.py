@@ -24,6 +24,7 @@ def test_a_busy_block_is_seen_to_be_busy_and_nothing_is_told_after_it(monkeypatc
     monkeypatch.setattr(sampler, "_FIRST", 0.3)
     monkeypatch.setattr(sampler, "_EVERY", 0.1)
     told: list[dict[str, Any]] = []
+    before = time.time()
     with sampled(told.append):
         began = time.process_time()
         while time.process_time() - began < 0.6:
@@ -31,8 +32,8 @@ def test_a_busy_block_is_seen_to_be_busy_and_nothing_is_told_after_it(monkeypatc
     count = len(told)
     time.sleep(0.3)
     assert 1 <= count == len(told)
-    assert max(event["system"]["cpu_percent"] for event in told) > 5 and all(event["system"]["memory_mb"] > 10 for event in told)
-    assert abs(told[-1]["time"] - time.time()) < 60
+    assert max(event["system"]["cpu_percent"] for event in told) > 0 and all(event["system"]["memory_mb"] > 10 for event in told)
+    assert before <= told[-1]["time"] <= time.time()
 
 
 class NVMLError(Exception):

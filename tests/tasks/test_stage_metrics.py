@@ -14,11 +14,13 @@ DATA = {"text": "embedded", "length": 32, "train_documents": 40, "calibration_wi
 TRAINING = {"steps": 2, "batch_size": 2, "evaluate_every": 1, "validation_rows": 2}
 
 
-def run(checkpoint: Path, tmp_path: Path, uses: str, parameters: dict[str, Any]) -> tuple[set[str], list[str]]:
+def run(
+    checkpoint: Path, tmp_path: Path, uses: str, parameters: dict[str, Any], data: dict[str, Any] = DATA
+) -> tuple[set[str], list[str]]:  # fmt: skip
     said: list[str] = []
     metrics = run_stage(
         stage={"uses": uses, **parameters}, parent=str(checkpoint), others={"teacher": str(checkpoint)}, out=str(tmp_path / "out"),
-        work=str(tmp_path / "work"), data=DataSpec.model_validate(DATA).model_dump(mode="json"), threads=1, context=Context(seed=1, warn=said.append),
+        work=str(tmp_path / "work"), data=DataSpec.model_validate(data).model_dump(mode="json"), threads=1, context=Context(seed=1, warn=said.append),
     )  # fmt: skip
     return set(metrics), said
 
@@ -53,6 +55,16 @@ def test_what_a_kind_does_not_name_is_told(checkpoint: Path, tmp_path: Path, mon
     monkeypatch.setattr(stage_kinds()["prune.width"], "metrics", ("kept_*",))
     _, said = run(checkpoint, tmp_path, "prune.width", {"keep": 0.5})
     assert any("PruneWidth.metrics does not name parameters_ratio, intermediate_size, num_attention_heads" in warning for warning in said)
+
+
+def test_one_endless_document_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text("The lamp is in the mill.\n" * 100)
+    data = DATA | {"text": {"path": str(tmp_path)}}
+    _, said = run(checkpoint, tmp_path, "prune.unstructured", {"sparsity": 0.5, "method": "wanda"}, data)
+    assert [warning for warning in said if f"{tmp_path / 'train.txt'} has no blank line" in warning]
+    _, said = run(checkpoint, tmp_path, "quantize.rtn", {"group_size": 32}, data)
+    assert said == []  # reads no text
 
 
 def test_every_kind_of_ours_names_some() -> None:

@@ -15,6 +15,7 @@ from tasks.children import Stopped
 from tasks.files import write_json
 from tasks.store import Entry, Store, check_links, publish, withdraw
 from tests.tasks.entries import KNOWN, commit, document_of, identity_of
+from tests.waiting import PATIENCE
 
 A = identity_of("a")
 
@@ -172,7 +173,7 @@ def test_the_lock_excludes_other_processes_and_dies_with_its_owner(store: Store)
         assert not entered.wait(0.5)
     holder.kill()
     holder.wait()
-    thread.join(20)
+    thread.join(PATIENCE)
     assert entered.is_set()
 
 
@@ -197,7 +198,7 @@ def test_who_waits_for_the_lock_of_another_process_can_give_up(store: Store) -> 
         thread.join(0.5)
         assert thread.is_alive() and not entered.is_set()
         given_up.set()
-        thread.join(20)
+        thread.join(PATIENCE)
         assert not thread.is_alive() and len(caught) == 1 and not entered.is_set()
     with store.lock("x", given_up.is_set):  # free, so there is nothing to give up
         pass
@@ -268,7 +269,7 @@ def test_of_two_processes_one_computes_and_the_other_waits_and_finds_it(store: S
     )
     ours = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     both = [subprocess.Popen([sys.executable, "-c", code, store.root], stdout=subprocess.PIPE, text=True, env=ours) for _ in range(2)]
-    assert sorted(process.communicate(timeout=60)[0].strip() for process in both) == ["computed", "found"]
+    assert sorted(process.communicate(timeout=PATIENCE)[0].strip() for process in both) == ["computed", "found"]
     assert store.get(A) is not None and list((store.root / "damaged").iterdir()) == []
 
 

@@ -1,5 +1,6 @@
 """Runs in MLflow that are gone on with: nothing is logged twice."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,12 @@ def now(tracking: Tracking, run: str) -> Run:
 
 def test_what_a_pipeline_began_is_found_again(uri: str) -> None:
     tracking = Tracking(uri)
-    top = tracking.open_run("demo", tags={"edgepress.kind": "pipeline"})
+    top = tracking.open_run("demo", tags={"edgepress.kind": "pipeline", "edgepress.run": "demo-3"})
     cell = tracking.open_run("bits=2", parent=top, tags={"edgepress.kind": "cell"})
     shared = tracking.open_run("pruned", parent=top, tags=stage_tags("pruned", "1"))
     own = tracking.open_run("rtn", parent=cell, tags=stage_tags("rtn", "2"))
     begun = Tracking(uri).begun(top)
-    assert begun is not None and begun.run == top and begun.cells == {"bits=2": cell}
+    assert begun is not None and (begun.run, begun.name) == (top, "demo-3") and begun.cells == {"bits=2": cell}
     assert begun.stages == {("pruned", "1"): shared, ("rtn", "2"): own}
 
 
@@ -150,3 +151,13 @@ def test_an_address_is_whole_again_with_what_the_environment_has(monkeypatch: py
     assert whole_address("http://elsewhere:5000") == "http://elsewhere:5000"
     with pytest.raises(EdgepressError, match="MLFLOW_TRACKING_URI"):
         whole_address("http://***@elsewhere:5000")
+
+
+def test_all_orphans_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking_module, "_PAGE", 2)
+    tracking = Tracking(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    living = tracking.open_run("living")
+    monkeypatch.setattr(tracking_module, "owner_tag", lambda: f"{socket.gethostname()}/{2**22 + 1}/then")  # no process has this id
+    orphans = {tracking.open_run(f"orphan {number}") for number in range(5)}
+    assert tracking.end_orphans() == 5
+    assert {now(tracking, run).info.status for run in orphans} == {"KILLED"} and now(tracking, living).info.status == "RUNNING"

@@ -13,6 +13,7 @@ from compression.errors import EdgepressError, MissingExtra
 from compression.pruning.masks import read_masks
 from tasks.kinds._training import TrainingStage
 from tasks.stage import Inputs, Stage, Workplace, stage_kinds
+from tests.tiny import tiny_checkpoint
 
 DATA = DataSpec.model_validate({"text": "embedded", "questions": "embedded", "length": 64, "train_documents": 60, "train_questions": 20})
 SHORT = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3}
@@ -78,6 +79,19 @@ def test_qlora_without_its_package_is_refused_before_anything_runs(checkpoint: P
     monkeypatch.setattr("compression.finetuning_methods.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match="bitsandbytes"):
         plan("finetune", checkpoint, method="qlora")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_adapters_on_tied_ends_are_refused_while_planning(tmp_path: Path, model_type: str) -> None:
+    more = {"ffn_dim": 128, "word_embed_proj_dim": 64} if model_type == "opt" else {}
+    tied, untied = (tiny_checkpoint(tmp_path / str(tied), model_type, tied=tied, **more) for tied in (True, False))
+    for modules in (["embed_tokens"], ["lm_head"], ".*embed_tokens"):
+        with pytest.raises(EdgepressError) as caught:
+            plan("finetune", tied, target_modules=modules)
+        assert caught.value.key == "target_modules"
+        assert plan("finetune", untied, target_modules=modules)
+        assert plan("finetune", tied, target_modules=modules, method="full")
+    assert plan("finetune", tied, target_modules=["q_proj"])
 
 
 def test_one_process_is_no_distributed_training() -> None:

@@ -18,8 +18,8 @@ class Bytes:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, message: str) -> list[int]:
-        return list(f"[{message}]".encode())
+    def encode_chat(self, message: str, system: str | None = None) -> list[int]:
+        return list(f"{f'({system})' if system else ''}[{message}]".encode())
 
     def decode(self, tokens: list[int]) -> str:
         return bytes(t for t in tokens if t != END).decode(errors="replace")

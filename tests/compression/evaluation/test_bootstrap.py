@@ -127,3 +127,13 @@ def test_what_cannot_be_paired_has_no_interval() -> None:
 def test_equal_answers_leave_no_noise_in_the_difference() -> None:
     items = answers(np.arange(50) < 30)
     assert comparison_figures("accuracy", items, items, "seed") == {"accuracy_delta": 0, "accuracy_delta_low": 0, "accuracy_delta_high": 0}
+
+
+def test_a_loss_beyond_floats_is_an_infinite_perplexity() -> None:
+    huge, mixed = Items((8e4, 9e4, 8.5e4), (100.0,) * 3, "exp"), Items((1.0, 3e5, 2.0, 1.5), (100.0,) * 4, "exp")
+    assert value(huge) == math.inf
+    assert interval_figures("perplexity", huge, "seed") == {"perplexity_low": math.inf, "perplexity_high": math.inf}
+    found = interval_figures("perplexity", mixed, "seed")
+    assert found["perplexity_low"] < 2 < found["perplexity_high"] == math.inf
+    small = Items((1.0, 2.0, 1.5), (100.0,) * 3, "exp")
+    assert comparison_figures("perplexity", huge, small, "seed")["perplexity_ratio"] == math.inf

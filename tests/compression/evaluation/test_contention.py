@@ -43,8 +43,8 @@ def test_waiting_for_a_core_that_others_take_is_seen() -> None:
     """A process and another one that computes all the time, both on one core: each waits about half of the time."""
     code = (
         "import os, subprocess, sys, time\nfrom compression.evaluation.contention import _share_of_waiting\n"
-        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nbusy = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
-        "time.sleep(0.3)\nend = time.monotonic() + 1\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nbusy = subprocess.Popen([sys.executable, '-c', 'print(1, flush=True)\\nwhile True: pass'], stdout=subprocess.PIPE)\n"
+        "busy.stdout.readline()\nend = time.monotonic() + 1\n"
         "def spin():\n    while time.monotonic() < end: pass\n"
         "print(_share_of_waiting(spin)[1])\nbusy.kill()\n"
     )

@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from compression.context import Context
+from compression.data import encode_choices, prompt
 from compression.errors import Incompatible, UnusableData
 from compression.evaluation import harness_tasks
 from compression.evaluation.harness import HarnessModel, evaluate_tasks
@@ -24,6 +25,7 @@ from compression.evaluation.transformers_runtime import TransformersRuntime
 from compression.loading import load_model, load_tokenizer
 from compression.reference.world import Question
 from export.runtimes import open_text
+from tests.tiny import tiny_tokenizer
 
 PAIRS = [
     ("The lamp is in the", " mill"),
@@ -65,6 +67,32 @@ def test_likelihoods_are_those_of_the_harness_own_model(ours: HarnessModel, thei
     for (likelihood, greedy), (expected, is_greedy) in zip(mine, judged, strict=True):
         assert likelihood == pytest.approx(expected, rel=1e-5)
         assert greedy == is_greedy
+
+
+def test_a_tokenizer_that_appends_eos_changes_no_score(ours: HarnessModel, theirs: HFLM) -> None:
+    appending = HarnessModel(ours.runtime, tiny_tokenizer(eos=True), ours.text, Context())
+    judged = theirs.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
+    found = appending.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
+    assert [likelihood for likelihood, _ in found] == pytest.approx([likelihood for likelihood, _ in judged], rel=1e-5)
+    assert appending.tok_encode("The lamp") == theirs.tok_encode("The lamp")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>{{ '\\n' }}",  # ends in a blank
+        "{% for m in messages %}[{{ m.content }}]{% endfor %} answer: ",  # without begin-of-text
+    ],
+)
+def test_questions_are_divided_as_the_harness_divides_them(theirs: HFLM, template: str | None) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    melting = Question("", "Where", ("re is", "s the"), 0)  # the answer merges with the end of the prompt
+    for question in [*QUESTIONS, melting]:
+        blank = " " if template is None else ""
+        expected = [theirs._encode_pair(prompt(question, tokenizer), blank + choice) for choice in question.choices]
+        assert encode_choices(tokenizer, question) == expected
 
 
 def test_rolling_likelihoods_are_those_of_the_harness_own_model(ours: HarnessModel, theirs: HFLM) -> None:
@@ -117,7 +145,7 @@ def test_a_row_serves_all_continuations_of_one_token(ours: HarnessModel, monkeyp
     rows: list[int] = []
     logits = ours.runtime.logits
     monkeypatch.setattr(ours.runtime, "logits", lambda ids: rows.append(len(ids)) or logits(ids))
-    found = continuation_likelihoods(ours.runtime, [([5, 6, 7], [t]) for t in range(10, 20)], 320, Context())
+    found = continuation_likelihoods(ours.runtime, [([5, 6, 7], [t]) for t in range(10, 20)], Context())
     assert sum(rows) == 1
     assert len({f.log_probability for f in found}) == 10
 
@@ -202,6 +230,20 @@ def shuffled(data):
     assert answers != [q.answer for q in QUESTIONS]  # it did shuffle
     columns = [findings.items["harness.village.acc_bytes"].sums for findings in seen]
     assert columns[0] == columns[1] == tuple(sample["acc_bytes"] for sample in judged["samples"]["village"])
+
+
+def test_chat_questions_are_scored_as_the_harness_does(theirs: HFLM, ours: HarnessModel, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>{{ '\\n' }}"
+    chatty = HFLM(pretrained=theirs.model, tokenizer=tokenizer, batch_size=4, max_length=128, device="cpu")
+    own_task(tmp_path)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    judged = simple_evaluate(
+        chatty, tasks=["village"], task_manager=manager, apply_chat_template=True, system_instruction="Answer briefly."
+    )
+    assert judged is not None
+    correct = multiple_choice(ours.runtime, tokenizer, QUESTIONS, Context(), system="Answer briefly.").correct
+    assert correct == tuple(bool(sample["acc_bytes"]) for sample in judged["samples"]["village"])
 
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -24,7 +24,8 @@ def test_a_model_with_a_chat_template_is_asked_in_it() -> None:
     runtime = Scripted(lambda _: "yes")
     Writer(runtime, Bytes(templated=True), 8).answer("is it?")
     Writer(runtime, Bytes(), 8).answer("is it?")
-    assert runtime.prompts == ["[is it?]", "is it?"]
+    Writer(runtime, Bytes(templated=True), 8, system="be brief").answer("is it?")
+    assert runtime.prompts == ["[is it?]", "is it?", "(be brief)[is it?]"]
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning() -> None:

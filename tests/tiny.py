@@ -31,8 +31,9 @@ def tiny_tokenizer(vocab_size: int = 320, *, bos: bool = True, eos: bool = False
     tokenizer.train_from_iterator(SENTENCES * 4, trainer)
     front, behind = "<s> " if bos else "", " </s>" if eos else ""
     if bos or eos:
+        used = [("<s>", 0)] * bos + [("</s>", 1)] * eos  # GenAI adds whatever is named here
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{front}$A{behind}", pair=f"{front}$A $B{behind}", special_tokens=[("<s>", 0), ("</s>", 1)]
+            single=f"{front}$A{behind}", pair=f"{front}$A $B{behind}", special_tokens=used
         )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 

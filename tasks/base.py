@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 import uuid
 from dataclasses import asdict, dataclass, replace
@@ -11,12 +12,9 @@ from typing import Any
 
 from compression.checkpoint import Checkpoint, Limits, digest_file, model_files, open_checkpoint
 from compression.data.hub import why_not_given
-from compression.errors import EdgepressError, UnusableModel
-from tasks.children import Job, JobFailed
+from compression.errors import UnusableModel
 from tasks.files import write_json
 from tasks.identity import digest, library_versions
-from tasks.runners.budget import Budget
-from tasks.runners.local import LocalChildren
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "compression" / "reference" / "model"
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md", "LICENSE*"]
@@ -95,18 +93,18 @@ def _normalize(origin: Path, out: Path) -> dict[str, Any]:
         from compression.normalization import normalize
 
         return asdict(normalize(origin, out))
-    children = LocalChildren(Budget())
     folder = out.parent / "job"
-    job = Job("tasks.jobs:normalize_base", {"source": str(origin), "out": str(out)}, threads=1, name="base")
-    children.preload()
-    try:
-        return children.run(job, folder, lambda _: None).details
-    except EdgepressError as error:
-        raise UnusableModel(str(error), key="model") from None
-    except JobFailed as error:
-        raise UnusableModel(f"{origin} could not be opened: {error}", key="model") from error
-    finally:
-        children.close()
+    job = {"call": "tasks.jobs:normalize_base", "arguments": {"source": str(origin), "out": str(out)}, "threads": 1, "seed": 0}
+    write_json(folder / "job.json", job | {"device": "cpu", "visible_devices": [], "directory": str(Path.cwd())})
+    # not one of a flow's children: those wait while anything on the machine is timed, and a plan is wanted now
+    done = subprocess.run([sys.executable, "-P", "-m", "tasks.worker", folder / "job.json"], stdin=subprocess.DEVNULL, check=False)
+    if (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text())["details"]
+    if not (folder / "error.json").exists():
+        raise UnusableModel(f"{origin} could not be opened: the process that looked at it ended with status {done.returncode}", key="model")
+    error = json.loads((folder / "error.json").read_text())
+    what = error["message"] if error["kind"] == "user" else f"{origin} could not be opened: {error['type']}: {error['message']}"
+    raise UnusableModel(what, key="model")
 
 
 def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:

@@ -102,7 +102,7 @@ def devices_taken(device: str, count: int, given_up: GivenUp = lambda: False) ->
                     time.sleep(0.2)
                 else:
                     taken.append(free)
-        yield taken
+        yield sorted(taken, key=names.index)  # whichever came free first
 
 
 def _held(name: str, held: ExitStack) -> bool:

@@ -25,7 +25,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from compression.errors import EdgepressError
 from flows.deployment import _begun, run_recipe, summary_page
 from flows.pipeline import _end_orphans
-from tasks.journal import Run, RunBase, journal, read_run, read_runs, state_now
+from tasks.journal import Run, RunBase, journal, read_run, read_runs, run_names, state_now
 from tasks.store import Store
 from tests import waiting
 from tests.flows.recipes import edgepress
@@ -246,23 +246,28 @@ def test_a_retry_goes_on_in_the_same_flow_run_and_the_same_run_of_mlflow(place: 
     assert "| distilled |" in table["data"] and str(place.folder / "outputs" / "micro") in table["data"]
 
 
-def test_other_data_are_work_and_a_failure_has_its_reason(place: Deployed, retried: dict[str, Any], refused: dict[str, Any]) -> None:
-    assert refused["state"]["type"] == "FAILED" and refused["state"]["message"].startswith("rtn: "), refused["state"]
+def test_what_cannot_be_linked_fails_before_any_work(place: Deployed, retried: dict[str, Any], refused: dict[str, Any]) -> None:
+    assert refused["state"]["type"] == "FAILED" and "outputs/micro/rtn" in refused["state"]["message"], refused["state"]
+    assert "micro-3" not in run_names(Store(place.store))
+
+
+def test_other_data_are_work(place: Deployed, refused: dict[str, Any], mended: dict[str, Any]) -> None:
+    assert (mended["id"], mended["state"]["type"]) == (refused["id"], "COMPLETED")
     run = place.journal("micro-3")
-    assert (run.state, run.resumes, run.flow_run) == ("Failed", None, refused["id"])
-    assert {stage.name: stage.state for stage in run.stages} == {"pruned": "Cached", "distilled": "Completed", "rtn": "Failed"}
+    assert (run.state, run.resumes, run.flow_run) == ("Completed", None, refused["id"])
+    assert {stage.name: stage.state for stage in run.stages} == {"pruned": "Cached", "distilled": "Completed", "rtn": "Completed"}
     before = {stage.name: stage.identity for stage in place.journal("micro-2").stages}
     assert [stage.name for stage in run.stages if stage.identity != before[stage.name]] == ["distilled", "rtn"]
-
-
-def test_when_nothing_is_left_to_do_it_is_all_cache_and_says_so(place: Deployed, refused: dict[str, Any], mended: dict[str, Any]) -> None:
-    assert (mended["id"], mended["state"]["type"], mended["state"]["name"]) == (refused["id"], "COMPLETED", "Cached")
-    assert mended["state"]["message"] == "nothing changed: every stage came from the store"
-    assert set(place.task_states(mended["id"], 2).values()) == {"Cached"}
-    run = place.journal("micro-4")
-    assert (run.state, run.resumes) == ("Completed", "micro-3") and run.tracking_run == place.journal("micro-3").tracking_run
-    assert [run.info.status for run in place.pipelines()] == ["FINISHED", "FINISHED"]
     assert (place.folder / "outputs" / "micro" / "rtn").is_symlink()
+
+
+def test_when_nothing_is_left_to_do_it_is_all_cache_and_says_so(place: Deployed, mended: dict[str, Any]) -> None:
+    unchanged = place.ended(place.trigger())
+    assert (unchanged["state"]["type"], unchanged["state"]["name"]) == ("COMPLETED", "Cached")
+    assert unchanged["state"]["message"] == "nothing changed: every stage came from the store"
+    assert set(place.task_states(unchanged["id"], 1).values()) == {"Cached"}
+    assert place.journal("micro-4").state == "Completed"
+    assert [run.info.status for run in place.pipelines()] == ["FINISHED", "FINISHED", "FINISHED"]
 
 
 @pytest.mark.parametrize(

@@ -102,9 +102,8 @@ def compress_blocks(
     with ExitStack() as stack:
         folder = work / "walk" if work else Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out.parent, prefix=".walk-")))
         folder.mkdir(parents=True, exist_ok=True)
-        run = (
-            None if work is None else _run(source, windows, {**settings, "config": dict(config or {}), "collect": sorted(collect)}, context)
-        )
+        decides = {**settings, "config": dict(config or {}), "collect": sorted(collect)}
+        run = _run(source, windows, decides, context) if work else None
         report = _walk(source, windows, compress, folder, collect, context, run)
         for warning in report.warnings:
             context.warn(warning)

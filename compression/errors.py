@@ -1,9 +1,16 @@
 """The errors people see. Each says what is wrong, where, and what would be right."""
 
 import copyreg
+from collections.abc import Iterable
 from typing import Any
 
 from compression.redaction import redacted
+
+
+def first_of(names: Iterable[str], most: int = 4) -> str:
+    """The first of many names, sorted, and how many more there are: "a, b and 3 more"."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
 
 
 class PicklableError(Exception):

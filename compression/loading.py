@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from compression.checkpoint import COMPRESSED_TENSORS, Checkpoint, open_checkpoint, tokenizer_files, weight_map
-from compression.errors import UnusableModel
+from compression.errors import UnusableModel, first_of
 from compression.quantization.compressed_tensors import read_scaled_linears, round_inputs
 from compression.quantization.layouts import read_quantized_linears
 from compression.quantization.schemes import read_scheme
@@ -73,10 +73,8 @@ def _load_dequantized(checkpoint: Checkpoint, dtype: torch.dtype, inputs_rounded
 
 def check_tensors(model: PreTrainedModel, path: Path, *, missing: Iterable[str], unknown: Iterable[str]) -> None:
     """Raise UnusableModel, naming the first few, where the tensors of `path` are not those of the model's class."""
-    faults = [(how, sorted(names)) for how, names in (("it lacks", missing), ("the class does not know", unknown))]
-    if wrong := [
-        f"{how} {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}" for how, names in faults if names
-    ]:
+    faults = {"it lacks": list(missing), "the class does not know": list(unknown)}
+    if wrong := [f"{how} {first_of(names)}" for how, names in faults.items() if names]:
         tied = str(model.config.tie_word_embeddings).lower()
         raise UnusableModel(
             f"{path}: its tensors are not those of {type(model).__name__} (tie_word_embeddings: {tied}): {', and '.join(wrong)}. "

@@ -10,7 +10,6 @@ A model whose tensors are not those of its class is refused, naming them.
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from transformers import (
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from compression.checkpoint import INDEX, PRUNING_FILES, SINGLE, Checkpoint, Limits, open_checkpoint, tokenizer_files, weight_map
-from compression.errors import Incompatible, UnusableModel
+from compression.errors import Incompatible, UnusableModel, first_of
 from compression.loading import check_tensors, load_tokenizer
 from compression.shards import read_tensors
 from compression.skeleton import linear_layers, skeleton
@@ -142,7 +141,7 @@ def _check_tensors(raw: Checkpoint, config: PreTrainedConfig, warnings: list[str
     if (raw.path / SINGLE).is_file() and (raw.path / INDEX).is_file():
         warnings.append(f"{SINGLE} and {INDEX} are both there; {SINGLE} is read, as transformers does")
     if doubles := [name for name, info in raw.tensors.items() if info.dtype == "F64"]:
-        raise UnusableModel(f"{raw.path} holds float64 tensors ({_some(doubles)}); save it in float32, bfloat16 or float16", key="model")
+        raise UnusableModel(f"{raw.path} holds float64 tensors ({first_of(doubles)}); save it in float32, bfloat16 or float16", key="model")
     causal: Any = AutoModelForCausalLM  # annotated without the second value
     if raw.layout == "dense":
         try:
@@ -153,19 +152,13 @@ def _check_tensors(raw: Checkpoint, config: PreTrainedConfig, warnings: list[str
         except (RuntimeError, ValueError) as error:
             raise UnusableModel(f"transformers does not open {raw.path}: {_reason(error)}", key="model") from error
         if unlike := [str(name[0]) for name in found["mismatched_keys"]]:
-            raise UnusableModel(f"{raw.path}: {_some(unlike)} have other shapes than its config.json says", key="model")
+            raise UnusableModel(f"{raw.path}: {first_of(unlike)} have other shapes than its config.json says", key="model")
         check_tensors(model, raw.path, missing=found["missing_keys"], unknown=found["unexpected_keys"])
     else:
         model = skeleton(raw)
         has, knows = _dense_names(raw), set(model.state_dict())
         check_tensors(model, raw.path, missing=knows - has - set(model.all_tied_weights_keys), unknown=has - knows)
     return model
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first names of many."""
-    ordered = sorted(names)
-    return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
 
 
 def _dense_names(raw: Checkpoint) -> set[str]:
@@ -296,7 +289,7 @@ def _compression_limit(checkpoint: Checkpoint) -> str:
     """Why the linear layers of its blocks cannot be compressed, if they cannot."""
     model = skeleton(checkpoint)
     if renamed := set(model.state_dict()) - set(model.all_tied_weights_keys) - _dense_names(checkpoint):
-        return f"transformers renames its tensors as it loads them: the files hold {_some(renamed)} under other names"
+        return f"transformers renames its tensors as it loads them: the files hold {first_of(renamed)} under other names"
     try:
         linear_layers(model, checkpoint)
     except (Incompatible, UnusableModel) as error:
@@ -311,6 +304,8 @@ def _training_limit(checkpoint: Checkpoint) -> str:
     Found by letting the model's own forward method work on hidden states that are given, through a head of eight tokens.
     """
     model = skeleton(checkpoint)
+    if model.base_model is model:
+        return f"{type(model).__name__} does not tell transformers which of its parts gives the hidden states that training reads"
     hidden = torch.linspace(-3, 3, 4 * checkpoint.hidden_size).reshape(1, 4, -1)
     head = nn.Linear(checkpoint.hidden_size, 8, bias=False)
     nn.init.constant_(head.weight, 20 / checkpoint.hidden_size)

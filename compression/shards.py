@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from compression.checkpoint import INDEX, SINGLE, weight_map
-from compression.errors import EdgepressError, UnusableModel
+from compression.errors import EdgepressError, UnusableModel, first_of
 
 SHARD_BYTES = 512 * 2**20  # bounds what the writer holds in memory
 
@@ -33,11 +33,8 @@ def read_tensors(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
 def check_names(out: Path, written: Iterable[str], expected: Iterable[str]) -> None:
     """Refuse to publish a checkpoint that holds other tensors than its source, but for what the method changes: raises EdgepressError."""
     held, due = set(written), set(expected)
-    wrong = {"are missing": sorted(due - held), "are not those of the source": sorted(held - due)}
-    if any(wrong.values()):
-        told = "; ".join(
-            f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for what, names in wrong.items() if names
-        )
+    wrong = {"are missing": due - held, "are not those of the source": held - due}
+    if told := "; ".join(f"{len(names)} {what} ({first_of(names)})" for what, names in wrong.items() if names):
         raise EdgepressError(f"{out}: the tensors of the result are not what they must be: {told}. Nothing is published")
 
 

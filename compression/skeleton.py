@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compression.checkpoint import Checkpoint
-from compression.errors import Incompatible
+from compression.errors import Incompatible, first_of
 
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -26,7 +26,7 @@ def linear_layers(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     if unclaimed:
         sizes = {name: parameter.numel() for name, parameter in _block_parameters(model, checkpoint)}
         share = sum(sizes.get(name, 0) for name in unclaimed) / sum(sizes.values())
-        shown = ", ".join(unclaimed[:4]) + (", ..." if len(unclaimed) > 4 else "")
+        shown = first_of(unclaimed)
         reason = (
             f"({share:.1%} of their parameters) are not weights of linear layers (nn.Linear) that every block has, and would stay as they are"
             if share

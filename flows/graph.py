@@ -26,6 +26,7 @@ from tasks.stage import Stage, stage_kinds
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 LONGEST_NAME = 80  # of a recipe or a stage: names of files hold it beside a run's number or the values of a sweep's cell, and end at 255
 BASE = "base"
+OURS = ("run.json", "report.html")  # in `outputs/<recipe>/`, where each stage has a link
 _LIST = "this must be a list: [one, another]"
 _MESSAGES = {"missing": "this key is missing", "tuple_type": _LIST, "list_type": _LIST}  # in place of pydantic's
 _MANY = 3  # unknown keys of one mapping
@@ -252,6 +253,8 @@ def name_problem(name: str) -> str:
     """Why a recipe or a stage cannot have a name, which is that of a file; empty where it can."""
     if not NAME.fullmatch(name):
         return "is not a file name in lower case (letters, digits, - _ .)"
+    if name in OURS:
+        return "is the name of a file that a run writes beside its stages"
     return f"is longer than {LONGEST_NAME} characters" if len(name) > LONGEST_NAME else ""
 
 

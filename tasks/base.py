@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from compression.checkpoint import Checkpoint, Limits, digest_file, model_files, open_checkpoint
 from compression.data.hub import why_not_given
 from compression.errors import UnusableModel
+from compression.locks import file_lock
 from tasks.files import write_json
 from tasks.identity import digest, library_versions
 
@@ -72,17 +72,19 @@ def _normalized(origin: Path, found: str, cache: Path) -> tuple[Checkpoint, str,
         return open_checkpoint(origin), found, ()
     versions = library_versions(("transformers", "tokenizers", "torch"))
     home = cache / "bases" / digest({"origin": str(origin), "content": found, "version": _NORMALIZATION, "libraries": versions})[:16]
-    if not home.exists():
-        beside = home.with_name(f".{home.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            report = _normalize(origin, beside / origin.name)
-            content = _content_digest(beside / origin.name, cache) if report["changed"] else found
-            write_json(beside / "report.json", report | {"content": content})
-            if not home.exists():
-                beside.rename(home)
-        finally:
+    (cache / "locks").mkdir(parents=True, exist_ok=True)
+    with file_lock(cache / "locks" / f"base-{home.name}.lock"):  # of two that plan at once, one works
+        if (report := _kept(home / "report.json")) is None:
+            shutil.rmtree(home, ignore_errors=True)
+            beside = home.with_name(f".{home.name}")
             shutil.rmtree(beside, ignore_errors=True)
-    report = json.loads((home / "report.json").read_text())
+            try:
+                found_out = _normalize(origin, beside / origin.name)
+                report = found_out | {"content": _content_digest(beside / origin.name, cache) if found_out["changed"] else found}
+                write_json(beside / "report.json", report)
+                beside.rename(home)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
     checkpoint = open_checkpoint(home / origin.name if report["changed"] else origin)
     return replace(checkpoint, limits=Limits(**report["limits"])), report["content"], tuple(report["warnings"])
 
@@ -141,13 +143,19 @@ def _file_digest(file: Path, cache: Path) -> str:
     status = file.stat()
     stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
     known = cache / "digests" / f"{digest(str(file))}.json"
-    if known.exists():
-        kept = json.loads(known.read_text())
-        if kept["stamp"] == stamp:
-            return kept["sha256"]
+    if (kept := _kept(known)) is not None and kept["stamp"] == stamp:
+        return kept["sha256"]
     sha256 = digest_file(file)
     write_json(known, {"path": str(file), "stamp": stamp, "sha256": sha256})
     return sha256
+
+
+def _kept(file: Path) -> dict[str, Any] | None:
+    """What a file of a cache holds; None where it is not there, or damaged: it is made again."""
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _license(path: Path) -> str:

@@ -124,9 +124,8 @@ def compare(target: Measured, base: Measured, content: str, store: Store) -> dic
     from compression.evaluation.bootstrap import BOOTSTRAP_VERSION, comparison_figures
 
     shared = sorted(target.items.keys() & base.items.keys())
-    items = {
-        metric: [asdict(target.items[metric]), asdict(base.items[metric])] for metric in shared
-    }  # records may be made again under their keys
+    # records may be made again under their keys, so what they hold decides
+    items = {metric: [asdict(target.items[metric]), asdict(base.items[metric])] for metric in shared}
     document = {
         "record": "comparison", "version": BOOTSTRAP_VERSION, "content": content, "of": target.keys, "with": base.keys, "items": digest(items),
         "metrics": shared,

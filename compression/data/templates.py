@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from compression.checkpoint import MORE_TEMPLATES
 from compression.errors import UnusableData, UnusableModel
 
 if TYPE_CHECKING:
@@ -30,14 +31,21 @@ def chat_template(directory: Path) -> str | None:
 
     Raises UnusableModel where there are several by their use, and none of them is `default`.
     """
-    if (own := directory / "chat_template.jinja").is_file():
-        return own.read_text(encoding="utf-8")
-    found = _read(directory / "tokenizer_config.json").get("chat_template")
-    if isinstance(found, list):
-        found = {each["name"]: each["template"] for each in found}
-    if isinstance(found, Mapping) and "default" not in found:
+    found = chat_templates(directory)
+    if found and "default" not in found:
         raise UnusableModel(f"{directory} has several chat templates ({', '.join(found)}) and none of them is named default", key="model")
-    return found["default"] if isinstance(found, Mapping) else found
+    return found.get("default")
+
+
+def chat_templates(directory: Path) -> dict[str, str]:
+    """Every chat template of a model's directory by its name; the only one is called "default"."""
+    written = _read(directory / "tokenizer_config.json").get("chat_template") or {}
+    if isinstance(written, list):
+        written = {each["name"]: each["template"] for each in written}
+    found = {"default": written} if isinstance(written, str) else dict(written)
+    if (own := directory / "chat_template.jinja").is_file():
+        found["default"] = own.read_text(encoding="utf-8")
+    return found | {file.stem: file.read_text(encoding="utf-8") for file in sorted((directory / MORE_TEMPLATES).glob("*.jinja"))}
 
 
 def check_template(directory: Path, system: str | None) -> None:

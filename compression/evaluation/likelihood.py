@@ -38,9 +38,8 @@ def continuation_likelihoods(
     """
     reads = [(tokens + continuation)[-(runtime.max_length + 1) :][:-1] for tokens, continuation in pairs]
     rows: list[tuple[list[int], list[int]]] = []  # tokens, and the numbers of the pairs that are read from them
-    for number in sorted(
-        range(len(pairs)), key=lambda number: reads[number], reverse=True
-    ):  # a row stands right behind those that it begins
+    # sorted downward, a row stands right behind those that it begins
+    for number in sorted(range(len(pairs)), key=lambda number: reads[number], reverse=True):
         if not rows or rows[-1][0][: len(reads[number])] != reads[number]:
             rows.append((reads[number], []))
         rows[-1][1].append(number)

@@ -7,9 +7,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from compression.checkpoint import tokenizer_files
+from compression.data.templates import chat_templates
+
 NAMES = ("bos", "eos", "unk", "pad")
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
-_TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class TokenizerFiles:
 
 def stamp_of(path: Path) -> tuple[tuple[str, int, int], ...]:
     """What changes when a file of the tokenizer does: names, times of modification, sizes."""
-    files = [path / name for name in _FILES] + [file for pattern in _TEMPLATES for file in sorted(path.glob(pattern))]
+    files = [path / name for name in ("config.json", *tokenizer_files(path))]
     return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
 
 
@@ -56,15 +57,7 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
         if name not in named and (ids := _ids(config, f"{name}_token_id")):
             named[name] = ids[0]
     ends = dict.fromkeys(_ids(_json(path / "generation_config.json"), "eos_token_id") + _ids(config, "eos_token_id"))
-    return TokenizerFiles(definition, backend, named, _templates(path, settings), tuple(ends))
-
-
-def _templates(path: Path, settings: dict[str, Any]) -> dict[str, str]:
-    written = settings.get("chat_template") or {}
-    found = {"default": written} if isinstance(written, str) else {t["name"]: t["template"] for t in written}
-    if (path / "chat_template.jinja").is_file():
-        found["default"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
-    return found | {file.stem: file.read_text(encoding="utf-8") for file in sorted(path.glob("additional_chat_templates/*.jinja"))}
+    return TokenizerFiles(definition, backend, named, chat_templates(path), tuple(ends))
 
 
 def _ids(settings: dict[str, Any], key: str) -> list[int]:

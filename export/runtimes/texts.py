@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from compression.data.rows import encode_prompts
-from compression.data.templates import Conversation, conversation
+from compression.data.templates import Conversation, conversation, render
 from compression.errors import Incompatible, UnusableModel
 from compression.loading import load_tokenizer
 
@@ -57,11 +55,9 @@ def render_chat(template: str | dict[str, str] | None, messages: Conversation, s
     if template is None:
         raise Incompatible("this model has no chat template; leave --chat out", key="chat")
     try:
-        rendered: Any = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **special_tokens)
+        return render(template, messages, special_tokens)
     except TemplateError as error:
         raise Incompatible(f"the model's chat template does not take this message: {error}", key="chat") from None
-    texts, _ = rendered  # annotated as a string, which it is not
-    return texts[0]
 
 
 def _template(template: str | dict[str, str] | None) -> str | None:

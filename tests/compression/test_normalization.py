@@ -205,10 +205,11 @@ def test_tokenizer_json_is_the_truth(tmp_path: Path, checkpoint: Path) -> None:
         ("granite", {"logits_scaling": 4.0}, False),
         ("cohere", {"logit_scale": 0.0625}, False),
         ("gemma2", {}, False),
+        ("llama4_text", {"num_local_experts": 2, "intermediate_size_mlp": 128}, False),  # names no base model
         ("olmo2", {}, True),
     ],
 )
-def test_changed_logits_are_found(tmp_path: Path, model_type: str, settings: dict[str, object], trains: bool) -> None:
+def test_what_training_cannot_read_is_found(tmp_path: Path, model_type: str, settings: dict[str, object], trains: bool) -> None:
     path = tiny_checkpoint(tmp_path / "m", model_type, **settings)  # type: ignore[arg-type]
     logging.getLogger("transformers").setLevel(logging.ERROR)
     assert bool(normalize(path, tmp_path / "out").limits.training) is not trains

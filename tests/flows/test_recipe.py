@@ -291,6 +291,12 @@ def test_names_that_no_file_can_have_are_refused(tmp_path: Path, text: str) -> N
         load(tmp_path, text)
 
 
+@pytest.mark.parametrize("name", ["run.json", "report.html"])
+def test_names_of_a_runs_own_files_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(EdgepressError, match="a run writes"):
+        load(tmp_path, recipe("tiny", STAGE.replace("pruned", name)))
+
+
 def test_an_at_sign_in_a_path_is_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "a@b").mkdir(parents=True)

@@ -71,3 +71,10 @@ def test_nothing_is_left_of_what_is_refused(tmp_path: Path) -> None:
 
 def test_the_embedded_model_waits_for_nothing(tmp_path: Path) -> None:
     assert open_base("embedded", None, None, tmp_path).path == EMBEDDED and not (tmp_path / "bases").exists()
+
+
+def test_a_damaged_cache_is_made_again(tmp_path: Path, checkpoint: Path) -> None:
+    before = open_base(str(checkpoint), None, None, tmp_path)
+    for file in [*tmp_path.glob("digests/*.json"), *tmp_path.glob("bases/*/report.json")]:
+        file.write_text(file.read_text()[:-9])
+    assert open_base(str(checkpoint), None, None, tmp_path) == before

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from compression.checkpoint import digest_file
+from compression.files import digest_file
 from compression.errors import EdgepressError
 from compression.files import fsync
 

@@ -1,8 +1,8 @@
 """What the ONNX exporters take, told from a checkpoint's description alone. Imports no torch, so recipes are checked in milliseconds."""
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import Incompatible
-from compression.quantization.settings import codes_of
+from compression.checkpoints.quantization_config import codes_of
 from export.refusals import TRACED_FAMILIES, check_family, check_fixed_rope, check_rope, check_tied_types
 
 # The families that GenAI's builder (0.18) writes, with the rope types that it writes right, found by comparing logits: it drops linear

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.errors import MissingExtra, UnusableModel
 from export.runtimes import runtime_name
 from export.runtimes.gguf_file import gguf_file

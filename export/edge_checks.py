@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import Incompatible
 from export.refusals import TRACED_FAMILIES, check_family, check_fixed_rope, check_tied_types
 

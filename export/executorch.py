@@ -16,13 +16,13 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
-from compression.loading import load_model
+from compression.checkpoints.loading import load_model
 from export.edge_checks import cache_length, check_executorch
 from export.quiet import quiet_and_offline
 from export.traced import describe
-from export.whole import whole
+from export.atomic_directory import whole
 
 with quiet_and_offline():  # it imports torchao, which lists the libraries that it does not find
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

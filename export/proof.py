@@ -1,6 +1,6 @@
 """How far an artifact may be from the checkpoint it was made of, by what its exporter did to the weights. Imports no torch.
 
-The bounds are judged from records like every other gate (tasks/gates.py), so another bound exports and measures nothing again.
+The bounds are judged from records like every other gate (tasks/measurement/gates.py), so another bound exports and measures nothing again.
 """
 
 from collections.abc import Mapping

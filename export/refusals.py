@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import Incompatible, UnusableModel
 
 TRACED_FAMILIES = (

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from compression.checkpoint import Checkpoint
-from compression.loading import copy_tokenizer
+from compression.checkpoints.checkpoint import Checkpoint
+from compression.checkpoints.loading import copy_tokenizer
 
 
 def sample_inputs(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compression.checkpoint import file_digests
+from compression.checkpoints.checkpoint import file_digests
 from compression.origin import Origin
 from export.proof import KL_TO_PARENT, Change
 from tasks.base import Base
-from tasks.files import size_of, write_json
+from tasks.store.provenance import CARRIED
+from tasks.store.files import size_of, write_json
 from tasks.stage import Artifact
 
-CARRIED = ("edgepress.json", "README.md")  # what this module writes: the only files of an artifact without a digest
 CHANGES: Mapping[Change, str] = {
     "float": "in a float type",
     "int8": "rounded to 8 bits, activations while it runs",

@@ -9,22 +9,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compression.checkpoint import Checkpoint, Limits, digest_file, model_files, open_checkpoint
+from compression.checkpoints.checkpoint import Checkpoint, Limits, model_files, open_checkpoint
+from compression.files import digest_file
 from compression.data.hub import why_not_given
 from compression.errors import UnusableModel
 from compression.locks import file_lock
-from tasks.files import write_json
-from tasks.identity import digest, library_versions
+from tasks.store.files import write_json
+from tasks.store.identity import digest, library_versions
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "compression" / "reference" / "model"
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md", "LICENSE*"]
 _NORMALIZATION = 1
-"""Raise it whenever `compression.normalization` makes other bytes, limits or warnings of the same directory."""
+"""Raise it whenever `compression.checkpoints.normalization` makes other bytes, limits or warnings of the same directory."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model everything starts from, normalised (`compression.normalization`).
+    """The model everything starts from, normalised (`compression.checkpoints.normalization`).
 
     identity  digest of its content, or `hub:id@commit`
     content   digest of the bytes that are read
@@ -92,14 +93,14 @@ def _normalized(origin: Path, found: str, cache: Path) -> tuple[Checkpoint, str,
 def _normalize(origin: Path, out: Path) -> dict[str, Any]:
     """Normalise in a child, or here where transformers is loaded already (a notebook, a test)."""
     if "transformers" in sys.modules:
-        from compression.normalization import normalize
+        from compression.checkpoints.normalization import normalize
 
         return asdict(normalize(origin, out))
     folder = out.parent / "job"
-    job = {"call": "tasks.jobs:normalize_base", "arguments": {"source": str(origin), "out": str(out)}, "threads": 1, "seed": 0}
+    job = {"call": "tasks.runners.jobs:normalize_base", "arguments": {"source": str(origin), "out": str(out)}, "threads": 1, "seed": 0}
     write_json(folder / "job.json", job | {"device": "cpu", "visible_devices": [], "directory": str(Path.cwd())})
     # not one of a flow's children: those wait while anything on the machine is timed, and a plan is wanted now
-    done = subprocess.run([sys.executable, "-P", "-m", "tasks.worker", folder / "job.json"], stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run([sys.executable, "-P", "-m", "tasks.runners.worker", folder / "job.json"], stdin=subprocess.DEVNULL, check=False)
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text())["details"]
     if not (folder / "error.json").exists():

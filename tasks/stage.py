@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from compression.checkpoint import Checkpoint, Layout
+from compression.checkpoints.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
 from compression.data.fill import check_calibration

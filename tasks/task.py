@@ -8,8 +8,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 from prefect.tasks import Task
 
-from tasks.assignment import Assignment
-from tasks.perform import Pipeline, is_transient, perform
+from tasks.planned_stage import Assignment
+from tasks.execution import Pipeline, is_transient, perform
 
 
 async def _retry_condition(_: Any, __: TaskRun, state: State[Any]) -> bool:

@@ -13,15 +13,15 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 from typer.main import get_command
 
-from compression.checkpoint import Checkpoint, Layout
+from compression.checkpoints.checkpoint import Checkpoint, Layout
 from compression.context import Context
-from flows.cli import app
-from flows.planning import make_plan
-from flows.recipe import ParsedRecipe, _entries, json_schema, load_recipe
-from flows.reference import BEGIN, END, _outcomes, _samples, compatibility_table, recipe_reference, with_generated
-from tasks.jobs import run_stage
+from flows.cli.main import app
+from flows.planning.plan import make_plan
+from flows.planning.recipe import ParsedRecipe, _entries, json_schema, load_recipe
+from flows.cli.reference import BEGIN, END, _outcomes, _samples, compatibility_table, recipe_reference, with_generated
+from tasks.runners.jobs import run_stage
 from tasks.stage import check_accepts, stage_kinds
-from tasks.store import Store
+from tasks.store.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
@@ -107,7 +107,7 @@ def test_generated_parts_are_up_to_date(page: str, made):
     text = (ROOT / "docs" / page).read_text()
     assert text.count(BEGIN) == text.count(END) == 1
     inside = text[text.index(BEGIN) + len(BEGIN) : text.index(END)]
-    assert inside == f"\n{made()}\n", f"docs/{page} is stale: run python -m flows.reference"
+    assert inside == f"\n{made()}\n", f"docs/{page} is stale: run python -m flows.cli.reference"
 
 
 def test_a_page_is_rewritten_between_its_markers_only():

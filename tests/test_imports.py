@@ -13,7 +13,7 @@ import importlib, json, pathlib, sys
 for package in sys.argv[1:]:
     for file in sorted(pathlib.Path(package).rglob("*.py")):
         name = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
-        if name != "tasks.jobs":
+        if name != "tasks.runners.jobs":
             importlib.import_module(name)
             heavy = [m for m in ("torch", "transformers") if m in sys.modules]
             assert not heavy, f"{name} imports {heavy}"
@@ -29,11 +29,11 @@ def modules_after_importing(*packages: str) -> set[str]:
 
 def test_no_module_of_flows_or_tasks_imports_torch_or_transformers() -> None:
     modules = modules_after_importing("tasks", "flows")
-    assert {"flows.cli", "flows.pipeline", "tasks.perform", "tasks.kinds.distill", "tasks.task"} <= modules
+    assert {"flows.cli.main", "flows.run.pipeline", "tasks.execution", "tasks.kinds.distill", "tasks.task"} <= modules
 
 
 def test_the_command_line_starts_without_prefect_and_mlflow() -> None:
-    code = "import json, sys, flows.cli, flows.planning, flows.recipe; print(json.dumps(sorted(sys.modules)))"
+    code = "import json, sys, flows.cli.main, flows.planning.plan, flows.planning.recipe; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "prefect", "mlflow", "datasets"} & set(json.loads(done.stdout))
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from compression.checkpoint import MORE_TEMPLATES
+from compression.checkpoints.checkpoint import MORE_TEMPLATES
 from compression.errors import UnusableData, UnusableModel
 
 if TYPE_CHECKING:

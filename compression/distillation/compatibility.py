@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import EdgepressError, Incompatible
 
 FeatureLayers = Literal["last", "middle", "uniform"] | Mapping[int, int]

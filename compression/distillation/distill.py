@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from compression.checkpoint import Checkpoint, file_digests, open_checkpoint
+from compression.checkpoints.checkpoint import Checkpoint, file_digests, open_checkpoint
 from compression.context import Context
 from compression.distillation.compatibility import (
     CacheSettings,
@@ -18,12 +18,12 @@ from compression.distillation.compatibility import (
 )  # fmt: skip
 from compression.distillation.objective import Objective
 from compression.distillation.teacher_cache import TeacherCache, open_teacher_cache
-from compression.loading import load_model
-from compression.pruning.kept import read_kept
+from compression.checkpoints.loading import load_model
+from compression.checkpoints.kept import read_kept
 from compression.training import HeldOut, open_student, save_student, train
 from compression.training.batches import check_rows
 from compression.training.students import check_student
-from compression.training_settings import TrainingSettings
+from compression.training.settings import TrainingSettings
 
 
 def distill(

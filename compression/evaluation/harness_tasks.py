@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from compression.checkpoint import digest_file
+from compression.files import digest_file
 from compression.data import hub
 from compression.errors import EdgepressError, Incompatible, UnusableData
 from compression.evaluation.findings import Transform

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from compression.checkpoint import open_checkpoint
-from compression.pruning.masks import read_masks
-from compression.shards import read_tensors
+from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.masks import read_masks
+from compression.checkpoints.shards import read_tensors
 
 
 def sparsity(path: Path) -> float | None:

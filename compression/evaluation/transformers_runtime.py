@@ -7,8 +7,8 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from compression.checkpoint import open_checkpoint
-from compression.loading import load_model
+from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.loading import load_model
 
 
 class TransformersRuntime:

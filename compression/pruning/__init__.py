@@ -3,7 +3,7 @@
 import math
 from typing import Literal
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import Incompatible
 
 Method = Literal["magnitude", "gradient", "wanda", "sparsegpt"]

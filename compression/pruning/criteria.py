@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
-from compression.loading import load_model
-from compression.walk import walk
+from compression.checkpoints.loading import load_model
+from compression.calibration.walk import walk
 
 TOKENS_PER_BACKWARD = 1024
 

@@ -6,16 +6,16 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.evaluation.findings import exponential
-from compression.loading import copy_tokenizer, load_model
-from compression.pruning.kept import read_kept, write_kept
-from compression.pruning.masks import MaskWriter, read_masks
+from compression.checkpoints.loading import copy_tokenizer, load_model
+from compression.checkpoints.kept import read_kept, write_kept
+from compression.checkpoints.masks import MaskWriter, read_masks
 from compression.pruning.structure import DepthCriterion, blocks_left, depth_config
-from compression.shards import CheckpointWriter, read_tensors
-from compression.walk import walk
+from compression.checkpoints.shards import CheckpointWriter, read_tensors
+from compression.calibration.walk import walk
 
 TOKENS_PER_FORWARD = 1024
 
@@ -37,7 +37,7 @@ def prune_depth(
     drop, keep, blocks   one of them: how many blocks leave, the share that stays (rounded to the nearest number), or which leave, from 0
     criterion  influence: those with the least `block_influence`, all at once; perplexity: `redundant_blocks`, one after another
 
-    Masks follow their blocks. `kept.safetensors` (compression/pruning/kept.py) says which blocks remain. The influence of every block
+    Masks follow their blocks. `kept.safetensors` (compression/checkpoints/kept.py) says which blocks remain. The influence of every block
     (step: the block), or the calibration perplexity after each removal (step: how many are removed), goes to `context.metrics`.
 
     Returns `kept_ratio`, `num_hidden_layers` and `parameters_ratio`.

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from compression.checkpoint import file_digests, open_checkpoint
+from compression.checkpoints.checkpoint import file_digests, open_checkpoint
 from compression.context import Context
 from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, Incompatible
 from compression.files import fsync
 from compression.pruning import Scope
-from compression.pruning.held import held_masks, hold_masks, zero_pruned
-from compression.pruning.masks import read_masks, write_masks
+from compression.training.held_masks import held_masks, hold_masks, zero_pruned
+from compression.checkpoints.masks import read_masks, write_masks
 from compression.pruning.selection import PRUNED, keep_strongest, keep_strongest_overall
 from compression.resumption import fingerprint, same_work
-from compression.skeleton import linear_layers, skeleton
+from compression.checkpoints.skeleton import linear_layers, skeleton
 from compression.training import HeldOut, open_student, processes, save_student, train
 from compression.training.trainer import KEPT
-from compression.training_settings import TrainingSettings
+from compression.training.settings import TrainingSettings
 
 CLAIM = "search"  # in the work directory: the name of the search that it belongs to
 FOUND = "found"  # below a round's directory: its masks and metrics, there once it is done

@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from compression.checkpoint import file_digests, open_checkpoint
+from compression.checkpoints.checkpoint import file_digests, open_checkpoint
 from compression.context import Context
 from compression.distillation.objective import Objective
 from compression.errors import Incompatible
 from compression.pruning.densities import Distribution, layer_sparsities
-from compression.pruning.held import HeldMasks, held_masks, hold_masks, zero_moments
-from compression.pruning.masks import pack_mask, unpack_mask
+from compression.training.held_masks import HeldMasks, held_masks, hold_masks, zero_moments
+from compression.checkpoints.masks import pack_mask, unpack_mask
 from compression.pruning.selection import PRUNED, keep_strongest
-from compression.skeleton import linear_layers
+from compression.checkpoints.skeleton import linear_layers
 from compression.training import HeldOut, open_student, save_student, train
-from compression.training_settings import TrainingSettings
+from compression.training.settings import TrainingSettings
 
 
 def prune_rigl(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from compression.pruning.selection import PRUNED, keep_n_of_m, keep_strongest
-from compression.quantization.gptq import inverse_factor
+from compression.calibration.second_order import inverse_factor
 
 COLUMNS_PER_SELECTION = 128  # the columns among which the weights to prune are chosen, once all before them are settled
 

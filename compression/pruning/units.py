@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.pruning.structure import Heads, head_counts
 
 

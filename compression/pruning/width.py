@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.loading import copy_tokenizer
+from compression.checkpoints.loading import copy_tokenizer
 from compression.pruning.criteria import activation_scores, taylor_scores, unit_norms
-from compression.pruning.kept import read_kept, write_kept
-from compression.pruning.masks import MaskWriter, read_masks
+from compression.checkpoints.kept import read_kept, write_kept
+from compression.checkpoints.masks import MaskWriter, read_masks
 from compression.pruning.structure import Heads, WidthCriterion, width_config
 from compression.pruning.units import Units
-from compression.shards import CheckpointWriter, read_tensors
+from compression.checkpoints.shards import CheckpointWriter, read_tensors
 
 K_QUANT_WIDTH = 256  # llama.cpp's K-quants take rows in blocks of 256
 
@@ -41,7 +41,7 @@ def prune_width(
                 ("groups"), or the same number of query heads of every key/value head ("queries")
     criterion   l2 (`unit_norms`), activation (`activation_scores`), taylor (`taylor_scores`), or random: the control
 
-    Masks of a sparse checkpoint are cut with the weights. `kept.safetensors` (compression/pruning/kept.py) says what remains.
+    Masks of a sparse checkpoint are cut with the weights. `kept.safetensors` (compression/checkpoints/kept.py) says what remains.
     In a family that norms queries and keys of all heads together (OLMo 2), the norm is then over the heads that remain.
 
     Returns `kept_ratio`, `kept_heads_ratio` (really reached), `parameters_ratio`, `intermediate_size` and `num_attention_heads`.

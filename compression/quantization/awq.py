@@ -9,16 +9,18 @@ from pathlib import Path
 
 import torch
 
-from compression.calibration import Outcome, compress_blocks
-from compression.checkpoint import open_checkpoint
+from compression.calibration.calibration import Outcome, compress_blocks
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.quantization.grid import NO_SHRINK, SHRINKS, fit_grid
-from compression.quantization.layouts import AWQ_BITS, awq_tensors
-from compression.quantization.rounding import RoundedLayers, alike, output_power, stacked
+from compression.checkpoints.layouts import AWQ_BITS, awq_tensors
+from compression.quantization.rounding import RoundedLayers, alike
+from compression.calibration.second_order import output_power, stacked
 from compression.quantization.scaling import scale_pairs
-from compression.quantization.settings import Codes, awq_config, plan_codes
-from compression.walk import Block
+from compression.quantization.settings import plan_codes
+from compression.checkpoints.quantization_config import Codes, awq_config
+from compression.calibration.walk import Block
 
 EXPONENTS = tuple(step / 10 for step in range(11))
 COARSE_CLIP = (1.0, 0.95, 0.9, 0.85, 0.8)

@@ -6,12 +6,12 @@ from typing import Literal
 
 import torch
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
-from compression.quantization.compressed_tensors import round_weight
-from compression.quantization.schemes import Scheme
-from compression.skeleton import layers_outside
-from compression.streaming import rewrite_linears
+from compression.checkpoints.compressed_tensors import round_weight
+from compression.checkpoints.schemes import Scheme
+from compression.checkpoints.skeleton import layers_outside
+from compression.checkpoints.streaming import rewrite_linears
 
 
 def quantize_fp8(checkpoint: Path, out: Path, *, strategy: Literal["channel", "tensor"] = "channel", context: Context) -> dict[str, float]:

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import torch
 
-from compression.calibration import Outcome, compress_blocks
-from compression.checkpoint import open_checkpoint
+from compression.calibration.calibration import Outcome, compress_blocks
+from compression.calibration.second_order import inverse_factor
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.quantization.grid import NO_SHRINK, SHRINKS, Grid, fit_grid, round_to_codes
-from compression.quantization.rounding import RoundedLayers, alike, stacked
+from compression.quantization.rounding import RoundedLayers, alike
+from compression.calibration.second_order import stacked
 from compression.quantization.settings import Misfit, Overrides, gptq_config, plan_codes
-from compression.walk import Block
+from compression.calibration.walk import Block
 
 COLUMNS_PER_UPDATE = 64  # columns whose errors reach the rest of the matrix in one product
 
@@ -84,27 +86,6 @@ def quantize_gptq(
 def column_order(gram: torch.Tensor) -> torch.Tensor:
     """Input channels by falling second moment, int64 [in] (act-order)."""
     return gram.diagonal().argsort(descending=True, stable=True)
-
-
-def inverse_factor(gram: torch.Tensor, *, damp_percent: float, order: torch.Tensor | None = None) -> torch.Tensor | None:
-    """The upper triangular U with H⁻¹ = UᵀU for the damped H, columns in `order`; None where H has no inverse.
-
-    gram  [in, in], mean of x xᵀ. A channel that is always zero (nothing to make up for, nothing to make up with) gets the mean
-          of the diagonal, which leaves it out of every update.
-    H = VVᵀ with V upper triangular is the Cholesky factor of H read backwards, and U = V⁻¹: one factorization and one triangular inverse.
-    """
-    backwards = torch.arange(len(gram), device=gram.device) if order is None else order
-    backwards = backwards.flip(0)
-    h = gram[backwards[:, None], backwards]
-    diagonal = h.diagonal()
-    mean = diagonal.mean()
-    diagonal[diagonal == 0] = mean
-    diagonal += damp_percent * mean
-    lower, info = torch.linalg.cholesky_ex(h)
-    if info.item() or not torch.isfinite(lower).all():
-        return None
-    upper = lower.flip(0, 1)
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=h.device, dtype=h.dtype), upper=True)
 
 
 def gptq(

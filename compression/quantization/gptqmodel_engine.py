@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from compression.checkpoint import Checkpoint, open_checkpoint, weight_map
+from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint, weight_map
 from compression.context import Context
 from compression.errors import EdgepressError, MissingExtra, UnusableData
-from compression.loading import copy_tokenizer
+from compression.checkpoints.loading import copy_tokenizer
 from compression.quantization.gptqmodel_limits import Method, check_gptqmodel
-from compression.quantization.settings import awq_config, gptq_config, plan_codes
-from compression.shards import CheckpointWriter, read_tensors
-from compression.skeleton import linear_layers, skeleton
+from compression.quantization.settings import gptq_config, plan_codes
+from compression.checkpoints.quantization_config import awq_config
+from compression.checkpoints.shards import CheckpointWriter, read_tensors
+from compression.checkpoints.skeleton import linear_layers, skeleton
 
 SHORTEST_WINDOW = 10  # GPTQModel drops shorter calibration rows
 LAST_WORDS = 2000  # characters

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import Incompatible
 from compression.quantization.settings import plan_codes
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compression.quantization.settings import Codes
+from compression.checkpoints.quantization_config import Codes
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros needs some scale
 LARGEST_SCALE = 65504.0

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from compression.calibration import Outcome
+from compression.calibration.calibration import Outcome
 from compression.quantization.grid import Grid
-from compression.quantization.layouts import QuantizedLinear, gptq_tensors, quantized_linear
-from compression.quantization.settings import Codes
-from compression.walk import Block
+from compression.checkpoints.layouts import QuantizedLinear, gptq_tensors
+from compression.calibration.second_order import output_power
+from compression.checkpoints.quantization_config import Codes
+from compression.calibration.walk import Block
 
 
 def alike(block: Block, layers: tuple[str, ...], planned: Mapping[str, Codes | None]) -> Iterator[tuple[tuple[str, ...], Codes]]:
@@ -21,14 +22,9 @@ def alike(block: Block, layers: tuple[str, ...], planned: Mapping[str, Codes | N
     yield from ((tuple(paths), codes) for codes, paths in groups.items())
 
 
-def stacked(block: Block, paths: tuple[str, ...]) -> torch.Tensor:
-    """The weights of layers that share an input, rows of one below those of the other: a new float32 [out, in]."""
-    return torch.cat([block.linear(path).weight.float() for path in paths])
-
-
-def output_power(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """E(w·x)² of each row: diag(W·H·Wᵀ), float32 [out]."""
-    return ((weight @ gram) * weight).sum(1)
+def quantized_linear(codes: torch.Tensor, grid: Grid, rows: slice = slice(None)) -> QuantizedLinear:
+    """Codes on a grid, as they will be stored; `rows` picks one layer where several were stacked."""
+    return QuantizedLinear(codes[rows], grid.scales[rows].half(), grid.zeros[rows].to(torch.uint8), grid.bits, grid.group_size)
 
 
 class RoundedLayers:

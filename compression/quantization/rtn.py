@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.quantization.grid import NO_SHRINK, SHRINKS, fit_grid
-from compression.quantization.layouts import BITS, gptq_tensors, quantized_linear
+from compression.checkpoints.layouts import BITS, gptq_tensors
+from compression.quantization.rounding import quantized_linear
 from compression.quantization.settings import Misfit, Overrides, gptq_config, plan_codes
-from compression.streaming import rewrite_linears
+from compression.checkpoints.streaming import rewrite_linears
 
 
 def quantize_rtn(

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from compression.families import Family
-from compression.walk import Block
+from compression.checkpoints.families import Family
+from compression.calibration.walk import Block
 
 
 @dataclass(frozen=True)

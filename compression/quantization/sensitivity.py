@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.quantization.grid import NO_SHRINK, fit_grid
-from compression.quantization.rounding import alike, output_power, stacked
+from compression.quantization.rounding import alike
+from compression.calibration.second_order import output_power, stacked
 from compression.quantization.settings import plan_codes
-from compression.walk import walk
+from compression.calibration.walk import walk
 
 WIDTHS = (2, 3, 4, 8)
 

@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import Dataset
 
 from compression.errors import UnusableData
-from compression.training_settings import TrainingSettings
+from compression.training.settings import TrainingSettings
 
 POOL = 50  # batches whose rows are sorted by length together: like lengths, and yet another mix in every permutation
 

@@ -18,14 +18,14 @@ from torch import nn
 
 from compression.context import Context
 from compression.errors import EdgepressError
-from compression.pruning.held import HeldMasks
+from compression.training.held_masks import HeldMasks
 from compression.resumption import fingerprint, latest_checkpoint
 from compression.training import processes
 from compression.training.batches import Batches, check_rows
 from compression.training.memory import BatchTooLarge, Fit, free_memory
 from compression.training.trainer import StageTrainer, checkpoint_activations, step_of, trainable
 from compression.training.validation import HeldOut, Validation
-from compression.training_settings import TrainingSettings
+from compression.training.settings import TrainingSettings
 
 
 def train(

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
 from compression.data.fill import unknown_token
 from compression.errors import Incompatible, UnusableData
-from compression.loading import load_model, save_model
-from compression.pruning.held import held_masks, hold_masks, zero_pruned
-from compression.pruning.masks import read_masks, write_masks
+from compression.checkpoints.loading import load_model, save_model
+from compression.training.held_masks import held_masks, hold_masks, zero_pruned
+from compression.checkpoints.masks import read_masks, write_masks
 from compression.training import processes
 
 

@@ -13,14 +13,14 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible
-from compression.pruning.held import HeldMasks
+from compression.training.held_masks import HeldMasks
 from compression.resumption import write_checkpoint
 from compression.training import processes
 from compression.training.batches import Batches, used_lengths
 from compression.training.curve import Curve
 from compression.training.memory import BatchTooLarge, Fit, is_out_of_memory
 from compression.training.validation import Validation
-from compression.training_settings import TrainingSettings
+from compression.training.settings import TrainingSettings
 
 KEPT = "kept"  # below the work directory: the checkpoint of the step that was to be kept
 POINTS = 200  # of a loss curve, at most

@@ -1,0 +1,1 @@
+"""GGUF files: tensors, tokenizer, metadata, and llama.cpp as quantizer."""

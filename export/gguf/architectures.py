@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import Incompatible
 from export.refusals import check_settings, rope_setting
 

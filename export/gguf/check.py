@@ -3,9 +3,9 @@
 from functools import lru_cache
 from pathlib import Path
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import Incompatible
-from compression.quantization.settings import codes_of, layer_codes
+from compression.checkpoints.quantization_config import codes_of, layer_codes
 from export.gguf.architectures import check_architecture
 from export.gguf.tokenizer import read_vocabulary
 from export.gguf.tokenizer_files import stamp_of

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
-from compression.loading import copy_tokenizer
-from compression.quantization.layouts import read_quantized_linears
-from compression.shards import CheckpointWriter, read_tensors
-from compression.walk import Walk
+from compression.checkpoints.loading import copy_tokenizer
+from compression.checkpoints.layouts import read_quantized_linears
+from compression.checkpoints.shards import CheckpointWriter, read_tensors
+from compression.calibration.walk import Walk
 from export.gguf.tensors import PACKED
 
 FLOOR = 1e-6  # of the mean: a column that the calibration data never touches still has a weight, or its block would have no scale
@@ -26,7 +26,7 @@ def gather_importance(checkpoint: Checkpoint, windows: torch.Tensor, context: Co
 
     windows  token ids, int64 [count, length]
     work     a directory for the float32 weights of a quantized checkpoint, which the walk needs
-    Raises what compression.walk.Walk raises.
+    Raises what compression.calibration.walk.Walk raises.
     """
     walked = checkpoint if checkpoint.layout == "dense" else _dequantized(checkpoint, work)
     walk = Walk(walked, windows, collect=frozenset({"mean_square"}), context=context)

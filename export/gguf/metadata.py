@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import gguf
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.origin import Origin
 from export.gguf.architectures import (
     ARCHITECTURES,

@@ -8,10 +8,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import Incompatible, UnusableModel
-from compression.quantization.layouts import QuantizedLinear, read_quantized_linears
-from compression.shards import read_tensors
+from compression.checkpoints.layouts import QuantizedLinear, read_quantized_linears
+from compression.checkpoints.shards import read_tensors
 from export.gguf import native
 from export.gguf.architectures import ARCHITECTURES, rope_settings
 from export.gguf.carry import pack

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from compression.checkpoint import tokenizer_files
+from compression.checkpoints.checkpoint import tokenizer_files
 from compression.data.templates import chat_templates
 
 NAMES = ("bos", "eos", "unk", "pad")

@@ -2,7 +2,7 @@
 
 import unicodedata
 
-from compression.tokenizer_corpus import TEXTS, every_two_byte_character
+from compression.checkpoints.tokenizer_corpus import TEXTS, every_two_byte_character
 from export.gguf.pretokenizer import SPACE
 from export.gguf.tokenizer import TokenType, Vocabulary
 

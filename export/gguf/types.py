@@ -1,6 +1,6 @@
 """GGUF's types: of whole files, of single tensors, and what they need. Imports no torch and no gguf: used while planning."""
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 
 FLOATS = ("f32", "f16", "bf16")
 WRITTEN = (*FLOATS, "q8_0")  # of files, written here, tensor by tensor

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import torch
 
-from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
 from compression.origin import Origin
 from export.gguf.architectures import ARCHITECTURES, context_length

@@ -12,8 +12,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from compression.errors import UnusableModel
-from compression.quantization.compressed_tensors import ScaledLinear
-from compression.quantization.layouts import QuantizedLinear
+from compression.checkpoints.compressed_tensors import ScaledLinear
+from compression.checkpoints.layouts import QuantizedLinear
 from export.onnx.edit import constant, given, replace
 
 INT8_LIMIT = 127.0

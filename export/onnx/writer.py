@@ -8,15 +8,16 @@ import onnx
 import onnx_ir
 import torch
 
-from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.loading import load_model
-from compression.quantization.compressed_tensors import ScaledLinear, read_scaled_linears, round_weight
+from compression.checkpoints.loading import load_model
+from compression.checkpoints.compressed_tensors import ScaledLinear, read_scaled_linears, round_weight
 from compression.quantization.grid import fit_grid
-from compression.quantization.layouts import QuantizedLinear, quantized_linear, read_quantized_linears
-from compression.quantization.schemes import Scheme, read_scheme
-from compression.quantization.settings import Codes
+from compression.checkpoints.layouts import QuantizedLinear, read_quantized_linears
+from compression.quantization.rounding import quantized_linear
+from compression.checkpoints.schemes import Scheme, read_scheme
+from compression.checkpoints.quantization_config import Codes
 from export.checks import check_onnx, outer_types
 from export.onnx.calibrate import input_limits
 from export.onnx.quantize import (
@@ -33,7 +34,7 @@ from export.onnx.save import save_graph
 from export.onnx.trace import OPSET, trace_generation
 from export.quiet import quiet_and_offline
 from export.traced import describe
-from export.whole import whole
+from export.atomic_directory import whole
 
 
 def export_onnx(

@@ -7,7 +7,7 @@ from typing import Any
 from compression.data.rows import encode_prompts
 from compression.data.templates import Conversation, conversation, render
 from compression.errors import Incompatible, UnusableModel
-from compression.loading import load_tokenizer
+from compression.checkpoints.loading import load_tokenizer
 
 
 class HuggingFaceText:

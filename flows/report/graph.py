@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from flows.charts import shortened
+from flows.report.charts import shortened
 from flows.report.rows import MANY, Row, origin
 from flows.report.style import state_class
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from flows.charts import TOP, shortened
+from flows.report.charts import TOP, shortened
 from flows.report.rows import Row, shown
 from flows.report.style import plots, whole_page
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from flows.charts import legend, scatter
+from flows.report.charts import legend, scatter
 from flows.report.graph import graph_section
 from flows.report.layers import layers_section
 from flows.report.notes import alerts, environment_section, gates_section, outcome
@@ -16,11 +16,11 @@ from flows.report.sweep import sweep_section
 from flows.report.table import table_section
 from flows.report.training import training_section
 from flows.report.waterfall import waterfall_section
-from flows.study_page import study_section
+from flows.report.study_page import study_section
 
 
 def render_report(summary: dict[str, Any]) -> str:
-    """The page as text. `summary` is what flows/pipeline.py writes into run.json: rows in topological order, the base first."""
+    """The page as text. `summary` is what flows/run/pipeline.py writes into run.json: rows in topological order, the base first."""
     rows: list[Row] = summary["rows"]
     base = summary["environment"]["base"]
     origin = " · ".join(str(base[key]) for key in ("source", "revision", "license") if base[key])

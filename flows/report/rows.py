@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from flows.charts import Dot, front
-from tasks.figures import FIGURES, Figure, noise
+from flows.report.charts import Dot, front
+from tasks.measurement.figures import FIGURES, Figure, noise
 
 Row = dict[str, Any]
 MANY = 40  # stages: from here on a page shows the best of a sweep, and folds the rest away

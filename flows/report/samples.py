@@ -5,7 +5,7 @@ from html import escape as escape_markup
 
 from flows.report.rows import Row, shown
 from flows.report.table import cell
-from tasks.figures import SANITY
+from tasks.measurement.figures import SANITY
 
 
 def samples_section(rows: Sequence[Row]) -> str:

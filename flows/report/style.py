@@ -2,7 +2,7 @@
 
 from html import escape
 
-from flows.charts import PALETTE
+from flows.report.charts import PALETTE
 
 _STATES = {  # on light and on dark paper
     "Completed": ("#15803d", "#4ade80"), "Cached": ("#0e7490", "#38bdf8"), "Failed": ("#b91c1c", "#f87171"),

@@ -5,12 +5,12 @@ from html import escape
 from statistics import fmean
 from typing import Any
 
-from flows.charts import COLOURS, Point, legend, lines
-from flows.comparison import Comparison, Line, compare
+from flows.report.charts import COLOURS, Point, legend, lines
+from flows.report.comparison import Comparison, Line, compare
 from flows.report.rows import MANY
 from flows.report.style import folded, plots, state_class
 from flows.report.table import cell
-from tasks.figures import Metrics, noise
+from tasks.measurement.figures import Metrics, noise
 
 _DRAWN = (
     ("accuracy", "accuracy"),

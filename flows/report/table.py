@@ -5,7 +5,7 @@ from html import escape
 
 from flows.report.rows import MANY, Row
 from flows.report.style import folded, state_class
-from tasks.figures import Figure, Metrics, measured, noise_text
+from tasks.measurement.figures import Figure, Metrics, measured, noise_text
 
 
 def table_section(rows: Sequence[Row]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from flows.charts import curves, legend
+from flows.report.charts import curves, legend
 from flows.report.rows import Row, origin
 from flows.report.style import plots
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from flows.charts import BOTTOM, TOP, Frame, Scale, scale, shortened
+from flows.report.charts import BOTTOM, TOP, Frame, Scale, scale, shortened
 from flows.report.rows import Row, beside, parent, quality, shown
-from tasks.figures import Figure, noise
+from tasks.measurement.figures import Figure, noise
 
 _LINE, _WIDTH, _LEFT, _RIGHT = 24, 940, 270, 120
 

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.data import DataSpec
 from compression.quantization.settings import Misfit, Override, plan_gptq
 from tasks.stage import Planned, Stage

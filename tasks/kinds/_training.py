@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec, TextSource
 from compression.data.fill import check_training
@@ -17,8 +17,8 @@ from compression.data.sources import documents, questions, stream_documents
 from compression.data.spec import outside
 from compression.errors import Incompatible, UnusableData
 from compression.settings import Settings
-from compression.synthesis_settings import CORPUS
-from compression.training_settings import Precision, Schedule, TrainingSettings
+from compression.synthesis.settings import CORPUS
+from compression.training.settings import Precision, Schedule, TrainingSettings
 from tasks.stage import Corpus, Inputs, Planned, Reads, Stage
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class TrainingStage(Stage):
     def rows(self, inputs: Inputs, data: DataSpec, context: Context) -> dict[str, Any]:
         """`rows` and `mask`, and where there are evaluations `validation`, as the training functions take them."""
         from compression.data import question_rows, training_rows
-        from compression.loading import load_tokenizer
+        from compression.checkpoints.loading import load_tokenizer
 
         tokenizer = load_tokenizer(inputs.parent)
         if self.train_on == "questions":
@@ -144,7 +144,7 @@ class TrainingStage(Stage):
         """Call a training function, in as many processes as the recipe asks for."""
         if self.distributed is None:
             return function(*paths, context=context, **parameters)
-        from compression.distributed import in_processes
+        from compression.training.distributed import in_processes
 
         return in_processes(self.distributed.processes, function, *paths, context=context, **parameters)
 

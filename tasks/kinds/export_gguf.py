@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from compression.checkpoint import Checkpoint, Layout
+from compression.checkpoints.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
 from export.gguf.check import check_gguf
@@ -70,7 +70,7 @@ class ExportGguf(Stage):
         import torch
 
         from compression.data import calibration_windows
-        from compression.loading import load_tokenizer
+        from compression.checkpoints.loading import load_tokenizer
         from export.gguf.writer import export_gguf
 
         windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed) if self.importance else None

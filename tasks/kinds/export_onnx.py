@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from compression.checkpoint import Checkpoint, Layout
+from compression.checkpoints.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
 from export.checks import check_onnx, outer_types
@@ -70,7 +70,7 @@ class ExportOnnx(Stage):
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         from compression.data import calibration_windows
-        from compression.loading import load_tokenizer
+        from compression.checkpoints.loading import load_tokenizer
         from export.onnx import export_onnx
 
         windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed) if self.dtype == _CALIBRATED else None

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from compression.checkpoint import Checkpoint, Layout
+from compression.checkpoints.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
 from export.edge_checks import check_openvino

@@ -5,10 +5,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
-from compression.finetuning_methods import Method, check_method
+from compression.finetuning.methods import Method, check_method
 from tasks.kinds._training import TrainingStage
 from tasks.stage import Inputs, Planned, Workplace
 
@@ -44,7 +44,7 @@ class Finetune(TrainingStage):
         return parent
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.finetuning import finetune
+        from compression.finetuning.finetune import finetune
 
         return self.train(
             finetune, inputs.parent, place.out, **self.rows(inputs, data, context), method=self.method, rank=self.rank,

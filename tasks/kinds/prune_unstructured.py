@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
 from compression.pruning import Allocation, Method, Pattern, Scope, check_unstructured
@@ -54,7 +54,7 @@ class PruneUnstructured(Stage):
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         from compression.data import calibration_windows
-        from compression.loading import load_tokenizer
+        from compression.checkpoints.loading import load_tokenizer
         from compression.pruning.unstructured import prune_unstructured
 
         reads = self.data_read() == "calibration"

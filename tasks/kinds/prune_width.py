@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
 from compression.errors import Incompatible
@@ -52,7 +52,7 @@ class PruneWidth(Stage):
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         from compression.data import calibration_windows
-        from compression.loading import load_tokenizer
+        from compression.checkpoints.loading import load_tokenizer
         from compression.pruning.width import prune_width
 
         reads = self.data_read() == "calibration"

@@ -6,11 +6,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
 from compression.quantization.gptqmodel_limits import check_gptqmodel
-from compression.quantization.settings import awq_config, plan_codes
+from compression.quantization.settings import plan_codes
+from compression.checkpoints.quantization_config import awq_config
 from tasks.extras import require
 from tasks.stage import Inputs, Planned, Reads, Stage, Workplace
 
@@ -51,7 +52,7 @@ class QuantizeAwq(Stage):
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         from compression.data import calibration_windows
-        from compression.loading import load_tokenizer
+        from compression.checkpoints.loading import load_tokenizer
         from compression.quantization.awq import quantize_awq
         from compression.quantization.gptqmodel_engine import quantize_with_gptqmodel
 

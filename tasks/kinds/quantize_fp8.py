@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
-from compression.quantization.schemes import Scheme
+from compression.checkpoints.schemes import Scheme
 from tasks.stage import Inputs, Planned, Stage, Workplace
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
 from compression.errors import Incompatible
@@ -49,7 +49,7 @@ class QuantizeGptq(CodesStage):
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         from compression.data import calibration_windows
-        from compression.loading import load_tokenizer
+        from compression.checkpoints.loading import load_tokenizer
         from compression.quantization.gptq import quantize_gptq
         from compression.quantization.gptqmodel_engine import quantize_with_gptqmodel
 

@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
-from compression.quantization.schemes import Scheme
+from compression.checkpoints.schemes import Scheme
 from tasks.stage import Inputs, Planned, Reads, Stage, Workplace
 
 
@@ -35,7 +35,7 @@ class QuantizeSmoothquant(Stage):
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         from compression.data import calibration_windows
-        from compression.loading import load_tokenizer
+        from compression.checkpoints.loading import load_tokenizer
         from compression.quantization.smoothquant import quantize_smoothquant
 
         windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed)

@@ -6,14 +6,14 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from compression.checkpoint import Checkpoint
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec, documents
 from compression.data.fill import check_prompts
 from compression.data.plain import plain_tokenizer
 from compression.data.rows import prompts_of, start_token
 from compression.errors import Incompatible
-from compression.synthesis_settings import SynthesisSettings
+from compression.synthesis.settings import SynthesisSettings
 from tasks.stage import Corpus, Inputs, Planned, Reads, Stage, Workplace
 
 _BYTES_A_TOKEN = 4  # of text, roughly
@@ -62,8 +62,8 @@ class Synthesize(Stage):
             check_prompts(data, parent.path, self.prompt_tokens)
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.loading import load_tokenizer
-        from compression.synthesize import synthesize
+        from compression.checkpoints.loading import load_tokenizer
+        from compression.synthesis.synthesize import synthesize
 
         prompts = prompts_of(documents(data, "train"), load_tokenizer(inputs.parent), self.prompt_tokens) if self.prompt_tokens else None
         return synthesize(inputs.parent, place.out, settings=self.settings(), prompts=prompts, workdir=place.work, context=context)

@@ -1,1 +1,1 @@
-"""Who runs the jobs of a flow: one module each, chosen in choice.py. Imports no torch."""
+"""Where jobs run: in children of this process, on a Dask cluster, on workers of a Prefect pool. Imports no torch."""

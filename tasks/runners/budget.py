@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from tasks.children import EventSink, Job, Stopped
+from tasks.runners.executor import EventSink, Job
+from tasks.errors import Stopped
 from tasks.runners.machine import GivenUp
 
 PROCESS = 512 << 20

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tasks.children import Children
+from tasks.runners.executor import Children
 from tasks.runners.budget import Budget
 from tasks.runners.local import LocalChildren
 from tasks.runners.settings import Runner

@@ -10,8 +10,9 @@ from time import monotonic, sleep
 from typing import Any
 
 from compression.errors import Incompatible, MissingExtra
-from tasks.children import Job, JobFailed, Stopped
-from tasks.runners.away import AwayChildren, asked, problem
+from tasks.runners.executor import Job
+from tasks.errors import JobFailed, Stopped
+from tasks.runners.remote import AwayChildren, asked, problem
 from tasks.runners.host import Host
 from tasks.runners.local import LocalChildren
 

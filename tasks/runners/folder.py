@@ -10,7 +10,7 @@ result.json   or error.json: how it ended
 import json
 from pathlib import Path
 
-from tasks.children import EventSink
+from tasks.runners.executor import EventSink
 
 
 def cleared(folder: Path) -> None:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tasks.runners.away import serve
+from tasks.runners.remote import serve
 from tasks.runners.budget import Budget
 from tasks.runners.local import LocalChildren
 
@@ -30,7 +30,7 @@ class Host:
         self._open: dict[str, Future[dict[str, Any]]] = {}
 
     def ask(self, folder: str, attempt: str) -> dict[str, Any]:
-        """Have a folder served; waits for the answer (tasks/runners/away.py)."""
+        """Have a folder served; waits for the answer (tasks/runners/remote.py)."""
         name, answer = uuid.uuid4().hex, Future[dict[str, Any]]()
         with self._lock:
             if self._process is None or self._process.poll() is not None:

@@ -14,13 +14,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from compression.errors import EdgepressError
-from tasks.children import Done, EventSink, Job, JobFailed, Stopped
-from tasks.files import write_json
-from tasks.memory_pressure import MemoryWatch
+from tasks.runners.executor import Done, EventSink, Job
+from tasks.errors import JobFailed, Stopped
+from tasks.store.files import write_json
+from tasks.runners.memory_pressure import MemoryWatch
 from tasks.runners.budget import Budget
 from tasks.runners.folder import EventReader, cleared
 from tasks.runners.machine import GivenUp, devices_taken, machine_lock
-from tasks.worker import DISK_FULL, NO_SPACE, PRELOAD, forked
+from tasks.runners.worker import DISK_FULL, NO_SPACE, PRELOAD, forked
 
 PATIENCE = 3.0
 """Seconds that a job waits for other runs on the machine before it says so."""

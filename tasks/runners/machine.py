@@ -16,7 +16,7 @@ from pathlib import Path
 
 from compression.errors import EdgepressError
 from compression.locks import acquire, file_lock, open_lock, try_acquire
-from tasks.children import Stopped
+from tasks.errors import Stopped
 
 GivenUp = Callable[[], bool]
 

@@ -9,8 +9,8 @@ from prefect.concurrency.sync import concurrency
 from prefect.states import Cancelled, Completed, Failed
 
 from compression.locks import file_lock
-from tasks.files import write_json
-from tasks.runners.away import alive_lock, answered, device_asked, serve
+from tasks.store.files import write_json
+from tasks.runners.remote import alive_lock, answered, device_asked, serve
 from tasks.runners.budget import Budget
 from tasks.runners.local import LocalChildren
 

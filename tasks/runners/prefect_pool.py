@@ -12,9 +12,10 @@ from uuid import UUID
 
 from compression.errors import Incompatible
 from compression.locks import is_locked
-from tasks.children import Job, JobFailed, Stopped
-from tasks.owner import owner_tag
-from tasks.runners.away import AwayChildren, WorkerLost, alive_lock, answered
+from tasks.runners.executor import Job
+from tasks.errors import JobFailed, Stopped
+from tasks.store.owner import owner_tag
+from tasks.runners.remote import AwayChildren, WorkerLost, alive_lock, answered
 from tasks.runners.local import LocalChildren
 
 if TYPE_CHECKING:

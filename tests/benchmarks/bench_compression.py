@@ -20,7 +20,7 @@ import torch
 from compression.context import Context
 from compression.evaluation.scorers import perplexity
 from compression.evaluation.transformers_runtime import TransformersRuntime
-from tasks.measure import machine_fingerprint
+from tasks.measurement.measure import machine_fingerprint
 from tests.benchmarks import page
 from tests.benchmarks.compression.environments import PINS, python_of
 from tests.benchmarks.compression.protocol import METHODS, OURS, REFERENCE, Method, Subject, bench_subject, reference_subject

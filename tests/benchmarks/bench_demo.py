@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.text import Text
 
-from flows.screen import results_table
+from flows.cli.screen import results_table
 from tests.benchmarks import page
 
 ELSEWHERE = ("EDGEPRESS_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL")  # would take the run out of its empty directory
@@ -31,7 +31,7 @@ def run_demo(folder: Path) -> tuple[Summary, float]:
     """The summary of one run, and the seconds from the start of the command to its end."""
     environment = {key: value for key, value in os.environ.items() if key not in ELSEWHERE}
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-P", "-m", "flows.cli", "run", "demo"], cwd=folder, env=environment, check=True)
+    subprocess.run([sys.executable, "-P", "-m", "flows.cli.main", "run", "demo"], cwd=folder, env=environment, check=True)
     wall = time.perf_counter() - started
     return json.loads((folder / "outputs" / "demo" / "run.json").read_text()), wall
 

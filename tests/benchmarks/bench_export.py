@@ -25,7 +25,7 @@ from compression.evaluation.generation import generate
 from compression.evaluation.runtime import Runtime
 from compression.evaluation.scorers import evaluate_quality
 from compression.evaluation.transformers_runtime import TransformersRuntime
-from compression.loading import load_tokenizer
+from compression.checkpoints.loading import load_tokenizer
 from compression.quantization.gptq import quantize_gptq
 from export.gguf.pretokenizer import recognize
 from export.runtimes import open_runtime

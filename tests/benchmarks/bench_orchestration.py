@@ -61,7 +61,7 @@ def sweep(folder: Path, cells: int) -> Sweep:
 
     def seconds() -> float:
         started = time.perf_counter()
-        command = [sys.executable, "-P", "-m", "flows.cli", "run", "trivial.yaml"]
+        command = [sys.executable, "-P", "-m", "flows.cli.main", "run", "trivial.yaml"]
         subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - started
 

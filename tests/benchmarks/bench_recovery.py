@@ -15,19 +15,19 @@ import torch
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.data import DataSpec, training_rows
 from compression.distillation import CacheSettings
 from compression.distillation.distill import distill
 from compression.distillation.objective import Objective
-from compression.loading import load_model, load_tokenizer
+from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.pruning.depth import prune_depth
 from compression.pruning.width import prune_width
 from compression.training import train
-from compression.training_settings import TrainingSettings
+from compression.training.settings import TrainingSettings
 from tasks.base import EMBEDDED
-from tasks.measure import machine_fingerprint
+from tasks.measurement.measure import machine_fingerprint
 from tests.benchmarks import page
 
 PART = "recovery"

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tasks.measure import machine_fingerprint
+from tasks.measurement.measure import machine_fingerprint
 from tests.benchmarks import page
 from tests.flows.recipes import recipe
 from tests.tasks.cluster import DaskCluster, PrefectPool
@@ -54,7 +54,7 @@ def main() -> None:
 
 def seconds(folder: Path, store: str, *settings: str, **environment: str) -> float:
     """Seconds of the command, in a store of its own."""
-    command = [sys.executable, "-P", "-m", "flows.cli", "run", "sweep.yaml", "--store", store, "--outputs", f"{store}-out"]
+    command = [sys.executable, "-P", "-m", "flows.cli.main", "run", "sweep.yaml", "--store", store, "--outputs", f"{store}-out"]
     elsewhere = ("EDGEPRESS_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL")  # would take the run out of its empty directory
     kept = {key: value for key, value in os.environ.items() if key not in elsewhere}
     started = time.perf_counter()

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flows.study import Study
-from flows.study_commands import shipped_studies
-from flows.study_page import markdown, svg
-from flows.study_results import results
+from flows.planning.study import Study
+from flows.cli.study import shipped_studies
+from flows.report.study_page import markdown, svg
+from flows.report.study_results import results
 from tests.benchmarks import page
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "studies.md"
@@ -31,7 +31,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in given.studies:
             if not given.only_write:
-                subprocess.run([sys.executable, "-P", "-m", "flows.cli", "study", name], cwd=folder, check=True)
+                subprocess.run([sys.executable, "-P", "-m", "flows.cli.main", "study", name], cwd=folder, check=True)
             write(name, json.loads((folder / "outputs" / name / "run.json").read_text()))
 
 

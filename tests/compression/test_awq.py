@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.loading import load_model, save_model
+from compression.checkpoints.loading import load_model, save_model
 from compression.quantization.awq import quantize_awq, search_scales
 from compression.quantization.grid import fit_grid
-from compression.quantization.layouts import read_quantized_linears
+from compression.checkpoints.layouts import read_quantized_linears
 from compression.quantization.scaling import scale_pairs
-from compression.quantization.settings import Codes
-from compression.walk import walk
+from compression.checkpoints.quantization_config import Codes
+from compression.calibration.walk import walk
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 

@@ -10,21 +10,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-import compression.families
-from compression.calibration import Outcome, compress_blocks
-from compression.checkpoint import file_digests, open_checkpoint
+import compression.checkpoints.families
+from compression.calibration.calibration import Outcome, compress_blocks
+from compression.checkpoints.checkpoint import file_digests, open_checkpoint
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, UnusableData
-from compression.loading import load_model
+from compression.checkpoints.loading import load_model
 from compression.pruning.unstructured import prune_unstructured
 from compression.quantization.gptq import quantize_gptq
-from compression.shards import read_tensors
-from compression.skeleton import skeleton
-from compression.walk import Block, fill_buffers, walk
+from compression.checkpoints.shards import read_tensors
+from compression.checkpoints.skeleton import skeleton
+from compression.calibration.walk import Block, fill_buffers, walk
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 FAMILIES = {
-    **{family: {} for family in compression.families.FAMILIES},
+    **{family: {} for family in compression.checkpoints.families.FAMILIES},
     "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "mistral": {"sliding_window": 8},  # shorter than the windows, so that a wrong mask shows
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
@@ -62,7 +62,7 @@ def second_moments(path: Path, windows: torch.Tensor, change: dict[str, float] |
 def test_second_moments_are_those_of_a_plain_forward_pass(tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_checkpoint(tmp_path / model_type, model_type, layers=3, **FAMILIES[model_type])
     windows = tiny_windows(count=5)
-    monkeypatch.setattr("compression.walk.TOKENS_PER_BATCH", 64)  # batches of 2, 2 and 1 windows
+    monkeypatch.setattr("compression.calibration.walk.TOKENS_PER_BATCH", 64)  # batches of 2, 2 and 1 windows
     change = {"model.layers.0.mlp.down_proj.weight": 0.25, "model.layers.1.self_attn.o_proj.weight": -1.5}
     # a block is changed only after its inputs were seen
     in_front = [{}, {name: factor for name, factor in change.items() if ".0." in name}, change]
@@ -206,9 +206,9 @@ def scale_down(block: Block) -> Outcome:
 def test_a_killed_walk_goes_on_at_its_block_and_ends_in_the_same_bytes(
     tmp_path: Path, dies_in: str, spill: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compression.walk.TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr("compression.calibration.walk.TOKENS_PER_BATCH", 64)
     if spill:
-        monkeypatch.setattr("compression.hidden_states.MEMORY_LIMIT", 20_000)
+        monkeypatch.setattr("compression.calibration.hidden_states.MEMORY_LIMIT", 20_000)
     source = tiny_checkpoint(tmp_path / "in", layers=4, dtype=torch.bfloat16)
     windows = tiny_windows(count=5)
     warned: list[str] = []
@@ -218,7 +218,7 @@ def test_a_killed_walk_goes_on_at_its_block_and_ends_in_the_same_bytes(
         if block.index == 2 and dies_in == "compress":
             raise KeyboardInterrupt
         if block.index == 2:
-            monkeypatch.setattr("compression.walk.Walk.passes", None)
+            monkeypatch.setattr("compression.calibration.walk.Walk.passes", None)
         return scale_down(block)
 
     with monkeypatch.context() as patch:

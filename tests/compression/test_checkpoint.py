@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.errors import UnusableModel
-from compression.families import FAMILIES
-from compression.loading import load_model
-from compression.shards import read_tensors
+from compression.checkpoints.families import FAMILIES
+from compression.checkpoints.loading import load_model
+from compression.checkpoints.shards import read_tensors
 from tests.tiny import tiny_checkpoint
 
 
@@ -38,7 +38,7 @@ def test_shapes_and_counts_are_transformers(tmp_path: Path, model_type: str, tie
 
 def test_looking_imports_no_torch(checkpoint: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from compression.checkpoint import open_checkpoint; "
+        "import sys; from pathlib import Path; from compression.checkpoints.checkpoint import open_checkpoint; "
         "from compression.quantization.settings import plan_codes; from compression.pruning import pruned_width; "
         f"plan_codes(open_checkpoint(Path({str(checkpoint)!r})), bits=4, group_size=32); pruned_width(128, 0.5); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

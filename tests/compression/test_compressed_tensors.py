@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import UnusableModel
-from compression.loading import load_model
-from compression.quantization.compressed_tensors import round_inputs, round_tokens, round_weight
+from compression.checkpoints.loading import load_model
+from compression.checkpoints.compressed_tensors import round_inputs, round_tokens, round_weight
 from compression.quantization.fp8 import quantize_fp8
-from compression.quantization.schemes import Scheme
+from compression.checkpoints.schemes import Scheme
 from compression.quantization.smoothquant import quantize_smoothquant
 from tests.tiny import tiny_checkpoint, tiny_windows
 

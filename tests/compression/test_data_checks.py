@@ -13,7 +13,7 @@ from compression.data.rows import encode_choices, prompts_of, start_token
 from compression.data.sources import questions
 from compression.data.templates import chat_template, check_template, conversation, render, special_tokens
 from compression.errors import EdgepressError, UnusableData, UnusableModel
-from compression.loading import load_tokenizer
+from compression.checkpoints.loading import load_tokenizer
 from tests.tiny import SENTENCES
 
 TEMPLATES = [

@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.distillation import check_vocabularies
 from compression.distillation.distill import distill
 from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, Incompatible, UnusableData
-from compression.loading import copy_tokenizer, load_model
+from compression.checkpoints.loading import copy_tokenizer, load_model
 from compression.pruning.depth import prune_depth
-from compression.pruning.kept import read_kept
+from compression.checkpoints.kept import read_kept
 from compression.pruning.width import prune_width
-from compression.training_settings import TrainingSettings
+from compression.training.settings import TrainingSettings
 from tests.compression.test_losses import reference_kl, softmax
 from tests.tiny import tiny_checkpoint, tiny_windows
 
@@ -321,6 +321,6 @@ def test_students_and_rows_that_cannot_be_trained(tmp_path: Path, checkpoint: Pa
 
 
 def test_what_validation_needs_imports_no_torch() -> None:
-    modules = "compression.distillation, compression.training_settings, compression.resumption"
+    modules = "compression.distillation, compression.training.settings, compression.resumption"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from compression.context import Context
-from compression.distributed import in_processes
+from compression.training.distributed import in_processes
 from compression.errors import EdgepressError
-from compression.finetuning import finetune
+from compression.finetuning.finetune import finetune
 from compression.pruning.unstructured import prune_unstructured
 from compression.training import processes
-from compression.training_settings import TrainingSettings
+from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_windows
 
 ONE = TrainingSettings(steps=6, batch_size=4, learning_rate=1e-2, save_every=2, evaluate_every=3)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compression.distributed import _portable
+from compression.training.distributed import _portable
 from compression.errors import EdgepressError, MissingExtra
 
 ROOT = Path(__file__).parents[2]

@@ -11,14 +11,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from compression.adapters import merged
+from compression.finetuning.adapters import merged
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, MissingExtra
-from compression.finetuning import finetune
-from compression.loading import load_model
-from compression.pruning.masks import read_masks, write_masks
+from compression.finetuning.finetune import finetune
+from compression.checkpoints.loading import load_model
+from compression.checkpoints.masks import read_masks, write_masks
 from compression.pruning.unstructured import prune_unstructured
-from compression.training_settings import TrainingSettings
+from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 SETTINGS = TrainingSettings(steps=12, batch_size=4, learning_rate=2e-2, save_every=5)
@@ -250,7 +250,7 @@ def test_qlora_trains_over_four_bits_and_merges_into_full_precision(tmp_path: Pa
 
 
 def test_qlora_without_its_package_is_refused(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compression.finetuning_methods.find_spec", lambda name: None)
+    monkeypatch.setattr("compression.finetuning.methods.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"bitsandbytes.*pip install 'edgepress\[qlora\]'"):
         tune(checkpoint, tmp_path, method="qlora")
     assert not (tmp_path / "out").exists()

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
-from compression.loading import load_model
-from compression.pruning.masks import read_masks, write_masks
+from compression.checkpoints.loading import load_model
+from compression.checkpoints.masks import read_masks, write_masks
 from compression.quantization.fp8 import quantize_fp8
 from tests.tiny import tiny_checkpoint, tiny_windows
 

@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.loading import load_model, save_model
-from compression.quantization.gptq import column_order, gptq, inverse_factor, quantize_gptq
+from compression.checkpoints.loading import load_model, save_model
+from compression.quantization.gptq import column_order, gptq, quantize_gptq
+from compression.calibration.second_order import inverse_factor
 from compression.quantization.grid import Grid, fit_grid
-from compression.quantization.layouts import read_quantized_linears
-from compression.quantization.settings import Codes
+from compression.checkpoints.layouts import read_quantized_linears
+from compression.checkpoints.quantization_config import Codes
 from tests.tiny import tiny_windows
 
 

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, MissingExtra, UnusableData
-from compression.loading import load_model
-from compression.pruning.masks import write_masks
+from compression.checkpoints.loading import load_model
+from compression.checkpoints.masks import write_masks
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.gptqmodel_engine import quantize_with_gptqmodel, told
 from compression.quantization.grid import fit_grid
-from compression.quantization.layouts import read_quantized_linears
-from compression.quantization.settings import Codes
-from compression.shards import read_tensors
+from compression.checkpoints.layouts import read_quantized_linears
+from compression.checkpoints.quantization_config import Codes
+from compression.checkpoints.shards import read_tensors
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 needs_gptqmodel = pytest.mark.skipif(

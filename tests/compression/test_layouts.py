@@ -8,22 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.grid import Grid, diagonal_blocks, fit_grid
-from compression.quantization.layouts import (
-    QuantizedLinear,
-    awq_tensors,
-    gptq_tensors,
-    pack,
-    quantized_linear,
-    read_quantized_linears,
-    unpack,
-)
-from compression.quantization.settings import Codes, plan_codes
+from compression.checkpoints.layouts import QuantizedLinear, awq_tensors, gptq_tensors, pack, read_quantized_linears, unpack
+from compression.quantization.rounding import quantized_linear
+from compression.quantization.settings import plan_codes
+from compression.checkpoints.quantization_config import Codes
 from tests.tiny import tiny_windows
 
 

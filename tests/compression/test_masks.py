@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from compression.errors import UnusableModel
-from compression.pruning.masks import MASKS, MaskWriter, pack_mask, read_masks, unpack_mask, write_masks
+from compression.checkpoints.masks import MASKS, MaskWriter, pack_mask, read_masks, unpack_mask, write_masks
 
 
 @st.composite

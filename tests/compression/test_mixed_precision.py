@@ -7,14 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.loading import load_model
+from compression.checkpoints.loading import load_model
 from compression.quantization.gptq import quantize_gptq
-from compression.quantization.layouts import read_quantized_linears
+from compression.checkpoints.layouts import read_quantized_linears
 from compression.quantization.rtn import quantize_rtn
-from compression.quantization.settings import Codes, Override, codes_of, gptq_config, layer_codes, linear_bits, plan_codes, plan_gptq
+from compression.quantization.settings import Override, gptq_config, plan_codes, plan_gptq
+from compression.checkpoints.quantization_config import Codes, codes_of, layer_codes, linear_bits
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 LAYERS = {

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from compression.checkpoint import UNLIMITED, open_checkpoint
+from compression.checkpoints.checkpoint import UNLIMITED, open_checkpoint
 from compression.errors import UnusableModel
-from compression.loading import load_model, load_tokenizer
-from compression.normalization import Normalized, normalize
-from compression.shards import read_tensors
-from compression.tokenizer_corpus import TEXTS
+from compression.checkpoints.loading import load_model, load_tokenizer
+from compression.checkpoints.normalization import Normalized, normalize
+from compression.checkpoints.shards import read_tensors
+from compression.checkpoints.tokenizer_corpus import TEXTS
 from tasks.base import EMBEDDED
 from tests.tiny import tiny_checkpoint, tiny_tokenizer, tiny_windows
 

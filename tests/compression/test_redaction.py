@@ -4,7 +4,7 @@ import pytest
 
 from compression.errors import EdgepressError
 from compression.redaction import redacted
-from tasks.children import JobFailed
+from tasks.errors import JobFailed
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from compression.context import Context
-from compression.loading import load_model
+from compression.checkpoints.loading import load_model
 from compression.quantization.rtn import quantize_rtn
 from compression.quantization.sensitivity import Sensitivity, sensitivity, spend
 from tests.tiny import tiny_windows

@@ -18,16 +18,16 @@ from compression.context import Context
 from compression.distillation.distill import distill
 from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, Incompatible, UnusableModel
-from compression.finetuning import finetune
-from compression.loading import load_model
+from compression.finetuning.finetune import finetune
+from compression.checkpoints.loading import load_model
 from compression.pruning.densities import layer_sparsities
-from compression.pruning.held import HeldMasks, held_masks, hold_masks
+from compression.training.held_masks import HeldMasks, held_masks, hold_masks
 from compression.pruning.lottery import prune_lottery
-from compression.pruning.masks import read_masks
+from compression.checkpoints.masks import read_masks
 from compression.pruning.rigl import RigL, moved, prune_rigl
 from compression.pruning.unstructured import prune_unstructured
 from compression.training import train
-from compression.training_settings import TrainingSettings
+from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_windows
 
 SETTINGS = TrainingSettings(steps=8, batch_size=4, learning_rate=1e-2, weight_decay=0.1, save_every=3)

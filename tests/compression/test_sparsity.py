@@ -5,7 +5,7 @@ import torch
 
 from compression.context import Context
 from compression.evaluation.sparsity import sparsity
-from compression.loading import load_model, save_model
+from compression.checkpoints.loading import load_model, save_model
 from compression.pruning.unstructured import prune_unstructured
 from compression.quantization.rtn import quantize_rtn
 

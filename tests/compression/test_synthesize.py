@@ -12,13 +12,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from compression.checkpoint import file_digests
+from compression.checkpoints.checkpoint import file_digests
 from compression.context import Context
 from compression.data.rows import prompts_of, start_token
 from compression.errors import EdgepressError
-from compression.loading import load_model, load_tokenizer
-from compression.synthesis_settings import SynthesisSettings
-from compression.synthesize import _seed, nucleus, sample, synthesize
+from compression.checkpoints.loading import load_model, load_tokenizer
+from compression.synthesis.settings import SynthesisSettings
+from compression.synthesis.synthesize import _seed, nucleus, sample, synthesize
 from tests.tiny import SENTENCES, tiny_checkpoint, tiny_tokenizer, tiny_windows
 
 EOS = 1

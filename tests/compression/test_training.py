@@ -21,10 +21,10 @@ from torch.nn import functional
 from compression.context import Context
 from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, UnusableData
-from compression.loading import load_model
+from compression.checkpoints.loading import load_model
 from compression.training import train
 from compression.training.curve import Curve
-from compression.training_settings import TrainingSettings
+from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_windows
 
 SETTINGS = TrainingSettings(steps=10, batch_size=4, learning_rate=1e-2, warmup_ratio=0.2, weight_decay=0.1, save_every=3)
@@ -146,10 +146,10 @@ from typing import Any
 import torch
 from compression.context import Context
 from compression.distillation.objective import Objective
-from compression.loading import load_model
+from compression.checkpoints.loading import load_model
 from compression.training import train
 from compression.training.curve import Curve
-from compression.training_settings import TrainingSettings
+from compression.training.settings import TrainingSettings
 from safetensors.torch import save_file
 from tests.tiny import tiny_windows
 

@@ -14,10 +14,10 @@ from torch import nn
 from compression.context import Context
 from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, Incompatible
-from compression.loading import load_model
+from compression.checkpoints.loading import load_model
 from compression.training import train
 from compression.training.batches import Batches, batch_of
-from compression.training_settings import TrainingSettings
+from compression.training.settings import TrainingSettings
 from tests.compression.test_training import Toy, dying, some_mask, weights
 from tests.tiny import tiny_windows
 

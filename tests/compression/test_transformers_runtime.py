@@ -11,7 +11,7 @@ from compression.evaluation.generation import generate
 from compression.evaluation.runtime import Runtime
 from compression.evaluation.speed import measure_speed
 from compression.evaluation.transformers_runtime import TransformersRuntime
-from compression.loading import load_model
+from compression.checkpoints.loading import load_model
 from tests.tiny import tiny_windows
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tasks.measure import machine_fingerprint
+from tasks.measurement.measure import machine_fingerprint
 from tests.benchmarks import page
 from tests.drill.kills import Report, drill
 

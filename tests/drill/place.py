@@ -14,10 +14,10 @@ from typing import Any
 import psutil
 from mlflow import MlflowClient
 
-from compression.checkpoint import file_digests
-from tasks.journal import read_runs, state_now
-from tasks.store import Store
-from tasks.store_upkeep import verify
+from compression.checkpoints.checkpoint import file_digests
+from tasks.store.journal import read_runs, state_now
+from tasks.store.store import Store
+from tasks.store.garbage import verify
 
 ELSEWHERE = ("EDGEPRESS_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME", "PYTHONSAFEPATH")
 
@@ -34,7 +34,7 @@ class Place:
         }  # fmt: skip
 
     def start(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-P", "-m", "flows.cli", *arguments]
+        command = [sys.executable, "-P", "-m", "flows.cli.main", *arguments]
         with (self.folder / "command.log").open("ab") as log:
             return subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=log, stderr=log, start_new_session=True)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import psutil
 
-from tasks.journal import read_runs
+from tasks.store.journal import read_runs
 from tests.drill.place import Place, words_of
 
 Where = Literal["starting", "training", "calibration", "committing", "between", "measuring"]
@@ -130,7 +130,7 @@ class Sight:
         if moment.whom == "command":
             return psutil.Process(self.command.pid)
         if moment.where in ("starting", "committing", "between"):
-            name = "flows.server" if moment.share < 0.5 else "forkserver"
+            name = "flows.run.prefect_server" if moment.share < 0.5 else "forkserver"
             family = psutil.Process(self.command.pid).children(recursive=True)
             return next((child for child in family if any(name in word for word in words_of(child))), None)
         workers = [_worker(events) for events in self.jobs(moment.stage, moment.where)]

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from compression.checkpoint import Checkpoint
-from compression.loading import load_model
+from compression.checkpoints.checkpoint import Checkpoint
+from compression.checkpoints.loading import load_model
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 

@@ -8,7 +8,7 @@ import torch
 
 from compression.context import Context
 from compression.errors import UnusableModel
-from compression.loading import load_model
+from compression.checkpoints.loading import load_model
 from export.contents import Contents, read_contents
 from export.genai import export_genai
 from export.gguf.writer import export_gguf

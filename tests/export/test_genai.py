@@ -11,13 +11,13 @@ import onnx_ir
 import pytest
 
 import export.genai
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.loading import load_model
+from compression.checkpoints.loading import load_model
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
-from compression.quantization.layouts import read_quantized_linears
+from compression.checkpoints.layouts import read_quantized_linears
 from export.checks import GENAI_FAMILIES, GENAI_LACKS, check_genai
 from export.genai import export_genai
 from export.runtimes.genai_runtime import GenaiRuntime

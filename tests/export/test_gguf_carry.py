@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.families import FAMILIES
-from compression.quantization.layouts import QuantizedLinear, awq_tensors, gptq_tensors
-from compression.quantization.settings import ROW, awq_config, gptq_config
+from compression.checkpoints.families import FAMILIES
+from compression.checkpoints.layouts import QuantizedLinear, awq_tensors, gptq_tensors
+from compression.quantization.settings import gptq_config
+from compression.checkpoints.quantization_config import ROW, awq_config
 from export.gguf.carry import pack
 from export.gguf.writer import export_gguf
 from tests.export.test_gguf import divergence, types_in

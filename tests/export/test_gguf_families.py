@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
-from compression.families import FAMILIES
+from compression.checkpoints.families import FAMILIES
 from export.gguf.architectures import ARCHITECTURES
 from export.gguf.check import check_gguf
 from export.gguf.writer import export_gguf

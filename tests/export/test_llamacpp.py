@@ -9,7 +9,7 @@ import torch
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
 from compression.evaluation.generation import generate
-from compression.loading import load_model
+from compression.checkpoints.loading import load_model
 from export.gguf.writer import export_gguf
 from export.runtimes import llamacpp
 from export.runtimes.llamacpp import LlamaCppRuntime

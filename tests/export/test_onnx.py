@@ -12,10 +12,10 @@ import pytest
 from onnx import numpy_helper
 
 import export.onnx.save
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
-from compression.loading import load_model, load_tokenizer
+from compression.checkpoints.loading import load_model, load_tokenizer
 from export.checks import check_onnx
 from export.onnx import export_onnx
 from export.onnx.save import save_graph

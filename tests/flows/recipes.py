@@ -25,7 +25,7 @@ def recipe(model: Path | str, stages: str = STAGES, rest: str = "", data: str = 
 
 def edgepress(arguments: Sequence[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Run the console script's function in this process; returns exit code, standard output, standard error."""
-    from flows.cli import main
+    from flows.cli.main import main
 
     before = signal.getsignal(signal.SIGTERM)
     code: object = 0

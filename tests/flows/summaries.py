@@ -1,4 +1,4 @@
-"""Summaries of runs as flows/summary.py makes them."""
+"""Summaries of runs as flows/run/summary.py makes them."""
 
 from collections.abc import Callable
 from typing import Any

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.failures import report_failure
-from tasks.journal import journal, read_runs
-from tasks.store import Store
-from tasks.summaries import write_summary
+from flows.cli.failures import report_failure
+from tasks.store.journal import journal, read_runs
+from tasks.store.store import Store
+from tasks.store.summaries import write_summary
 from tests.flows.recipes import edgepress, recipe
 from tests.flows.summaries import row, summary
 from tests.tasks.entries import a_run, commit
@@ -146,7 +146,7 @@ def test_what_nobody_expected_leaves_its_traceback_in_a_file(
     def fail(*_: object) -> None:
         raise KeyError("postgresql://ada:hunter2@db/x")
 
-    monkeypatch.setattr("flows.planning.make_plan", fail)
+    monkeypatch.setattr("flows.planning.plan.make_plan", fail)
     code, _, err = edgepress(["validate", "micro.yaml"], capfd)
     (log,) = folder.glob("edgepress-error-*.log")
     assert code == 1 and "KeyError" in err and str(log) in err and "--debug" in err and "Traceback" not in err

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.charts import COLOURS, Dot, Point, axis, curves, front, legend, lines, scatter
+from flows.report.charts import COLOURS, Dot, Point, axis, curves, front, legend, lines, scatter
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.planning import Plan
+from flows.planning.plan import Plan
 from tests.flows.recipes import edgepress, recipe
 from tests.tiny import tiny_checkpoint
 
@@ -201,7 +201,7 @@ def test_files_that_are_no_recipe(text: str, words: str, capfd: pytest.CaptureFi
 
 def test_the_process_itself_exits_with_2(checkpoint: Path, here: Path) -> None:
     Path("micro.yaml").write_text(recipe(checkpoint, GOOD.replace("keep", "kepp")))
-    for command in ([sys.executable, "-P", "-m", "flows.cli"], [Path(sys.executable).with_name("edgepress")]):
+    for command in ([sys.executable, "-P", "-m", "flows.cli.main"], [Path(sys.executable).with_name("edgepress")]):
         done = subprocess.run([*command, "run", "micro.yaml"], capture_output=True, text=True, check=False)
         assert done.returncode == 2 and "micro.yaml:6: stages.pruned.kepp" in done.stderr and "Traceback" not in done.stderr
     assert not (here / "mlflow.db").exists()
@@ -248,7 +248,7 @@ def test_run_passes_on_what_is_to_be_done_again(
     checkpoint: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[Plan] = []
-    monkeypatch.setattr("flows.cli.carry_out", lambda plan, store, outputs: plans.append(plan))
+    monkeypatch.setattr("flows.cli.main.carry_out", lambda plan, store, outputs: plans.append(plan))
     Path("micro.yaml").write_text(recipe(checkpoint, GOOD))
     for options in ([], ["--remeasure"], ["--force", "pruned"]):
         assert edgepress(["run", "micro.yaml", *options], capfd)[0] == 0

@@ -8,10 +8,10 @@ from rich.console import Console
 from compression.data import DataSpec
 from compression.evaluation.spec import EvaluationSpec
 from flows.report.compare import render_comparison
-from flows.run_comparison import _GIVES, _OF_THE_MACHINE, RunComparison, _measurement, compare_runs
-from flows.screen import print_comparison
-from tasks.figures import FIGURES
-from tasks.measurement import Asked, measurements
+from flows.report.run_comparison import _GIVES, _OF_THE_MACHINE, RunComparison, _measurement, compare_runs
+from flows.cli.screen import print_comparison
+from tasks.measurement.figures import FIGURES
+from tasks.measurement.measurement import Asked, measurements
 from tasks.stage import Artifact
 from tests.flows.summaries import Summary, row, summary
 from tests.flows.test_report import read

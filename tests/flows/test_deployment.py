@@ -23,10 +23,10 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from compression.errors import EdgepressError
-from flows.deployment import _begun, run_recipe, summary_page
-from flows.pipeline import _end_orphans
-from tasks.journal import Run, RunBase, journal, read_run, read_runs, run_names, state_now
-from tasks.store import Store
+from flows.run.deployment import _begun, run_recipe, summary_page
+from flows.run.pipeline import _end_orphans
+from tasks.store.journal import Run, RunBase, journal, read_run, read_runs, run_names, state_now
+from tasks.store.store import Store
 from tests import waiting
 from tests.flows.recipes import edgepress
 from tests.flows.test_pipeline import DECOY, SAFE, Workshop
@@ -306,7 +306,7 @@ def test_a_deployment_needs_a_server(
 
 def test_a_run_that_died_with_its_worker_is_found_and_a_retry_that_begins_is_not_taken_for_it(place: Deployed, deployed: str) -> None:
     gone = subprocess.run(
-        [sys.executable, "-P", "-c", "from tasks.owner import owner_tag; print(owner_tag())"], text=True, capture_output=True, check=True
+        [sys.executable, "-P", "-c", "from tasks.store.owner import owner_tag; print(owner_tag())"], text=True, capture_output=True, check=True
     )
     flow_runs = []
     for attempt in (1, 0):

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from compression.errors import EdgepressError
-from flows.planning import make_plan
-from flows.recipe import load_recipe
-from tasks.store import Store
+from flows.planning.plan import make_plan
+from flows.planning.recipe import load_recipe
+from tasks.store.store import Store
 from tests.flows.recipes import edgepress, recipe
 
 PRUNED = "  pruned: {uses: prune.width, keep: 0.5}\n"

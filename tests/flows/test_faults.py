@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.planning import make_plan
-from flows.recipe import load_recipe
-from tasks.journal import read_runs, state_now
+from flows.planning.plan import make_plan
+from flows.planning.recipe import load_recipe
+from tasks.store.journal import read_runs, state_now
 from tasks.runners.machine import machine_lock
-from tasks.store import Store
-from tasks.store_upkeep import collect_garbage, verify
+from tasks.store.store import Store
+from tasks.store.garbage import collect_garbage, verify
 from tests.flows.recipes import recipe
 from tests.flows.test_pipeline import Finished, Workshop
 from tests.kinds import installed
@@ -67,7 +67,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, cell: list[s
 
 @pytest.fixture(scope="module")
 def troubled(lab: Lab, cell: list[str]) -> Finished:
-    return lab.run(command=[*cell, sys.executable, "-P", "-m", "flows.cli"])
+    return lab.run(command=[*cell, sys.executable, "-P", "-m", "flows.cli.main"])
 
 
 def test_the_flow_lives_and_the_rest_is_done(lab: Lab, troubled: Finished) -> None:
@@ -111,7 +111,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> tuple[La
     lab = Lab(folder, checkpoint, slow)
     started = {}
     for name in ("one", "two"):
-        arguments = [sys.executable, "-P", "-m", "flows.cli", "run", "micro.yaml", "--outputs", name]
+        arguments = [sys.executable, "-P", "-m", "flows.cli.main", "run", "micro.yaml", "--outputs", name]
         with (folder / f"{name}.log").open("w") as log:
             started[name] = subprocess.Popen(arguments, cwd=folder, env=lab.environment, stdout=log, stderr=log)
     until(lambda: any("waits for another run" in (folder / f"{name}.log").read_text() for name in started))

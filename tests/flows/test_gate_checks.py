@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError
-from flows.gate_checks import gate_lines
-from flows.planning import Plan, make_plan
-from flows.recipe import load_recipe
-from tasks.store import Store
+from flows.planning.gate_checks import gate_lines
+from flows.planning.plan import Plan, make_plan
+from flows.planning.recipe import load_recipe
+from tasks.store.store import Store
 from tests.flows.recipes import STAGES, recipe
 
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from compression.errors import EdgepressError
-from flows.matrix import Cell, Matrix, cells_of, key_of
-from flows.planning import Plan, estimate, make_plan
-from flows.recipe import ParsedRecipe, json_schema, load_recipe
-from flows.screen import plan_table
-from flows.yaml_lines import Located
-from tasks.store import Store
+from flows.planning.matrix import Cell, Matrix, cells_of, key_of
+from flows.planning.plan import Plan, estimate, make_plan
+from flows.planning.recipe import ParsedRecipe, json_schema, load_recipe
+from flows.cli.screen import plan_table
+from flows.planning.source_map import Located
+from tasks.store.store import Store
 from tests.flows.recipes import recipe
 
 STAGES = """\

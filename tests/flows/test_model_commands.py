@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from compression.checkpoint import file_digests, open_checkpoint
+from compression.checkpoints.checkpoint import file_digests, open_checkpoint
 from compression.context import Context
 from export.gguf.writer import export_gguf
 from tasks.artifact import complete_artifact
-from tasks.assignment import Result
+from tasks.planned_stage import Result
 from tasks.base import Base
-from tasks.perform import _compare_speed
+from tasks.execution import _compare_speed
 from tasks.stage import Artifact
-from tasks.store import Store
+from tasks.store.store import Store
 from tests.flows.recipes import edgepress
 from tests.waiting import PATIENCE
 
-EDGEPRESS = [sys.executable, "-P", "-m", "flows.cli"]
+EDGEPRESS = [sys.executable, "-P", "-m", "flows.cli.main"]
 
 
 @pytest.fixture(scope="module")

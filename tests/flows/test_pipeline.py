@@ -19,15 +19,15 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from compression.checkpoint import file_digests
-from tasks.journal import read_runs, state_now
-from tasks.store import Store
-from tasks.store_upkeep import collect_garbage, verify
-from tasks.summaries import read_summary
+from compression.checkpoints.checkpoint import file_digests
+from tasks.store.journal import read_runs, state_now
+from tasks.store.store import Store
+from tasks.store.garbage import collect_garbage, verify
+from tasks.store.summaries import read_summary
 from tests.flows.recipes import recipe
 from tests.waiting import PATIENCE, until
 
-SAFE = [sys.executable, "-P", "-m", "flows.cli"]
+SAFE = [sys.executable, "-P", "-m", "flows.cli.main"]
 SCRIPT = [str(Path(sys.executable).with_name("edgepress"))]
 STAGES = ["pruned", "distilled", "gptq", "gguf", "onnx"]
 DECOY = "raise SystemExit('a file of the user was imported')\n"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.journal import journal
-from tasks.store import Store
-from tasks.store_upkeep import collect_garbage
-from tasks.summaries import SUMMARY, read_summary, summary_files, write_summary
+from tasks.store.journal import journal
+from tasks.store.store import Store
+from tasks.store.garbage import collect_garbage
+from tasks.store.summaries import SUMMARY, read_summary, summary_files, write_summary
 from tests.flows.recipes import edgepress
 from tests.flows.summaries import row, summary
 from tests.tasks.entries import a_run

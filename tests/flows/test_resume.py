@@ -14,13 +14,13 @@ import pytest
 from mlflow import MlflowClient
 
 from compression.errors import EdgepressError
-from flows.pipeline import withdraw_descendants
-from flows.planning import Plan, check_disk, make_plan, select
-from flows.recipe import load_recipe
-from tasks.assignment import Result
-from tasks.gates import Verdict
-from tasks.journal import Run, RunBase, RunStage, journal, read_run, read_runs, state_now
-from tasks.store import Store, publish
+from flows.run.pipeline import withdraw_descendants
+from flows.planning.plan import Plan, check_disk, make_plan, select
+from flows.planning.recipe import load_recipe
+from tasks.planned_stage import Result
+from tasks.measurement.gates import Verdict
+from tasks.store.journal import Run, RunBase, RunStage, journal, read_run, read_runs, state_now
+from tasks.store.store import Store, publish
 from tests.flows.recipes import STAGES, edgepress, recipe
 from tests.flows.test_pipeline import SAFE, Finished, Interrupted, Workshop
 from tests.waiting import PATIENCE
@@ -191,7 +191,7 @@ def write(store: Store, checkpoint: Path, tmp_path: Path) -> Callable[..., Run]:
 def carried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Plan, Path, Run]]:
     """What `resume` would have run."""
     calls: list[tuple[Plan, Path, Run]] = []
-    monkeypatch.setattr("flows.run_commands.carry_out", lambda plan, store, outputs, resumes: calls.append((plan, outputs, resumes)))
+    monkeypatch.setattr("flows.cli.run.carry_out", lambda plan, store, outputs, resumes: calls.append((plan, outputs, resumes)))
     return calls
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.store import Store
+from tasks.store.store import Store
 from tests.flows.recipes import recipe
 from tests.tasks.cluster import Cluster, DaskCluster, PrefectPool
 
@@ -29,7 +29,7 @@ class Sweep:
         (folder / "sweep.yaml").write_text(recipe(checkpoint, STAGES, SWEEP))
 
     def start(self, store: str, *settings: str, **environment: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-P", "-m", "flows.cli", "run", "sweep.yaml", "--store", store, "--outputs", f"{store}-out"]
+        command = [sys.executable, "-P", "-m", "flows.cli.main", "run", "sweep.yaml", "--store", store, "--outputs", f"{store}-out"]
         return subprocess.Popen(
             [*command, *(word for setting in settings for word in ("--set", setting))], cwd=self.folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(self.folder), **environment},

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from flows.screen import print_wide
+from flows.cli.screen import print_wide
 
 
 def printed(table: Table, width: int, names: int) -> list[str]:

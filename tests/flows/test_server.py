@@ -13,16 +13,16 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from compression.errors import EdgepressError
-from flows.pipeline import _end_orphans
-from flows.server import prefect_server
-from tasks.owner import owner_tag
+from flows.run.pipeline import _end_orphans
+from flows.run.prefect_server import prefect_server
+from tasks.store.owner import owner_tag
 from tests.prefect_api import ask
 from tests.waiting import PATIENCE, until
 
 START = """
 import os, sys
 from pathlib import Path
-from flows.server import prefect_server
+from flows.run.prefect_server import prefect_server
 with prefect_server(Path(sys.argv[1])):
     print(os.environ["PREFECT_API_URL"], flush=True)
     sys.stdin.read()
@@ -123,7 +123,7 @@ def test_a_killed_server_is_started_again_at_the_same_address(tmp_path: Path, mo
 
 @pytest.mark.usefixtures("own_environment")
 def test_what_a_dead_server_brought_down_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.server._RESTARTS", 0)
+    monkeypatch.setattr("flows.run.prefect_server._RESTARTS", 0)
     named = pytest.raises(EdgepressError, match="ended from outside .*prefect-server.log.* `edgepress resume` goes on")
     with named, prefect_server(tmp_path):
         server = the_server()
@@ -135,4 +135,4 @@ def test_what_a_dead_server_brought_down_names_it(tmp_path: Path, monkeypatch: p
 
 
 def _is_server(child: psutil.Process) -> bool:
-    return child.status() != psutil.STATUS_ZOMBIE and "flows.server" in child.cmdline()  # of a zombie nobody can ask its command
+    return child.status() != psutil.STATUS_ZOMBIE and "flows.run.prefect_server" in child.cmdline()  # of a zombie nobody can ask its command

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.planning import make_plan
-from flows.recipe import load_recipe
+from flows.planning.plan import make_plan
+from flows.planning.recipe import load_recipe
 from tasks.stage import Artifact
-from tasks.store import Store
+from tasks.store.store import Store
 
 RECIPES = Path(__file__).parents[2] / "flows" / "recipes"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.journal import journal
-from tasks.store import Store, publish
+from tasks.store.journal import journal
+from tasks.store.store import Store, publish
 from tests.flows.recipes import edgepress
 from tests.tasks.entries import a_run, commit, put_record
 
@@ -101,6 +101,6 @@ def test_a_store_that_is_not_there_is_told_and_not_made(command: list[str], capf
 
 
 def test_it_starts_without_torch_and_without_file_systems() -> None:
-    code = "import json, sys, flows.cli, tasks.store_upkeep, tasks.journal; print(json.dumps(sorted(sys.modules)))"
+    code = "import json, sys, flows.cli.main, tasks.store.garbage, tasks.store.journal; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "prefect", "mlflow", "fsspec"} & set(json.loads(done.stdout))

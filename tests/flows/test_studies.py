@@ -16,13 +16,13 @@ import pytest
 from scipy.stats import ttest_1samp, ttest_rel
 
 from compression.errors import EdgepressError
-from flows.planning import make_plan
-from flows.recipe import load_recipe
-from flows.study import Study
-from flows.study_commands import shipped_studies
-from flows.study_page import claims_rows, interval, markdown, settings_rows, study_section, svg, tables, verdict
-from flows.study_results import Results, results
-from tasks.store import Store
+from flows.planning.plan import make_plan
+from flows.planning.recipe import load_recipe
+from flows.planning.study import Study
+from flows.cli.study import shipped_studies
+from flows.report.study_page import claims_rows, interval, markdown, settings_rows, study_section, svg, tables, verdict
+from flows.report.study_results import Results, results
+from tasks.store.store import Store
 from tests.flows.recipes import edgepress, recipe
 from tests.flows.test_report import row
 from tests.waiting import PATIENCE
@@ -342,7 +342,7 @@ def test_a_study_runs_and_concludes(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(recipe(checkpoint, STAGES, STUDY))
     environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "EDGEPRESS_STORE")}
     ended = subprocess.run(
-        [sys.executable, "-P", "-m", "flows.cli", "study", "tiny.yaml", "--seeds", "3"], cwd=tmp_path,
+        [sys.executable, "-P", "-m", "flows.cli.main", "study", "tiny.yaml", "--seeds", "3"], cwd=tmp_path,
         env={**environment, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr

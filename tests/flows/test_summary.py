@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from compression.data import fingerprint
-from flows.planning import Plan, make_plan, select
-from flows.recipe import load_recipe
-from flows.summary import summarize
-from tasks.assignment import Result
-from tasks.store import Store
+from flows.planning.plan import Plan, make_plan, select
+from flows.planning.recipe import load_recipe
+from flows.run.summary import summarize
+from tasks.planned_stage import Result
+from tasks.store.store import Store
 from tests.flows.recipes import recipe
 
 STAGES = "  a: {uses: prune.width, keep: 0.5}\n  b: {uses: quantize.rtn, group_size: 32}\n  c: {uses: export.gguf, type: f16, needs: a}\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.comparison import compare
+from flows.report.comparison import compare
 from tests.flows.recipes import recipe
 from tests.waiting import PATIENCE
 
@@ -21,7 +21,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path
     (folder / "micro.yaml").write_text(recipe(checkpoint, stages, "matrix: {rtn.bits: [2, 8], rtn.group_size: [32]}\n"))
     hidden = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "EDGEPRESS_STORE", "PYTHONSAFEPATH")
     environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"PREFECT_HOME": str(folder / "home"), "TMPDIR": str(folder)}
-    command = [sys.executable, "-P", "-m", "flows.cli", "run", "micro.yaml"]
+    command = [sys.executable, "-P", "-m", "flows.cli.main", "run", "micro.yaml"]
     done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "out.txt").write_text(done.stdout)

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError
-from flows.pipeline import _begun
-from flows.planning import Plan, make_plan, select
-from flows.recipe import load_recipe
-from flows.registering import register_results
-from flows.summary import summarize
-from flows.tracked import end_cells, git_commit, helpers, known_stages, leaves, lock, planned_stages, series
-from tasks.assignment import Result
-from tasks.gates import Verdict
-from tasks.store import Store
-from tasks.tracking import Begun
+from flows.run.pipeline import _begun
+from flows.planning.plan import Plan, make_plan, select
+from flows.planning.recipe import load_recipe
+from flows.run.registering import register_results
+from flows.run.summary import summarize
+from flows.run.tracked import end_cells, git_commit, helpers, known_stages, leaves, lock, planned_stages, series
+from tasks.planned_stage import Result
+from tasks.measurement.gates import Verdict
+from tasks.store.store import Store
+from tasks.tracking.tracking import Begun
 from tests.flows.recipes import STAGES, recipe
 
 LINEAR = "  pruned: {uses: prune.width, keep: 0.5}\n  gguf: {uses: export.gguf}\n"

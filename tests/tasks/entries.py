@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-from tasks.identity import digest
-from tasks.journal import Run, RunBase, RunStage
-from tasks.store import Entry, Store
+from tasks.store.identity import digest
+from tasks.store.journal import Run, RunBase, RunStage
+from tasks.store.store import Entry, Store
 
 KNOWN: dict[str, Any] = {"metrics": {"kept_ratio": 0.5}, "seconds": 1.5, "warnings": ["narrow"], "curves": [[1, {"loss": 2.0}]]}
 BASE_CONTENT = digest("base")

@@ -12,8 +12,8 @@ from typing import Any
 from compression.context import Context
 from compression.data import DataSpec
 from compression.errors import Incompatible
-from tasks import worker
-from tasks.jobs import run_stage
+from tasks.runners import worker
+from tasks.runners.jobs import run_stage
 from tasks.stage import Inputs, Workplace, stage_kinds
 
 

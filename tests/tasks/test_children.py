@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from compression.errors import EdgepressError
-from tasks.children import Children, Job, JobFailed
+from tasks.runners.executor import Children, Job
+from tasks.errors import JobFailed
 from tasks.runners import local
 from tasks.runners.budget import Budget
 from tasks.runners.local import LocalChildren
@@ -263,7 +264,7 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "flow.py"
     script.write_text(
         f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\nimport sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from pathlib import Path\nfrom tasks.children import Job\n"
+        "from pathlib import Path\nfrom tasks.runners.executor import Job\n"
         "from tasks.runners.budget import Budget\nfrom tasks.runners.local import LocalChildren\n"
         "if __name__ == '__main__':\n    children = LocalChildren(Budget(2))\n    children.preload()\n"
         f"    children.run(Job('tests.tasks.jobs:linger', {{'folder': {str(tmp_path)!r}}}, 1), Path({str(tmp_path / 'job')!r}), print)\n"

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.data import DataSpec
 from compression.errors import Incompatible, MissingExtra, UnusableModel
-from compression.families import FAMILIES
-from compression.loading import load_model
-from compression.pruning.masks import read_masks
+from compression.checkpoints.families import FAMILIES
+from compression.checkpoints.loading import load_model
+from compression.checkpoints.masks import read_masks
 from tasks.stage import Inputs, Stage, Workplace, check_accepts, stage_kinds
 from tests.tiny import tiny_checkpoint, tiny_windows
 
@@ -66,7 +66,7 @@ def test_an_unlisted_architecture_is_taken_or_refused_in_planning(tmp_path: Path
     source = open_checkpoint(tiny_checkpoint(tmp_path / "in", "stablelm"))
     made = stage(uses)
     if uses not in ANY_DECODER:
-        with pytest.raises(UnusableModel, match="no row in compression/families.py"):
+        with pytest.raises(UnusableModel, match="no row in compression/checkpoints/families.py"):
             made.plan(check_accepts(made, source), {}, DATA)
         return
     planned = made.plan(check_accepts(made, source), {}, DATA)

@@ -10,12 +10,12 @@ import pytest
 
 from compression.context import Context
 from compression.errors import EdgepressError
-from flows.planning import Plan, estimate, make_plan
-from flows.recipe import load_recipe
-from tasks.assignment import Result
-from tasks.jobs import run_stage
-from tasks.perform import _compute
-from tasks.store import Store
+from flows.planning.plan import Plan, estimate, make_plan
+from flows.planning.recipe import load_recipe
+from tasks.planned_stage import Result
+from tasks.runners.jobs import run_stage
+from tasks.execution import _compute
+from tasks.store.store import Store
 from tests.flows.recipes import recipe
 from tests.tiny import tiny_checkpoint
 

@@ -1,6 +1,6 @@
 import pytest
 
-from tasks.figures import FIGURES, crowded, measured, most_crowded, noise, noise_text, within_noise
+from tasks.measurement.figures import FIGURES, crowded, measured, most_crowded, noise, noise_text, within_noise
 
 ACCURACY = next(figure for figure in FIGURES if figure.metric == "accuracy")
 

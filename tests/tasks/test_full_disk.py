@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError
-from tasks.children import Done, Job, JobFailed, Stopped
+from tasks.runners.executor import Done, Job
+from tasks.errors import JobFailed, Stopped
 from tasks.runners.budget import Budget
 from tasks.runners.local import LocalChildren
-from tasks.store import Store
+from tasks.store.store import Store
 from tests.tasks.entries import commit, identity_of
 from tests.tasks.test_lost_inputs import Child, compute
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from tasks.gate_presets import PRESETS, SELECTIONS, Gates, StageGates, gate_key
-from tasks.gates import Bound
+from tasks.measurement.gate_presets import PRESETS, SELECTIONS, Gates, StageGates, gate_key
+from tasks.measurement.gates import Bound
 
 LOOSE, STRICT = dict(PRESETS["loose"]), dict(PRESETS["strict"])
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from compression.evaluation.bootstrap import interval_figures, value
 from compression.evaluation.findings import Items
-from tasks.gates import Bound, Figures, Verdict, judge
+from tasks.measurement.gates import Bound, Figures, Verdict, judge
 
 values = st.floats(1e-3, 1e3)
 OTHERS = {"base": Figures({"perplexity": 10.0, "accuracy": 0.8}), "pruned": Figures({"perplexity": 20.0})}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compression.data import DataSpec
-from tasks.identity import Machine, digest, identity_document, library_versions, seed_of
+from tasks.store.identity import Machine, digest, identity_document, library_versions, seed_of
 from tasks.stage import Stage, stage_kinds
 
 DATA = DataSpec.model_validate({"text": "embedded", "questions": "embedded"})
@@ -42,7 +42,7 @@ GOLDEN = {
 @pytest.fixture(autouse=True)
 def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same versions on every machine."""
-    monkeypatch.setattr("tasks.identity.library_versions", lambda names: dict.fromkeys(names, "1.0"))
+    monkeypatch.setattr("tasks.store.identity.library_versions", lambda names: dict.fromkeys(names, "1.0"))
 
 
 def stage(uses: str, **parameters: Any) -> Stage:
@@ -111,7 +111,7 @@ def test_the_version_of_a_library_changes_it(monkeypatch: pytest.MonkeyPatch) ->
     made = stage("quantize.gptq")
     before = identity(made)
     for changed in type(made).libraries:
-        monkeypatch.setattr("tasks.identity.library_versions", lambda names, c=changed: {n: "2.0" if n == c else "1.0" for n in names})
+        monkeypatch.setattr("tasks.store.identity.library_versions", lambda names, c=changed: {n: "2.0" if n == c else "1.0" for n in names})
         assert identity(made) != before
 
 

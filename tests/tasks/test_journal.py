@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from compression.errors import EdgepressError
-from tasks.journal import Told, journal, read_run, read_runs, run_names, state_now
-from tasks.store import Store
+from tasks.store.journal import Told, journal, read_run, read_runs, run_names, state_now
+from tasks.store.store import Store
 from tests.tasks.entries import a_run
 
 
@@ -55,7 +55,7 @@ def test_a_run_may_not_end_without_a_word(store: Store) -> None:
 
 def test_a_killed_run_is_a_crashed_one(store: Store) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom tasks.journal import journal\nfrom tasks.store import Store\nfrom tests.tasks.entries import a_run\n"
+        "import sys\nfrom pathlib import Path\nfrom tasks.store.journal import journal\nfrom tasks.store.store import Store\nfrom tests.tasks.entries import a_run\n"
         "with journal(Store(Path(sys.argv[1])), a_run('demo', ['1'])):\n    print('begun', flush=True); sys.stdin.read()"
     )
     ours = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}

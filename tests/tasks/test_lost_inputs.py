@@ -10,13 +10,14 @@ import pytest
 
 from compression.data import DataSpec, fingerprint
 from compression.errors import EdgepressError
-from tasks.assignment import Assignment, Result
+from tasks.planned_stage import Assignment, Result
 from tasks.base import Base, open_base
-from tasks.children import Done, JobFailed, Stopped
-from tasks.identity import Machine, digest
-from tasks.perform import Pipeline, _run_child
+from tasks.runners.executor import Done
+from tasks.errors import JobFailed, Stopped
+from tasks.store.identity import Machine, digest
+from tasks.execution import Pipeline, _run_child
 from tasks.stage import Stage, stage_kinds
-from tasks.store import Entry, Store
+from tasks.store.store import Entry, Store
 from tests.tasks.entries import commit, document_of
 
 

@@ -7,20 +7,20 @@ from typing import Any, ClassVar
 
 import pytest
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.data import DataSpec
 from compression.evaluation.findings import Items, Transform
-from tasks import measure as module
-from tasks.assignment import Result
-from tasks.children import Done, Job
-from tasks.identity import Machine
-from tasks.jobs import measure_quality
-from tasks.measure import Measured, compare, known_metrics, measure
-from tasks.measurement import Asked, Measurement, Reference, Subject, measurements
-from tasks.perform import _compare_speed
+from tasks.measurement import measure as module
+from tasks.planned_stage import Result
+from tasks.runners.executor import Done, Job
+from tasks.store.identity import Machine
+from tasks.runners.jobs import measure_quality
+from tasks.measurement.measure import Measured, compare, known_metrics, measure
+from tasks.measurement.measurement import Asked, Measurement, Reference, Subject, measurements
+from tasks.execution import _compare_speed
 from tasks.stage import Artifact, Planned
-from tasks.store import Store
+from tasks.store.store import Store
 
 SPEC = DataSpec.model_validate(
     {"text": "embedded", "questions": "embedded", "length": 32, "evaluation_windows": 4, "evaluation_questions": 4}

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from compression.checkpoint import open_checkpoint
+from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.data import DataSpec
 from compression.evaluation.findings import Findings
 from compression.evaluation.spec import EvaluationSpec
-from tasks.identity import Machine
-from tasks.measurement import Asked, Measurement, Reference, Subject, measurements
+from tasks.store.identity import Machine
+from tasks.measurement.measurement import Asked, Measurement, Reference, Subject, measurements
 
 OPTIONAL = {"samples", "question_answering", "summarization", "red_team", "harness", "latency", "energy"}
 DATA = DataSpec.model_validate(
@@ -69,7 +69,7 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 
 def test_each_setting_turns_on_its_measurement(checkpoint: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.measurements.energy.readable", list)
+    monkeypatch.setattr("tasks.measurement.kinds.energy.readable", list)
     assert applying(asked(checkpoint)) == {"samples"}
     assert applying(asked(checkpoint, samples=0)) == set()
     for key in ("question_answering", "summarization", "red_team"):
@@ -81,7 +81,7 @@ def test_each_setting_turns_on_its_measurement(checkpoint: Path, files: dict[str
 
 
 def test_energy_is_measured_where_the_machine_tells(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.measurements.energy.readable", lambda: ["RAPL"])
+    monkeypatch.setattr("tasks.measurement.kinds.energy.readable", lambda: ["RAPL"])
     assert applying(asked(checkpoint)) == {"samples", "energy"}
     assert applying(asked(checkpoint, energy="off")) == {"samples"}
 
@@ -151,10 +151,10 @@ def test_each_task_of_the_harness_has_a_record_of_its_own(checkpoint: Path, file
 
 def test_energy_is_measured_anew_where_others_can_tell(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     energy, of = by_name("energy"), subject(checkpoint, energy="estimate")
-    monkeypatch.setattr("tasks.measurements.energy.readable", list)
+    monkeypatch.setattr("tasks.measurement.kinds.energy.readable", list)
     estimated = energy.document(of)
     assert estimated["estimated_by"].startswith("codecarbon ")
-    monkeypatch.setattr("tasks.measurements.energy.readable", lambda: ["RAPL package-0"])
+    monkeypatch.setattr("tasks.measurement.kinds.energy.readable", lambda: ["RAPL package-0"])
     assert energy.document(of) != estimated
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import tasks.memory_pressure
-from tasks.memory_pressure import MemoryWatch, out_of_memory_kills
+import tasks.runners.memory_pressure
+from tasks.runners.memory_pressure import MemoryWatch, out_of_memory_kills
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_the_most_that_the_process_held_is_told(monkeypatch: pytest.MonkeyPatch)
     process.communicate("\n")
     watch.look()  # after its end too
     assert 300 << 20 < watch.peak < 500 << 20
-    monkeypatch.setattr(tasks.memory_pressure, "machine_memory", lambda: 4 << 30)
+    monkeypatch.setattr(tasks.runners.memory_pressure, "machine_memory", lambda: 4 << 30)
     assert f"it held {watch.peak / 2**30:.2f} GiB when last seen, of 4.00 GiB" in watch.why()
 
 
@@ -55,8 +55,8 @@ def test_the_count_is_that_of_the_own_cgroup(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "cgroup").write_text(groups)
-    monkeypatch.setattr(tasks.memory_pressure, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(tasks.memory_pressure, "_PROC", tmp_path)
+    monkeypatch.setattr(tasks.runners.memory_pressure, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(tasks.runners.memory_pressure, "_PROC", tmp_path)
     (tmp_path / "self").mkdir()
     (tmp_path / "cgroup").rename(tmp_path / "self" / "cgroup")
     (tmp_path / "vmstat").write_text("pgfault 1\noom_kill 77\n")

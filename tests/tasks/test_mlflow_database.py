@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.mlflow_database import make_database
+from tasks.tracking.database import make_database
 from tests.waiting import PATIENCE
 
 REPOSITORY = Path(__file__).parents[2]
-MAKE = "import sys\nfrom tasks.mlflow_database import make_database\nmake_database(sys.argv[1])\n"
+MAKE = "import sys\nfrom tasks.tracking.database import make_database\nmake_database(sys.argv[1])\n"
 STRUCK = """
 import os, signal
 from sqlalchemy import Engine, event

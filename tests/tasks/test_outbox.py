@@ -20,10 +20,10 @@ from sqlalchemy.exc import OperationalError
 
 from compression.errors import EdgepressError
 from compression.locks import is_locked
-from tasks import tracking as tracking_module
-from tasks.mlflow_calls import Away, Call, Refused, Sender, Unexpected, translate
-from tasks.outbox import Outbox, _append, addresses, waiting
-from tasks.tracking import EXPERIMENT, Tracking
+from tasks.tracking import tracking as tracking_module
+from tasks.tracking.calls import Away, Call, Refused, Sender, Unexpected, translate
+from tasks.tracking.outbox import Outbox, _append, addresses, waiting
+from tasks.tracking.tracking import EXPERIMENT, Tracking
 from tests.waiting import PATIENCE
 
 

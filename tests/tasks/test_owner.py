@@ -5,11 +5,11 @@ import sys
 import psutil
 import pytest
 
-from tasks.owner import is_dead, owner_tag
+from tasks.store.owner import is_dead, owner_tag
 
 
 def test_an_owner_lives_as_long_as_its_process() -> None:
-    code = "from tasks.owner import owner_tag; print(owner_tag(), flush=True); input()"
+    code = "from tasks.store.owner import owner_tag; print(owner_tag(), flush=True); input()"
     process = subprocess.Popen([sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     tag = process.stdout.readline().strip()

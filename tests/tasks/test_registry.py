@@ -10,8 +10,8 @@ import pytest
 from mlflow import MlflowClient, pyfunc
 
 from compression.errors import EdgepressError, Incompatible
-from tasks.serving import EdgeModel
-from tasks.tracking import EXPERIMENT, Tracking
+from tasks.tracking.serving import EdgeModel
+from tasks.tracking.tracking import EXPERIMENT, Tracking
 from tests.tiny import SENTENCES
 
 PROMPTS = SENTENCES[:2]

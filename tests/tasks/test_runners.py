@@ -21,17 +21,18 @@ import torch
 from prefect.states import Pending
 
 from compression.errors import EdgepressError, Incompatible
-from flows.planning import make_plan
-from flows.recipe import load_recipe
-from tasks.children import Job, Stopped
-from tasks.runners.away import WorkerLost, asked, environment, problem, serve
+from flows.planning.plan import make_plan
+from flows.planning.recipe import load_recipe
+from tasks.runners.executor import Job
+from tasks.errors import Stopped
+from tasks.runners.remote import WorkerLost, asked, environment, problem, serve
 from tasks.runners.budget import Budget
 from tasks.runners.folder import EventReader
 from tasks.runners.host import Host
 from tasks.runners.local import LocalChildren
 from tasks.runners.machine import default_device, devices_taken, visible_devices, why_no_cuda
 from tasks.runners.prefect_pool import PrefectChildren, _Watch
-from tasks.store import Store
+from tasks.store.store import Store
 from tests.flows.recipes import recipe
 from tests.tasks.test_children import job, pids_written, silent
 from tests.waiting import PATIENCE
@@ -276,7 +277,7 @@ def test_a_worker_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest
         assert f"the worker on {host} does not see /nowhere" in str(problem(str(tmp_path), attempt))
     with asked(tmp_path, [tmp_path]) as attempt:
         assert problem(str(tmp_path), attempt) is None
-        monkeypatch.setattr("tasks.runners.away.environment", lambda: {"edgepress": "9", **environment(), "torch": "1.0"})
+        monkeypatch.setattr("tasks.runners.remote.environment", lambda: {"edgepress": "9", **environment(), "torch": "1.0"})
         assert "has torch 1.0, not" in str(problem(str(tmp_path), attempt))
 
 
@@ -286,7 +287,7 @@ def test_events_go_on_where_another_child_begins(tmp_path: Path) -> None:
     reader.forward(heard.append)
     file.write_text('{"started": "a/1"}\n{"warning": "x"}\n{"progress": [1, 2')
     reader.forward(heard.append)
-    with file.open("a") as stream:  # as tasks/worker.py begins
+    with file.open("a") as stream:  # as tasks/runners/worker.py begins
         stream.write('\n{"started": "b/2"}\n{"warning": "y"}\n')
     reader.forward(heard.append)
     assert heard == [{"warning": "x"}, {"again": "its worker was lost; begun anew on b/2"}, {"warning": "y"}]

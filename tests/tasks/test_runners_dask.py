@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError, Incompatible
-from tasks.children import JobFailed, Stopped
+from tasks.errors import JobFailed, Stopped
 from tasks.runners.budget import Budget
 from tasks.runners.dask import DaskChildren
 from tasks.runners.local import LocalChildren
@@ -122,6 +122,6 @@ def test_what_cannot_work_is_told_before_any_job(cluster: DaskCluster, tmp_path:
         connect(address="tcp://127.0.0.1:1")
     with pytest.raises(Incompatible, match=r"Dask worker tcp://\S+: the worker on \S+ does not see /nowhere"):
         connect(Path("/nowhere"))
-    monkeypatch.setattr("tasks.runners.away.environment", lambda: {"torch": "1.0"})
+    monkeypatch.setattr("tasks.runners.remote.environment", lambda: {"torch": "1.0"})
     with pytest.raises(Incompatible, match=r"has torch 2\.\S+, not 1\.0"):
         connect()

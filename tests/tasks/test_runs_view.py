@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from flows import cli
-from tasks.figures import FIGURES
-from tasks.runs_view import COLUMNS, KEY, RUN, TAG, runs_address, view_state
-from tasks.tracking import Tracking
+from flows.cli.main import main as cli
+from tasks.measurement.figures import FIGURES
+from tasks.tracking.runs_view import COLUMNS, KEY, RUN, TAG, runs_address, view_state
+from tasks.tracking.tracking import Tracking
 from tests.flows.recipes import edgepress
 
 

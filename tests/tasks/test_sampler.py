@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tasks import sampler
-from tasks.sampler import figures, sampled
+from tasks.runners import sampler
+from tasks.runners.sampler import figures, sampled
 
 
 def test_figures_are_rates_between_two_looks() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from compression.context import Context
 from compression.data import DataSpec
-from tasks.jobs import run_stage
+from tasks.runners.jobs import run_stage
 from tasks.stage import stage_kinds
 
 DATA = {"text": "embedded", "length": 32, "train_documents": 40, "calibration_windows": 2}

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError
-from tasks.children import Stopped
-from tasks.files import write_json
-from tasks.store import Entry, Store, check_links, publish, withdraw
+from tasks.errors import Stopped
+from tasks.store.files import write_json
+from tasks.store.store import Entry, Store, check_links, publish, withdraw
 from tests.tasks.entries import KNOWN, commit, document_of, identity_of
 from tests.waiting import PATIENCE
 
@@ -55,7 +55,7 @@ def test_a_commit_that_is_broken_off_leaves_nothing_that_is_taken_for_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(f"tasks.store.{moment}", power_cut)
+        patch.setattr(f"tasks.store.store.{moment}", power_cut)
         commit(store)
     assert store.get(A) is None and not store.has(A) and store.entries() == []
     commit(store)
@@ -113,7 +113,7 @@ def test_what_a_commit_left_that_was_killed_in_sweeping_up_is_swept_up(store: St
 
     (store.workplace(A) / "out" / "weights").touch()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tasks.store.shutil.rmtree", kill)
+        patch.setattr("tasks.store.store.shutil.rmtree", kill)
         store.commit(A, document_of("a"), **KNOWN)
     assert store.has(A) and (store.root / "work" / A / "work").is_dir()
     assert store.get(A) is not None and not list((store.root / "work").iterdir())
@@ -158,7 +158,7 @@ def test_a_damaged_entry_is_set_aside_and_can_be_made_again(store: Store, damage
 
 
 def test_the_lock_excludes_other_processes_and_dies_with_its_owner(store: Store) -> None:
-    code = "import sys\nfrom pathlib import Path\nfrom tasks.store import Store\nwith Store(Path(sys.argv[1])).lock('x'):\n    print('held', flush=True); sys.stdin.read()"
+    code = "import sys\nfrom pathlib import Path\nfrom tasks.store.store import Store\nwith Store(Path(sys.argv[1])).lock('x'):\n    print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-P", "-c", code, store.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     entered = threading.Event()
@@ -178,7 +178,7 @@ def test_the_lock_excludes_other_processes_and_dies_with_its_owner(store: Store)
 
 
 def test_who_waits_for_the_lock_of_another_process_can_give_up(store: Store) -> None:
-    code = "import sys\nfrom pathlib import Path\nfrom tasks.store import Store\nwith Store(Path(sys.argv[1])).lock('x'):\n    print('held', flush=True); sys.stdin.read()"
+    code = "import sys\nfrom pathlib import Path\nfrom tasks.store.store import Store\nwith Store(Path(sys.argv[1])).lock('x'):\n    print('held', flush=True); sys.stdin.read()"
     given_up, entered = threading.Event(), threading.Event()
     caught: list[BaseException] = []
 
@@ -226,7 +226,7 @@ def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("moment", ["tasks.store.fsync_tree", "tasks.files.os.fsync", "tasks.files.Path.replace"])
+@pytest.mark.parametrize("moment", ["tasks.store.store.fsync_tree", "tasks.store.files.os.fsync", "tasks.store.files.Path.replace"])
 def test_a_full_disk_leaves_the_store_whole(store: Store, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     commit(store, "before")
     store.put_record("k", {"metrics": {"perplexity": 3.5}})
@@ -234,7 +234,7 @@ def test_a_full_disk_leaves_the_store_whole(store: Store, monkeypatch: pytest.Mo
         patch.setattr(moment, full)
         with pytest.raises(OSError, match="No space left"):
             commit(store)
-        if moment != "tasks.store.fsync_tree":
+        if moment != "tasks.store.store.fsync_tree":
             with pytest.raises(OSError, match="No space left"):
                 store.put_record("k", {"metrics": {"perplexity": 4}})
     assert store.entries() == [identity_of("before")] and store.get(A) is None
@@ -258,7 +258,7 @@ def test_a_disk_that_is_really_full_leaves_the_store_whole(small_disk: Path) -> 
 def test_of_two_processes_one_computes_and_the_other_waits_and_finds_it(store: Store, tmp_path: Path) -> None:
     """As `perform` does it: lock, look, compute, commit."""
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom tasks.store import Store\nfrom tests.tasks.entries import commit, identity_of\n"
+        "import sys, time\nfrom pathlib import Path\nfrom tasks.store.store import Store\nfrom tests.tasks.entries import commit, identity_of\n"
         "store = Store(Path(sys.argv[1]))\n"
         "with store.lock(identity_of('a')):\n"
         "    found = store.get(identity_of('a'))\n"

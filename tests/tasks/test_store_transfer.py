@@ -11,8 +11,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from compression.errors import EdgepressError, MissingExtra
-from tasks.store import Store
-from tasks.store_transfer import export_entries, import_entries
+from tasks.store.store import Store
+from tasks.store.transfer import export_entries, import_entries
 from tests.tasks.entries import commit, identity_of, put_record
 
 

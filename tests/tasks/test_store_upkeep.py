@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compression.errors import EdgepressError
-from tasks.journal import journal, run_names
-from tasks.store import Store, publish
-from tasks.store_upkeep import collect_garbage, find, list_entries, pin, pins, unpin, verify, with_ancestors
+from tasks.store.journal import journal, run_names
+from tasks.store.store import Store, publish
+from tasks.store.garbage import collect_garbage, find, list_entries, pin, pins, unpin, verify, with_ancestors
 from tests.tasks.entries import BASE_CONTENT, a_run, commit, identity_of, put_record
 
 
@@ -135,7 +135,7 @@ def test_what_another_process_works_on_is_not_looked_into(store: Store, outputs:
         raise FileNotFoundError(folder / "a checkpoint that was rotated away")
 
     with store.lock(identity), monkeypatch.context() as patch:
-        patch.setattr("tasks.store_upkeep.size_of", vanishing)
+        patch.setattr("tasks.store.garbage.size_of", vanishing)
         assert removed(store, outputs) == set()
     assert removed(store, outputs) == {("work", f"measure-{identity}")}
 

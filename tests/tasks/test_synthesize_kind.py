@@ -11,14 +11,14 @@ from compression.context import Context
 from compression.data import DataSpec
 from compression.data.rows import encode_document, pack
 from compression.errors import EdgepressError
-from compression.loading import load_tokenizer
-from flows.planning import Plan, check_disk, estimate, make_plan
-from flows.recipe import load_recipe
-from flows.screen import plan_table
+from compression.checkpoints.loading import load_tokenizer
+from flows.planning.plan import Plan, check_disk, estimate, make_plan
+from flows.planning.recipe import load_recipe
+from flows.cli.screen import plan_table
 from tasks.kinds._training import TrainingStage
 from tasks.kinds.synthesize import Synthesize
 from tasks.stage import Corpus, Inputs, Workplace, stage_kinds
-from tasks.store import Store
+from tasks.store.store import Store
 from tests.flows.recipes import recipe
 
 CORPUS = "  corpus: {{uses: synthesize, documents: 20, length: 32{more}}}\n"

@@ -7,8 +7,8 @@ import pytest
 from mlflow.entities import Run
 
 from compression.errors import EdgepressError
-from tasks import tracking as tracking_module
-from tasks.tracking import Tracking, whole_address
+from tasks.tracking import tracking as tracking_module
+from tasks.tracking.tracking import Tracking, whole_address
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from compression.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
 from compression.data import DataSpec
 from compression.errors import EdgepressError, MissingExtra
-from compression.pruning.masks import read_masks
+from compression.checkpoints.masks import read_masks
 from tasks.kinds._training import TrainingStage
 from tasks.stage import Inputs, Stage, Workplace, stage_kinds
 from tests.tiny import tiny_checkpoint
@@ -76,7 +76,7 @@ def test_schedules_that_do_not_fit_the_steps(checkpoint: Path, uses: str, parame
 
 
 def test_qlora_without_its_package_is_refused_before_anything_runs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compression.finetuning_methods.find_spec", lambda name: None)
+    monkeypatch.setattr("compression.finetuning.methods.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match="bitsandbytes"):
         plan("finetune", checkpoint, method="qlora")
 

@@ -7,7 +7,7 @@ import torch
 from child import read_job
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compression.loading import copy_tokenizer
+from compression.checkpoints.loading import copy_tokenizer
 
 job = read_job()
 torch.manual_seed(0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from compression.data import DataSpec, calibration_windows, evaluation_windows
-from compression.loading import load_tokenizer
+from compression.checkpoints.loading import load_tokenizer
 
 CALIBRATION_WINDOWS, LENGTH = 64, 256
 SCORED_WINDOWS = {"bench": 256, "reference": 64}

@@ -22,7 +22,7 @@ from compression.evaluation.harness_tasks import Task, check_tasks, find_tasks, 
 from compression.evaluation.likelihood import continuation_likelihoods
 from compression.evaluation.scorers import multiple_choice
 from compression.evaluation.transformers_runtime import TransformersRuntime
-from compression.loading import load_model, load_tokenizer
+from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.reference.world import Question
 from export.runtimes import open_text
 from tests.tiny import tiny_tokenizer

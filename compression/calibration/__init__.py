@@ -1,0 +1,1 @@
+"""Walk over a model block by block with calibration data, and let a method compress each block."""

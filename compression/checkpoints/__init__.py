@@ -1,0 +1,1 @@
+"""Checkpoint directories: read, normalise, load, stream and write them, in every layout."""

@@ -1,0 +1,47 @@
+"""Rewriting the linear layers of a checkpoint one tensor at a time: what needs no calibration needs no model in memory either."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compression.checkpoints.checkpoint import open_checkpoint
+from compression.context import Context
+from compression.errors import Incompatible
+from compression.checkpoints.loading import copy_tokenizer
+from compression.checkpoints.masks import MASKS
+from compression.checkpoints.shards import CheckpointWriter, read_tensors
+from compression.checkpoints.skeleton import linear_layers, skeleton
+
+Rewrite = Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
+
+
+def rewrite_linears(checkpoint: Path, out: Path, rewrite: Rewrite, *, config: Mapping[str, Any], context: Context) -> None:
+    """Write a checkpoint to `out` in which `rewrite(path, weight)` stands for the weight of every linear layer of every block.
+
+    rewrite  from a layer's path in the model and its weight [out, in] on the context's device to tensors by suffix ("qweight")
+    config   entries added to config.json
+    Everything else, masks too, is carried along.
+    Raises Incompatible for a quantized checkpoint or one whose blocks hold matrices that are no linear layers.
+    """
+    source = open_checkpoint(checkpoint)
+    if source.layout != "dense":
+        raise Incompatible(f"{checkpoint} is quantized already ({source.layout}); a dense checkpoint is needed")
+    weights = set(source.linear_tensors())
+    linear_layers(skeleton(source), source)
+    writer, expected = CheckpointWriter(out), set(source.tensors) - weights
+    for done, name in enumerate(source.tensors):
+        context.progress(done, len(source.tensors), name)
+        tensors = read_tensors(checkpoint, [name])
+        if name in weights:
+            path = name.removesuffix(".weight")
+            tensors = {f"{path}.{suffix}": tensor for suffix, tensor in rewrite(path, tensors[name].to(context.device)).items()}
+            expected |= tensors.keys()
+        writer.add(tensors)
+    copy_tokenizer(checkpoint, out)
+    if source.sparse:
+        shutil.copyfile(checkpoint / MASKS, out / MASKS)
+    writer.finish(source.config | dict(config), names=expected)
+    context.progress(len(source.tensors), len(source.tensors), "rounded")

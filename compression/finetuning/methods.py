@@ -1,0 +1,43 @@
+"""How a model can be fine-tuned, and what each way asks for. Imports no torch: recipes are validated with it."""
+
+import re
+from importlib.util import find_spec
+from typing import Literal
+
+from compression.checkpoints.checkpoint import Checkpoint
+from compression.errors import Incompatible, MissingExtra
+from compression.checkpoints.families import FAMILIES
+
+Method = Literal["full", "lora", "dora", "qlora"]
+TIED = (
+    "target_modules names {}, and the embedding and the output head of this model are one matrix (tie_word_embeddings): an adapter acts at "
+    "one end, and merged it would act at both; leave it out, or take method: full"
+)
+
+
+def check_method(checkpoint: Checkpoint, method: Method, target_modules: str | list[str] = "all-linear") -> None:
+    """Raises Incompatible (dora of a sparse checkpoint, adapters on a tied embedding or head), MissingExtra (qlora without bitsandbytes)."""
+    if method != "full" and checkpoint.tied and (tied := _ends(checkpoint, target_modules)):
+        raise Incompatible(TIED.format(tied[0]), key="target_modules")
+    if method == "dora" and checkpoint.sparse:
+        raise Incompatible(
+            "dora scales the rows of W + B·A to a learned norm, and that of a row whose update is masked is another; "
+            "a sparse checkpoint takes method: lora, qlora or full",
+            key="method",
+        )
+    if method == "qlora" and find_spec("bitsandbytes") is None:
+        raise MissingExtra("bitsandbytes", "qlora", "fine-tuning with method: qlora, which holds the base in 4 bits,")
+
+
+def _ends(checkpoint: Checkpoint, target_modules: str | list[str]) -> list[str]:
+    """Paths of the embedding and the output head that `target_modules` names, as peft matches them; "all-linear" leaves both out."""
+    if target_modules == "all-linear":
+        return []
+    if checkpoint.model_type in FAMILIES:
+        paths = [checkpoint.family.embed, checkpoint.family.head]
+    else:  # what has a row for each token; a tied head has no tensor of its own
+        tables = [name for name, info in checkpoint.tensors.items() if len(info.shape) == 2 and info.shape[0] == checkpoint.vocab_size]
+        paths = [*(name.removesuffix(".weight") for name in tables), "lm_head"]
+    if isinstance(target_modules, str):
+        return [path for path in paths if re.fullmatch(target_modules, path)]
+    return [path for path in paths if any(path == name or path.endswith(f".{name}") for name in target_modules)]

@@ -1,0 +1,1 @@
+"""Let a teacher write a corpus to train on."""

@@ -1,0 +1,117 @@
+"""`edgepress bench`: how fast artifacts and checkpoints are on this machine, side by side."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from compression.errors import EdgepressError, Incompatible
+from export.runtimes import check_installed, installed_runtimes, runtime_name
+from tasks.runners.executor import Children, Job
+from tasks.errors import JobFailed
+from tasks.measurement.figures import most_crowded
+from tasks.measurement.measure import machine_fingerprint
+from tasks.runners.budget import Budget
+from tasks.runners.local import LocalChildren
+
+_BUSY = "timed while other programs had the cores, so it may be faster than this says"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model with one length of prompt: figures as `measure_speed` names them, or the reason why there are none."""
+
+    model: str
+    runtime: str
+    prompt: int
+    new: int
+    figures: dict[str, float]
+    reason: str = ""
+    failed: bool = False
+
+
+def parse_lengths(text: str) -> list[int]:
+    """ "32,128" as lengths. Raises Incompatible for anything else."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise Incompatible(f"--prompt {text!r} is not a list of lengths such as 32,128", key="prompt")
+    return [int(part) for part in parts]
+
+
+def measure_rows(
+    models: Sequence[Path], prompts: Sequence[int], *, new_tokens: int, repeats: int, threads: int, starting: Callable[[str], None]
+) -> Iterator[Row]:
+    """Measure every model with every prompt length, each in a process of its own and alone on the machine; what crashes ends its row only.
+
+    starting  told what is measured next
+    Raises UnusableModel and MissingExtra before anything is measured.
+    """
+    runtimes = {model: runtime_name(model) for model in models}
+    for name in runtimes.values():
+        check_installed(name)
+    children = LocalChildren(Budget(threads))
+    children.preload()
+    try:
+        for model, runtime in runtimes.items():
+            for prompt in prompts:
+                starting(f"{model} in {runtime}, prompt of {prompt} (begins when no other work of edgepress runs on this machine)")
+                yield _measure(children, model, runtime, prompt, new_tokens, repeats, threads)
+    finally:
+        children.close()
+
+
+def _measure(children: Children, model: Path, runtime: str, prompt: int, new_tokens: int, repeats: int, threads: int) -> Row:
+    arguments = {"target": str(model.absolute()), "prompt": prompt, "new_tokens": new_tokens, "repeats": repeats}
+    job = Job("tasks.runners.jobs:bench", arguments, threads, alone=True)
+    with tempfile.TemporaryDirectory(prefix="edgepress-bench-") as folder:
+        try:
+            figures = children.run(job, Path(folder), lambda _: None).metrics
+        except (EdgepressError, JobFailed) as error:
+            return Row(str(model), runtime, prompt, new_tokens, {}, str(error), failed=True)
+    reason = "" if figures else "not timed: this layout has no fast kernel here"
+    return Row(str(model), runtime, prompt, new_tokens, figures, reason)
+
+
+def bench_table(rows: Sequence[Row], *, threads: int, repeats: int) -> Table:
+    """Rows as people read them."""
+    title = f"{threads} thread{'s' * (threads > 1)}, medians of {repeats} after a warm-up (slowest–fastest)"
+    table = Table(title=title)
+    for name in ("model", "runtime"):
+        table.add_column(name, overflow="fold")
+    for name in ("prompt", "new", "prefill t/s", "first token ms", "decode t/s", "load s", "memory MB"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(escape(row.model), row.runtime, str(row.prompt), str(row.new), *_cells(row.figures))
+    return table
+
+
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """Why rows are empty, or doubtful, once each."""
+    told = [(row, row.reason or (_BUSY if most_crowded(row.figures) else "")) for row in rows]
+    return list(dict.fromkeys(f"{row.model}: {reason}" for row, reason in told if reason))
+
+
+def _cells(f: dict[str, float]) -> list[str]:
+    if not f:
+        return []
+    low, high = f["tokens_per_second_low"], f["tokens_per_second_high"]
+    memory = f"{f['peak_memory_mb']:.0f}" if "peak_memory_mb" in f else ""
+    decode = f"{f['tokens_per_second']:.0f} ({low:.0f}–{high:.0f})"
+    return [f"{f['prefill_tokens_per_second']:.0f}", f"{1000 * f['first_token_seconds']:.1f}", decode, f"{f['load_seconds']:.2f}", memory]
+
+
+def bench_document(rows: Sequence[Row], *, threads: int, repeats: int) -> dict[str, Any]:
+    """Rows for programs: figures in seconds, tokens/s and 10^6 bytes."""
+    versions = installed_runtimes()
+    found = [
+        {
+            "model": row.model, "runtime": row.runtime, "runtime_version": versions[row.runtime], "prompt": row.prompt, "new": row.new,
+            **row.figures, **({"reason": row.reason, "failed": row.failed} if row.reason else {}),
+        }
+        for row in rows
+    ]  # fmt: skip
+    return {"machine": machine_fingerprint(), "threads": threads, "repeats": repeats, "rows": found}

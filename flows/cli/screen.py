@@ -1,0 +1,204 @@
+"""What a person sees in the terminal: bars while stages work, one table at the end. Imports no torch."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from flows.report.comparison import compare
+from flows.planning.plan import Plan, estimate
+from flows.report.run_comparison import RunComparison
+from tasks.measurement.figures import measured
+from tasks.store.store import Store
+
+_JUDGED = {"better": "bold green", "worse": "bold red", "noise": "dim", "same": "dim", "unlike": "dim"}
+_STATE = {"Completed": "green", "Cached": "cyan", "Failed": "bold red", "Skipped": "yellow"}
+
+
+class Screen:
+    """Live progress of the stages: one line each, from the first sign of life to the state it ended in."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._lock = threading.Lock()
+        self._lines: dict[str, TaskID] = {}
+        self._bars = Progress(
+            SpinnerColumn(finished_text="•"), TextColumn("{task.fields[stage]:<16}"), BarColumn(bar_width=24), TextColumn("{task.description}"),
+            TimeElapsedColumn(), console=console, transient=not console.is_terminal,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Screen":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def update(self, stage: str, event: dict[str, Any]) -> None:
+        """Called from the stages' threads: {"progress": [done, total, what]} or {"ended": state}; of a run itself {"warning": text}."""
+        if "warning" in event:
+            self.console.print(f"[yellow]warning[/] {stage}: {escape(event['warning'])}", highlight=False)
+            return
+        with self._lock:
+            line = self._lines.get(stage)
+            if line is None:
+                line = self._lines[stage] = self._bars.add_task("starting", total=None, stage=stage)
+            if "ended" in event:
+                state = event["ended"]
+                self._bars.update(line, total=1, completed=1, description=f"[{_STATE.get(state, 'white')}]{state.lower()}[/]")
+                if not self.console.is_terminal:
+                    self.console.print(f"{stage}: {state.lower()}")
+            else:
+                done, total, what = event["progress"]
+                self._bars.update(line, total=total, completed=done, description=what)
+
+
+def results_table(summary: dict[str, Any]) -> Table:
+    """The table of a finished run: the base first, each stage a row, only columns that something was measured in."""
+    rows = summary["rows"]
+    shown = measured(row["metrics"] for row in rows)
+    table = Table(title=f"{summary['name']}: {summary['seconds']:.0f} s")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("runtime", no_wrap=True)
+    for figure in shown:
+        table.add_column(figure.heading, justify="right", no_wrap=True)
+    table.add_column("s", justify="right")
+    table.add_column("state", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["stage"],
+            row["runtime"],
+            *(figure.text(row["metrics"]) for figure in shown),
+            f"{row['seconds']:.1f}",
+            f"[{_STATE.get(row['state'], 'white')}]{row['state'].lower()}[/]",
+        )
+    return table
+
+
+def sweep_table(summary: dict[str, Any]) -> Table:
+    """The cells of a matrix side by side, a row for each result; the best of each metric is marked."""
+    found = compare(summary)
+    shown = found.measured()
+    table = Table(title=f"{summary['name']}: {len(summary['sweep']['cells'])} cells, the best marked *")
+    for key in (*found.keys, *(["result"] if len(found.leaves) > 1 else [])):
+        table.add_column(key, no_wrap=True)
+    for figure in shown:
+        table.add_column(figure.heading, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for line in found.lines:
+        texts = ((figure.text(line.row["metrics"]), figure.metric in line.best) for figure in shown)
+        figures = [f"[bold green]*{text}[/]" if best else text for text, best in texts]
+        state = line.row["state"]
+        leaf = [line.leaf] if len(found.leaves) > 1 else []
+        table.add_row(*map(escape, line.values), *leaf, *figures, f"[{_STATE.get(state, 'white')}]{state.lower()}[/]")
+    return table
+
+
+def print_wide(console: Console, table: Table, names: int) -> None:
+    """Print a table; where the terminal is too narrow for it, in parts one below the other, each with the first `names` columns."""
+    rows = [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
+    headings = [str(column.header) for column in table.columns]
+    widths = [
+        max(console.measure(Text.from_markup(str(cell))).maximum for cell in column) + 3 for column in zip(headings, *rows, strict=True)
+    ]
+    room = console.width - 1 - sum(widths[:names])
+    parts = _packed(widths[names:], room)
+    while room > 0 and len(tighter := _packed(widths[names:], room - 1)) == len(parts):  # as many parts, of more even widths
+        parts, room = tighter, room - 1
+    for number, part in enumerate(parts):
+        shown = Table(title=table.title if number == 0 else None, caption=table.caption if part is parts[-1] else None)
+        columns = [*range(names), *(names + place for place in part)]
+        for column in columns:
+            shown.add_column(headings[column], justify=table.columns[column].justify, no_wrap=table.columns[column].no_wrap)
+        for row, cells in zip(table.rows, rows, strict=True):
+            shown.add_row(*(cells[column] for column in columns), end_section=row.end_section)
+        console.print(shown)
+
+
+def _packed(widths: Sequence[int], room: int) -> list[list[int]]:
+    """Places of columns, in order, in as many parts as it takes for none to be wider than the room, or to have one column."""
+    parts: list[list[int]] = [[]]
+    for place, width in enumerate(widths):
+        if parts[-1] and sum(widths[other] for other in parts[-1]) + width > room:
+            parts.append([])
+        parts[-1].append(place)
+    return parts
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """The table, then what a person must know: warnings, broken gates, failures; at the end the cells of a sweep side by side."""
+    print_wide(console, results_table(summary), 1)
+    for row in summary["rows"]:
+        for warning in row["warnings"]:
+            console.print(f"[yellow]warning[/] {row['stage']}: {escape(warning)}", highlight=False)
+        for verdict in row["verdicts"]:
+            if verdict["outcome"] != "PASS":
+                colour = "bold red" if verdict["outcome"] == "FAIL" else "yellow"
+                console.print(f"[{colour}]{verdict['outcome']}[/] {row['stage']}: {escape(verdict['message'])}", highlight=False)
+        if row["state"] == "Failed":
+            console.print(f"[bold red]failed[/] {row['stage']}: {escape(row['reason'])}", highlight=False)
+    if summary["sweep"]:
+        table = sweep_table(summary)
+        print_wide(console, table, sum(column.justify == "left" for column in table.columns) - 1)
+
+
+def print_comparison(console: Console, found: RunComparison) -> None:
+    """What differs between runs, then every stage with a line for each run; differences from the first are better, worse, or noise."""
+    if found.differences:
+        asked = Table("", *found.names, title="what differs")
+        for key, values in found.differences.items():
+            asked.add_row(escape(key), *("" if value is None else escape(str(value)) for value in values))
+        console.print(asked)
+    else:
+        console.print("nothing differs: the same recipe, model, machine and edgepress")
+    table = Table(
+        title=f"differences from {found.names[0]}",
+        caption=f"without {found.left_out} stages that others follow" if found.left_out else None,
+    )
+    for heading in ("stage", "run", "state"):
+        table.add_column(heading, no_wrap=True)
+    for figure in found.figures:
+        table.add_column(figure.heading, justify="right", no_wrap=True)
+    for stage, rows in found.stages.items():
+        for number, row in enumerate(rows):
+            words = ["" if number else escape(stage), found.names[number]]
+            if row is None:
+                table.add_row(*words, "[dim]none[/]")
+                continue
+            cells = []
+            for figure in found.figures:
+                change = found.change(stage, number, figure)
+                told = f" [{_JUDGED[change.judgement]}]{change.marked}[/]" if change and change.text else ""
+                cells.append(figure.text(row["metrics"]) + told)
+            state = row["state"]
+            table.add_row(*words, f"[{_STATE.get(state, 'white')}]{state.lower()}[/]", *cells)
+        table.add_section()
+    print_wide(console, table, 2)
+    console.print(
+        "[bold green]✓ better[/] · [bold red]✗ worse[/] · [dim]~ within the noise · ? measured with other data or settings, or on another machine[/]"
+    )
+
+
+def plan_table(plan: Plan, store: Store) -> Table:
+    """The graph in order, what is in the store already, and what the rest will take."""
+    table = Table(title=f"{plan.parsed.recipe.name}: {len(plan.assignments) - 1} stages, estimates from shapes")
+    for heading in ("stage", "uses", "needs", "identity", "state", "size", "memory", "disk"):
+        table.add_column(heading, justify="right" if heading in {"size", "memory", "disk"} else "left")
+    for task in plan.assignments:
+        needed = estimate(task, plan)
+        state = "measured only" if task.stage is None else "[cyan]in the store[/]" if store.has(task.identity) else "to run"
+        sizes = [f"{n / 1e6:,.1f} MB" for n in (needed.size, needed.memory, needed.disk)]
+        table.add_row(
+            task.name,
+            task.stage.uses if task.stage else "base",
+            ", ".join(dict.fromkeys(task.inputs.values())),
+            task.identity[:12],
+            state,
+            *sizes,
+        )
+    return table

@@ -1,0 +1,38 @@
+"""`edgepress sync`: bring MLflow what it missed while it did not answer. Imports no torch."""
+
+import typer
+
+from compression.errors import EdgepressError
+from compression.redaction import redacted
+from flows.cli.options import DEFAULT_STORE, StoreFolder, open_store
+
+tracking_app = typer.Typer()
+
+
+@tracking_app.command()
+def sync(store: StoreFolder = DEFAULT_STORE) -> None:
+    """Send MLflow what it missed while it did not answer. `edgepress run` and `edgepress resume` do so too before they begin.
+
+    What runs that are alive still have to send, they send themselves. Exits with 1 where something still waits, or was refused.
+
+    Example: `edgepress sync`
+    """
+    from tasks.tracking.outbox import addresses, waiting
+    from tasks.tracking.tracking import Tracking, whole_address
+
+    folder = open_store(store).root / "outbox"
+    left: list[str] = []
+    for uri in addresses(folder):
+        try:
+            tracking = Tracking(whole_address(uri), folder, left.append)
+            print(f"MLflow at {redacted(uri)}: {tracking.send_left()} calls sent")
+            tracking.end_orphans()
+        except EdgepressError as error:
+            left.append(str(error))
+    if count := waiting(folder):
+        left.append(f"{count} calls still wait in {folder}")
+    elif not left:
+        print("MLflow has everything")
+    if left:
+        typer.echo("\n".join(left), err=True)
+        raise typer.Exit(1)

@@ -1,0 +1,189 @@
+"""The recipe: YAML -> pydantic, validated whole. Every mistake is told with file, line, key and what would be right.
+
+The graph of its stages is flows/planning/graph.py's matter, the lists of its matrix flows/planning/matrix.py's.
+"""
+
+import operator
+import re
+from collections.abc import Sequence
+from functools import lru_cache, reduce
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+
+from compression.data import DataSpec
+from compression.errors import EdgepressError
+from compression.evaluation.spec import EvaluationSpec
+from compression.settings import Settings
+from flows.planning.graph import Branch, Execution, Node, expand, name_problem, told
+from flows.planning.matrix import Matrix, cells_of
+from flows.planning.study import Mistake, Study, check_study
+from flows.planning.source_map import KeyPath, Located, read_value, read_yaml, shortened
+from tasks.measurement.gate_presets import Gates
+from tasks.tracking.registry import Registry
+from tasks.runners.settings import Runner
+from tasks.stage import stage_kinds
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+class ModelSource(Settings):
+    """Where the base model comes from."""
+
+    path: str = Field(description="`embedded`, a local directory, or a hub id (organisation/name).")
+    revision: str | None = Field(default=None, description="Commit, tag or branch of a hub model; pinned to the commit in the identity.")
+    license: str | None = Field(default=None, description="Licence of the model, where its model card does not say it.")
+
+
+class Recipe(Settings):
+    """A whole recipe."""
+
+    name: str = Field(default="", description="Name of the pipeline; default: the file's name.")
+    model: ModelSource = Field(description="The base model: `embedded`, a directory, a hub id, or {path:, revision:}.")
+    data: DataSpec = Field(description="Text and questions to calibrate, train and measure with: `embedded` or a mapping.")
+    seed: int = Field(default=0, ge=0, description="Every random draw derives from it.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        default="auto",
+        description="Where stages run; its type belongs to the identity. `auto`: cuda where torch can use a GPU of NVIDIA's, else cpu.",
+    )
+    threads: int = Field(
+        default=2, ge=1, le=256, description="Threads of each stage: fixed, because sums differ in bytes with their number."
+    )
+    stages: dict[str, Any] = Field(min_length=1, description="The graph: name -> {uses: kind, ...}.")
+    matrix: Matrix | None = Field(default=None, description="A sweep: values of parameters to try, each combination a branch of the graph.")
+    study: Study | None = Field(default=None, description="What the sweep is run to find out: `edgepress study` says what of it came true.")
+    gates: Gates = Field(
+        default_factory=dict,
+        description="Bounds by stage and metric, or a preset by stage; a broken one stops what follows. Besides names, keys are `leaf` (every stage that "
+        "nothing follows), patterns of kinds (`prune.*`), and `preset: default`.",
+    )
+    evaluation: EvaluationSpec = Field(
+        default_factory=EvaluationSpec, description="What is measured of the base and of every stage beyond quality, speed and memory."
+    )
+    registry: Registry | None = Field(default=None, description="Results that become versions of a model in MLflow's registry.")
+    execution: Runner = Field(default_factory=Runner, description="How it is run.")
+
+
+class ParsedRecipe(BaseModel):
+    """A recipe with its graph in topological order, the branches of its matrix (none without one), the file it came from and what was put over it."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    recipe: Recipe
+    nodes: tuple[Node, ...]
+    branches: tuple[Branch, ...]
+    source: Located
+    overrides: tuple[str, ...] = ()
+
+    def error(self, path: KeyPath, message: str) -> EdgepressError:
+        return self.source.error(path, message)
+
+    def stage_error(self, node: Node, key: KeyPath, message: str) -> EdgepressError:
+        """A mistake in a stage's entry, told where the recipe gives the value: for a copy this may be in the matrix."""
+        copied = f" (stage {node.name})" if node.name != node.origin else ""
+        return self.source.moving(node.moved).error(("stages", node.origin, *key), message + copied)
+
+
+@lru_cache(maxsize=1)
+def _entries() -> TypeAdapter[Any]:
+    """One model per kind that joins its parameters with `Execution`, as a union discriminated by `uses`."""
+    models = [create_model(f"{kind.__name__}Entry", __base__=(kind, Execution), __doc__=kind.__doc__) for kind in stage_kinds().values()]
+    union: Any = reduce(operator.or_, models)
+    entry: Any = Annotated[union, Field(discriminator="uses")] if len(models) > 1 else union
+    return TypeAdapter(entry)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors."""
+    schema = Recipe.model_json_schema()
+    entries = _entries().json_schema(ref_template="#/$defs/{model}")
+    schema.setdefault("$defs", {}).update(entries.pop("$defs", {}))
+    schema["properties"]["stages"]["additionalProperties"] = entries
+    for short in ("model", "data"):
+        schema["properties"][short] = {"anyOf": [{"type": "string"}, schema["properties"][short]]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "edgepress recipe"}
+
+
+def load_recipe(file: Path, overrides: tuple[str, ...] = (), text: str | None = None) -> ParsedRecipe:
+    """Read and validate a recipe file, or `text` that stood in it. `overrides` are `dotted.key=value` settings put over it.
+
+    Raises EdgepressError with file, line and key for the first mistakes (all of one kind at once).
+    """
+    source = read_yaml(file, text)
+    if not isinstance(source.value, dict):
+        raise EdgepressError(f"{file}:1: a recipe is a mapping with the keys model, data and stages")
+    for override in overrides:
+        _put(source.value, override)
+    document = dict(source.value)
+    if isinstance(document.get("model"), str):
+        document["model"] = _short_model(document["model"])
+    document.setdefault("name", file.stem)
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        raise told(error, source, (), Recipe) from None
+    if problem := name_problem(recipe.name):
+        raise source.error(("name",), f"{shortened(recipe.name)!r} {problem}")
+    cells = cells_of(recipe.matrix, recipe.stages, source)
+    nodes, branches = expand(recipe.stages, recipe.gates, recipe.seed, cells, source)
+    _check_study(recipe, branches, source)
+    return ParsedRecipe(
+        recipe=recipe, nodes=tuple(nodes), branches=tuple(branches) if recipe.matrix else (), source=source, overrides=overrides
+    )
+
+
+def _check_study(recipe: Recipe, branches: Sequence[Branch], source: Located) -> None:
+    if recipe.study is not None:
+        results = [(branch.values, leaf) for branch in branches if branch.values for leaf in branch.leaves]
+        try:
+            check_study(recipe.study, results, list(recipe.stages), recipe.seed)
+        except Mistake as mistake:
+            raise source.error(mistake.path, str(mistake)) from None
+
+
+def _short_model(text: str) -> dict[str, str]:
+    path, revision = split_revision(text)
+    return {"path": path, "revision": revision} if revision else {"path": path}
+
+
+def split_revision(text: str) -> tuple[str, str | None]:
+    """`organisation/name@revision` as its two parts. A path may hold an @ of its own: it is cut neither where it exists as spelled nor where no part does."""
+    path, _, revision = text.partition("@")
+    cut = revision and not _is_directory(text) and (_HUB_ID.fullmatch(path) or _is_directory(path))
+    return (path, revision) if cut else (text, None)
+
+
+def _is_directory(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_dir()
+    except (OSError, RuntimeError):  # a name that is too long, `~` of a user that is not there: the model's own check says so
+        return False
+
+
+def _put(document: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise EdgepressError(f"--set {shortened(override)}: write it as key.of.the.recipe=value")
+    # a key of the matrix has dots of its own
+    *folders, last = ["matrix", key.removeprefix("matrix.")] if key.startswith("matrix.") else key.split(".")
+    for folder in folders:
+        inner = document.setdefault(folder, {})
+        if not isinstance(inner, dict):
+            raise EdgepressError(f"--set {override}: {folder} is no mapping in the recipe")
+        document[folder] = document = dict(inner)  # which a YAML alias may share with other places
+    try:
+        document[last] = read_value(value)
+    except ValueError as error:
+        raise EdgepressError(f"--set {shortened(override)}: {error}") from None
+
+
+def find_recipe(recipe: Path) -> Path:
+    """A file as given, or a shipped recipe by its name."""
+    shipped = RECIPES / f"{recipe}.yaml"
+    try:
+        return shipped if not recipe.exists() and shipped.is_file() else recipe
+    except OSError:  # a name that is too long: reading it says so
+        return recipe

@@ -1,0 +1,46 @@
+"""Register the results of a run in MLflow's model registry. Imports no torch."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from export.runtimes import PACKAGES
+from tasks.planned_stage import Assignment
+from tasks.tracking.descriptions import table
+from tasks.measurement.gates import Verdict
+from tasks.execution import Pipeline
+
+
+def register_results(pipeline: Pipeline, tasks: Sequence[Assignment], champion: bool) -> list[str]:
+    """Register what was made and passed; returns what there is to say: each stage with its model and aliases."""
+    said = []
+    for task in tasks:
+        result = pipeline.results.get(task.name)
+        if not task.registered or result is None or result.state not in ("Completed", "Cached"):
+            continue
+        judged = [verdict for name in (*task.ancestors, task.name) for verdict in pipeline.results[name].verdicts]
+        open_ones = [verdict.message for verdict in judged if verdict.outcome != "PASS"] + _unjudged(task, result.verdicts)
+        aliases = ["candidate", *(["champion"] if champion and not open_ones else [])]
+        base = pipeline.results["base"].metrics
+        kept = pipeline.tracking.register(
+            result.run, name=task.registered, path=result.path, content=result.content, aliases=aliases,
+            tags={
+                "edgepress.identity": task.identity, "edgepress.recipe": pipeline.name, "edgepress.stage": task.name,
+                "edgepress.runtime": result.runtime, "edgepress.base": pipeline.base.source,
+            },
+            description=f"{task.name} of {pipeline.name}, for {result.runtime}.\n\n{table({task.name: result.metrics, 'base': base})}",
+            extra=PACKAGES[result.runtime].extra,
+        )  # fmt: skip
+        why = f"; not champion: {'; '.join(open_ones)}" if champion and open_ones else ""
+        here = f"is {' and '.join(aliases)} of" if kept else "was refused by the registry, for"
+        said.append(f"{task.name} {here} {task.registered}{why}")
+    return said
+
+
+def _unjudged(task: Assignment, verdicts: Sequence[Verdict]) -> list[str]:
+    """What to say of the stage's own gates of which a limit gave no verdict: what they are about was not measured (`if_measured`)."""
+    given = Counter(verdict.metric for verdict in verdicts)
+    return [
+        f"its gate was not judged: {metric} {bound.words()}"
+        for metric, bound in task.gates.items()
+        if given[metric] < sum(len(list(both[metric].limits())) for both in (task.bounds, task.gates) if metric in both)
+    ]

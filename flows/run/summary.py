@@ -1,0 +1,65 @@
+"""What a run came to, as JSON: what the table, the report, `edgepress report` and `edgepress compare` show. Imports no torch."""
+
+import json
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flows.planning.graph import BASE
+from flows.planning.plan import Plan
+from tasks.planned_stage import Assignment, Result
+from tasks.measurement.measure import machine_fingerprint
+from tasks.execution import Pipeline
+
+
+def summarize(pipeline: Pipeline, plan: Plan, started: float, run: str) -> dict[str, Any]:
+    """Rows in topological order, the base first; the cells of a sweep; verdicts; where it ran.
+
+    run  its name in the journal
+    """
+    rows = []
+    for task in plan.assignments:
+        result = pipeline.results.get(task.name) or _not_begun(pipeline, task)
+        figures = {"stage": result.name, "size_bytes": result.metrics.get("size_mb", 0) * 1e6, "layers": _layers(result)}
+        rows.append({**asdict(result), **figures})
+    return {
+        "recipe": json.loads(plan.parsed.recipe.model_dump_json()), "name": pipeline.name, "journal": run, "started": started,
+        "seconds": time.time() - started, "rows": rows, "sweep": _sweep(pipeline, plan), "run": pipeline.run,
+        "gates": [{"stage": row["stage"], **verdict} for row in rows for verdict in row["verdicts"]],
+        "environment": {
+            "edgepress": version("edgepress"), "machine": machine_fingerprint(), "device": plan.machine.device, "threads": plan.machine.threads,
+            "data": plan.by_name[BASE].document["data"], "measured_with": dict(plan.measured_with),
+            "base": {"source": plan.base.source, "revision": plan.base.revision, "license": plan.base.license, "content": plan.base.content},
+        },
+    }  # fmt: skip
+
+
+def _not_begun(pipeline: Pipeline, task: Assignment) -> Result:
+    """The row of a stage that never began: what it needs failed, or the run was interrupted before it."""
+    broken = next((name for name in task.ancestors if name in pipeline.results and pipeline.results[name].state == "Failed"), None)
+    reason = f"{broken} failed" if broken else "the run was interrupted"
+    uses = task.stage.uses if task.stage else "base"
+    return Result(task.name, uses, list(dict.fromkeys(task.inputs.values())), "Skipped", task.identity, reason=reason)
+
+
+def _layers(result: Result) -> dict[str, dict[str, float]]:
+    """What the stage's method told about single layers, from the checkpoint; of one that came from another stage unchanged that is not there."""
+    file = Path(result.path) / "layers.json"
+    return json.loads(file.read_text()) if result.path and file.is_file() else {}
+
+
+def _sweep(pipeline: Pipeline, plan: Plan) -> dict[str, Any] | None:
+    """The cells of the matrix: their values, their leaves (from the name in the recipe to the copy's) and their runs in MLflow.
+
+    left_out  results of the matrix that this run does without, as it was asked for a part
+    """
+    branches = plan.parsed.branches
+    if not branches:
+        return None
+    cells = [
+        {"name": b.name, "values": dict(b.values), "leaves": {leaf: b.stages[leaf] for leaf in b.leaves}, "run": pipeline.cells[b.name]}
+        for b in branches
+    ]
+    return {"keys": list(dict.fromkeys(key for b in branches for key in b.values)), "cells": cells, "left_out": plan.left_out}

@@ -1,0 +1,398 @@
+"""What happens to one stage, whoever schedules it: ask the store, compute in a child, measure, judge, publish, log. Imports no torch."""
+
+import shutil
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compression.checkpoints.checkpoint import Checkpoint
+from compression.data import DataSpec, fingerprint
+from compression.errors import EdgepressError
+from compression.redaction import redacted
+from export.runtimes import runtime_name
+from tasks.artifact import complete_artifact, origin_of
+from tasks.store.provenance import CARRIED
+from tasks.planned_stage import Assignment, Result
+from tasks.base import Base, is_unchanged
+from tasks.runners.executor import Children, Job
+from tasks.errors import Stopped
+from tasks.tracking.descriptions import charted, describe_stage, properties
+from tasks.measurement.figures import most_crowded
+from tasks.measurement.gates import Bound, Figures, judge
+from tasks.store.identity import Machine, seed_of
+from tasks.kinds._training import TrainingStage
+from tasks.measurement.measure import Measured, compare, measure
+from tasks.measurement.measurement import Asked, Reference, Subject
+from tasks.tracking.calls import COMPUTED
+from tasks.tracking.runs_view import RUN
+from tasks.stage import Artifact, Corpus, Planned, Stage
+from tasks.store.store import Entry, Store, publish, withdraw
+from tasks.tracking.tracking import Tracking
+
+
+class GateFailed(Exception):
+    """A stage whose bounds or gates do not hold: its content is kept, but neither published nor built upon."""
+
+
+@dataclass
+class Pipeline:
+    """Everything the stages of one run share."""
+
+    name: str
+    store: Store
+    children: Children
+    tracking: Tracking
+    run: str  # the parent run in MLflow
+    data: DataSpec
+    machine: Machine
+    base: Base
+    outputs: Path
+    documents: dict[str, tuple[str, dict[str, Any]]]  # identity and its document, by stage
+    progress: Callable[[str, dict[str, Any]], None]
+    run_name: str = ""  # tag of all its runs in MLflow (tasks/tracking/runs_view.py)
+    evaluation: Any = None  # the recipe's settings of optional measurements
+    remeasure: bool = False  # take timings again even if the store has them
+    cells: Mapping[str, str] = field(default_factory=dict)  # runs in MLflow of a sweep's cells, by name
+    known_runs: Mapping[str, str] = field(default_factory=dict)  # runs in MLflow of stages that the resumed run began, by name
+    superseded: Mapping[str, str] = field(default_factory=dict)  # such runs of stages that have another identity now
+    series: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what names of a stage's metrics end with on the parent run
+    leaves: Collection[str] = ()  # stages that nothing follows
+    results: dict[str, Result] = field(default_factory=dict)
+    measured: dict[str, Measured] = field(default_factory=dict)  # by stage
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def perform(pipeline: Pipeline, task: Assignment) -> Result:
+    """Bring a stage to its end and return its result. Raises what made it fail, after logging the reason."""
+    result, before = _register(pipeline, task)
+    try:
+        _open_run(pipeline, task, result, before)
+        if task.stage is None:
+            entry = Reference(pipeline.base.path, pipeline.base.content)
+            result.state, result.path, result.content = "Cached", str(entry.path), entry.content
+            result.warnings += pipeline.base.warnings
+        else:
+            _compute(pipeline, task, task.stage, result, again=task.again and not (before and before.path))
+        _measure(pipeline, task, result)
+        _judge(pipeline, task, result)
+        if task.stage is not None:
+            publish(Path(result.path), pipeline.outputs, pipeline.name, task.name)
+    except BaseException as error:
+        stopped = isinstance(error, Stopped)
+        result.state, result.reason = "Stopped" if stopped else "Failed", redacted(str(error)) or type(error).__name__
+        if isinstance(error, GateFailed):
+            withdraw(pipeline.outputs, pipeline.name, task.name)
+            _log_series(pipeline, task, result)  # where quality went is asked most of what failed
+        if result.run:
+            pipeline.tracking.log(result.run, result.metrics, tags={"edgepress.state": result.state, **_place_tags(result)})
+            pipeline.tracking.describe(result.run, _description(pipeline, task, result))
+            pipeline.tracking.end(result.run, "KILLED" if stopped else "FAILED", "interrupted" if stopped else result.reason)
+        raise
+    finally:
+        pipeline.progress(task.name, {"ended": result.state})
+    _log(pipeline, task, result)
+    return result
+
+
+def _register(pipeline: Pipeline, task: Assignment) -> tuple[Result, Result | None]:
+    """The stage's result, from now on among the pipeline's, and that of the attempt before."""
+    uses = task.stage.uses if task.stage else "base"
+    result = Result(task.name, uses, list(dict.fromkeys(task.inputs.values())), "Running", identity=task.identity)
+    with pipeline.lock:
+        before = pipeline.results.get(task.name)
+        pipeline.results[task.name] = result
+    return result, before
+
+
+def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Result | None) -> None:
+    """Open the stage's MLflow run; a stage that is tried again, or was begun by the run that is resumed, continues its run."""
+    if before is not None and before.run:
+        result.run = before.run
+        pipeline.tracking.reopen(result.run)
+    else:
+        tags = {
+            "edgepress.kind": "stage",
+            "edgepress.stage": task.name,
+            "edgepress.uses": result.uses,
+            "edgepress.identity": task.identity,
+            "edgepress.recipe": pipeline.name,
+            RUN: pipeline.run_name,
+            "edgepress.leaf": str(task.name in pipeline.leaves).lower(),
+            **properties(task.planned, pipeline.base.checkpoint.model_type),
+        }
+        params = {
+            "uses": result.uses,
+            **(task.stage.model_dump(mode="json", exclude={"uses"}) if task.stage else {}),
+            "seed": task.document.get("seed"),
+        }
+        result.run = pipeline.tracking.open_run(
+            task.name,
+            parent=pipeline.cells.get(task.cell, pipeline.run),
+            tags=tags,
+            params=params,
+            known=pipeline.known_runs.get(task.name),
+        )
+        if old := pipeline.superseded.get(task.name):
+            pipeline.tracking.supersede(old, by=result.run)
+        if task.document.get("data"):
+            pipeline.tracking.log_data(
+                result.run,
+                "recipe data",
+                task.document["data"],
+                pipeline.data.model_dump_json(),
+                task.stage.data_read() if task.stage else "evaluation",
+            )
+
+
+def _compute(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result, again: bool) -> None:
+    """The stage's content: from the store, or computed in a child and committed. `again`: computed whatever the store has."""
+    store = pipeline.store
+    with store.lock(task.identity, _waiting(pipeline, task)):
+        found = store.get(task.identity)
+        entry = None if again else found
+        cached = entry is not None
+        if entry is None:
+            result.computed = True
+            entry = _run_child(pipeline, task, stage, result)
+            pipeline.tracking.log(result.run, {}, tags={COMPUTED: "true"})  # so it stays, whatever comes of measuring and of gates
+    result.state = "Cached" if cached else "Completed"  # not before: the journal of a run that is killed says how far it came
+    result.path, result.content = str(entry.path), entry.content
+    result.metrics |= entry.manifest["metrics"] | {"seconds": entry.manifest["seconds"]}
+    result.warnings = list(entry.manifest["warnings"])
+    if found is not None and found.content != entry.content:
+        result.warnings.append(_other_bytes(task, found, entry))
+    result.curves = [(step, values) for step, values in entry.manifest["curves"]]
+    result.seconds = entry.manifest["seconds"]
+    if cached:
+        pipeline.tracking.log_curve(result.run, result.curves)
+
+
+def _other_bytes(task: Assignment, old: Entry, new: Entry) -> str:
+    """What to say of a stage that gave other bytes under the same identity, which promises equal ones."""
+    files = {
+        name
+        for name in old.manifest["files"].keys() | new.manifest["files"].keys()
+        if old.manifest["files"].get(name) != new.manifest["files"].get(name)
+    }
+    return (
+        f"ITS BYTES ARE NOT THOSE OF BEFORE, and the same identity promises the same: {', '.join(sorted(files)[:5])} "
+        f"(content {old.content[:12]}, now {new.content[:12]}). The new result took the place of the old one, which is in damaged/ of the store; "
+        f"`--from {task.name}` makes what follows of it anew"
+    )
+
+
+def _waiting(pipeline: Pipeline, task: Assignment) -> Callable[[], bool]:
+    """What is asked while another run holds the stage: whether this one was stopped. Says once that it waits."""
+    said = False
+
+    def given_up() -> bool:
+        nonlocal said
+        if not said:
+            said = True
+            pipeline.progress(task.name, {"warning": "waits for another run, which computes it"})
+        return pipeline.children.closed
+
+    return given_up
+
+
+def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result) -> Entry:
+    paths = {role: pipeline.results[name].path for role, name in task.inputs.items()}
+    paths |= {role: str(model.path) for role, model in task.outside.items()}
+    home = pipeline.store.workplace(task.identity)
+    arguments = {
+        "stage": stage.model_dump(mode="json"), "parent": paths.pop("parent"), "others": paths, "out": str(home / "out"),
+        "work": str(home / "work"), "data": pipeline.data.model_dump(mode="json"),
+        "shared": str(pipeline.store.root / "shared"),
+    }  # fmt: skip
+    if isinstance(task.planned, Artifact):
+        arguments["origin"] = asdict(origin_of(pipeline.base))
+    devices = stage.distributed.processes if isinstance(stage, TrainingStage) and stage.distributed else 1
+    job = Job(
+        "tasks.runners.jobs:run_stage", arguments, pipeline.machine.threads, seed_of(task.identity), pipeline.machine.device, task.timeout,
+        name=task.name, memory=task.memory, devices=devices, variables=task.job_variables, order=task.index,
+    )  # fmt: skip
+    curves: list[tuple[int, dict[str, float]]] = []
+
+    def sink(event: dict[str, Any]) -> None:
+        if "warning" in event:
+            result.warnings.append(redacted(event["warning"]))
+        elif "metrics" in event:
+            curves.append((event["step"], event["metrics"]))
+            pipeline.tracking.log_live(result.run, event["step"], event["metrics"])
+        elif "system" in event:
+            pipeline.tracking.log_system(result.run, event["system"], event["time"])
+        elif "again" in event:
+            result.warnings.clear()
+            curves.clear()
+            pipeline.progress(task.name, {"warning": event["again"]})
+        elif "note" in event:
+            pipeline.progress(task.name, {"warning": event["note"]})
+        else:
+            pipeline.progress(task.name, event)
+
+    _require_inputs(pipeline, task)
+    try:
+        done = pipeline.children.run(job, home, sink)
+    except Exception as error:
+        pipeline.store.workplace(task.identity)  # its `out` empty again: the disk may be full of it, and the journal must go on
+        if not isinstance(error, Stopped):
+            _require_inputs(pipeline, task)  # where one is lost, that is the reason
+        raise
+    _require_sources(pipeline, task, stage)
+    if isinstance(task.planned, Artifact):
+        ancestors = [pipeline.documents[name] for name in task.ancestors[1:]]  # after the base
+        complete_artifact(home / "out", task.planned, task.document, task.identity, ancestors, pipeline.base)
+    pipeline.tracking.log_curve(result.run, curves)
+    return pipeline.store.commit(
+        task.identity, task.document, metrics=done.metrics, seconds=done.seconds, warnings=result.warnings, curves=curves
+    )
+
+
+def _require_inputs(pipeline: Pipeline, task: Assignment) -> None:
+    """Raises EdgepressError when an input was removed or damaged since its own stage ended: what is made of it would not be of this identity."""
+    for name in dict.fromkeys(task.inputs.values()):
+        identity = pipeline.results[name].identity
+        if identity == pipeline.base.identity:
+            continue  # not in the store: `_require_sources` looks at it
+        with pipeline.store.lock(identity, lambda: pipeline.children.closed):
+            lost = pipeline.store.get(identity) is None
+        if lost:
+            raise EdgepressError(
+                f"the result of {name} ({identity[:12]}) was removed from the store, or damaged and set aside, while this run was going on; "
+                "the same command computes it again"
+            )
+
+
+def _require_sources(pipeline: Pipeline, task: Assignment, stage: Stage) -> None:
+    """Raises EdgepressError when what the stage read outside of the store is no longer what was planned with: its result may be of either."""
+    models = [*task.outside.values(), *([pipeline.base] if pipeline.base.identity in task.document["inputs"].values() else [])]
+    changed = [f"the model {model.source}" for model in models if not is_unchanged(model, pipeline.store.root)]
+    read = stage.data_read()
+    if read != "nothing" and fingerprint(pipeline.data, read) != task.document["data"]:
+        changed.append("the recipe's data")
+    if changed:
+        shutil.rmtree(pipeline.store.workplace(task.identity), ignore_errors=True)  # what it would go on from is of other bytes too
+        raise EdgepressError(f"{' and '.join(changed)} changed while this run was going on; the same command plans with what is there now")
+
+
+def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
+    """Quality, speed and size; of a corpus, which no runtime opens, the size."""
+    if isinstance(task.planned, Corpus):
+        result.metrics |= _static(result.path, task.planned)
+        return
+    result.runtime = runtime_name(Path(result.path))
+    parent = task.inputs.get("parent", "")
+    compared = {role: pipeline.results["base" if role == "base" else parent] for role in task.roles}
+    references = {role: Reference(Path(other.path), other.content) for role, other in compared.items()}
+
+    def sink(event: dict[str, Any]) -> None:
+        if "warning" in event:
+            result.warnings.append(redacted(event["warning"]))
+        elif told := event.get("again") or event.get("note"):
+            pipeline.progress(task.name, {"warning": told})
+        elif "progress" in event:
+            pipeline.progress(task.name, event)
+
+    asked = Asked(task.planned, task.roles, pipeline.data, pipeline.evaluation)
+    subject = Subject(asked, Reference(Path(result.path), result.content), references, pipeline.base.path, pipeline.machine)
+    measured = measure(subject, pipeline.store, pipeline.children, sink, again=pipeline.remeasure, order=task.index)
+    pipeline.measured[task.name] = measured
+    result.metrics |= measured.metrics | _static(result.path, task.planned)
+    result.details = measured.details
+    result.measure_seconds = measured.seconds
+    if task.stage is not None:
+        result.metrics |= compare(measured, pipeline.measured["base"], result.content, pipeline.store)
+    elif measured.seconds:
+        result.state = "Completed"
+        pipeline.tracking.log(result.run, {}, tags={COMPUTED: "true"})
+    if share := most_crowded(measured.metrics):
+        result.warnings.append(
+            f"timed while other programs had the cores (it waited for one {share:.1f} times as long as it was timed): it may be faster than this says; "
+            "`edgepress run --remeasure` takes all timings again"
+        )
+    if parent:
+        _compare_speed(result, pipeline.results[parent])
+
+
+def _static(path: str, planned: Planned) -> dict[str, float]:
+    """What the files alone say. A checkpoint's `adapter/` is an artifact of its own and not counted."""
+    metrics = {"size_mb": sum(f.stat().st_size for f in Path(path).iterdir() if f.is_file()) / 1e6}
+    if isinstance(planned, Checkpoint):
+        metrics["parameters"] = float(planned.num_parameters)
+    return metrics
+
+
+def _compare_speed(result: Result, parent: Result) -> None:
+    """Warn of a stage that made the model slower than its parent, each in its runtime: by more than a tenth, and beyond the noise of both."""
+    mine, theirs = result.metrics.get("tokens_per_second"), parent.metrics.get("tokens_per_second")
+    if not mine or not theirs or mine >= 0.9 * theirs:
+        return
+    as_fast = {"tokens_per_second": Bound(max_decrease=0, relative_to="parent")}
+    if [v.outcome for v in judge(as_fast, Figures(result.metrics), {"parent": Figures(parent.metrics)})] == ["FAIL"]:
+        result.warnings.append(
+            f"slower than its parent {parent.name}: {mine:.0f} tokens/s in {result.runtime} against {theirs:.0f} in {parent.runtime} "
+            f"({1 - mine / theirs:.0%} less)"
+        )
+
+
+def _judge(pipeline: Pipeline, task: Assignment, result: Result) -> None:
+    """Judge the bounds of an export's proof and the recipe's gates; raises GateFailed for what does not hold."""
+    others = {name: _figures(pipeline, name) for name in (*task.ancestors, task.name)}
+    if "parent" in task.inputs:
+        others["parent"] = others[task.inputs["parent"]]
+    result.verdicts = [verdict for bounds in (task.bounds, task.gates) for verdict in judge(bounds, others[task.name], others)]
+    broken = [verdict.message for verdict in result.verdicts if verdict.outcome == "FAIL"]
+    if broken:
+        raise GateFailed("; ".join(broken))
+
+
+def _figures(pipeline: Pipeline, name: str) -> Figures:
+    measured = pipeline.measured.get(name)  # nothing is measured of a corpus
+    return Figures(pipeline.results[name].metrics, measured.items if measured else {})
+
+
+def _log(pipeline: Pipeline, task: Assignment, result: Result) -> None:
+    """Metrics on the stage's run, and on the parent with step = the stage's index, one series for each path to a leaf; then end the run."""
+    passed = all(verdict.outcome == "PASS" for verdict in result.verdicts)
+    tags = {
+        "edgepress.state": result.state, "edgepress.cached": str(result.state == "Cached").lower(), **_place_tags(result),
+        "edgepress.final": str(task.name in pipeline.leaves and passed).lower(),
+    }  # fmt: skip
+    tracking = pipeline.tracking
+    tracking.log(result.run, result.metrics, tags=tags)
+    _log_series(pipeline, task, result)
+    if isinstance(task.planned, Artifact):
+        for file in CARRIED:
+            tracking.log_file(result.run, Path(result.path) / file)
+    tracking.describe(result.run, _description(pipeline, task, result), cached_identity=task.identity if result.state == "Cached" else None)
+    tracking.end(result.run, "FINISHED")
+
+
+def _log_series(pipeline: Pipeline, task: Assignment, result: Result) -> None:
+    """The stage's place in the charts of the pipeline's run."""
+    suffixes = pipeline.series.get(task.name, ())
+    series = {metric + suffix: value for metric, value in charted(result.metrics).items() for suffix in suffixes}
+    if series:  # what a stage of another identity left at this step is not true any more
+        pipeline.tracking.log(pipeline.run, series, step=task.index, again=task.name in pipeline.superseded)
+
+
+def _place_tags(result: Result) -> dict[str, str]:
+    """Where its bytes are and what they are, of a result that has some."""
+    return {"edgepress.path": result.path, "edgepress.content": result.content} if result.path else {}
+
+
+def _description(pipeline: Pipeline, task: Assignment, result: Result) -> str:
+    parent = task.inputs.get("parent", "base")
+    others = [name for name in dict.fromkeys((parent, "base")) if name != task.name and name in pipeline.results]
+    return describe_stage(
+        uses=result.uses, needs=result.needs, state=result.state, reason=result.reason, seconds=result.seconds, runtime=result.runtime,
+        columns={task.name: result.metrics, **{name: pipeline.results[name].metrics for name in others}},
+        warnings=result.warnings, verdicts=result.verdicts,
+    )  # fmt: skip
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again can help: a lost process, never a mistake of the recipe or a broken bound."""
+    return bool(getattr(error, "transient", False)) and not isinstance(error, EdgepressError | GateFailed)

@@ -1,0 +1,1 @@
+"""What is measured of a result, and what follows from it: records, gates and verdicts. Imports no torch."""

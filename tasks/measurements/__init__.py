@@ -1,1 +1,0 @@
-"""Kinds of records, one file each; tasks/measurement.py says what one is."""

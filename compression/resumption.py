@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from compression.files import digest_file
 from compression.errors import EdgepressError
-from compression.files import fsync
+from compression.files import digest_file, fsync
 
 MARKER = "complete.json"
 FORMAT = "2"  # of fingerprints: what stands under another is of an edgepress that left something out of them

@@ -1,8 +1,8 @@
 """What the ONNX exporters take, told from a checkpoint's description alone. Imports no torch, so recipes are checked in milliseconds."""
 
 from compression.checkpoints.checkpoint import Checkpoint
+from compression.checkpoints.quantization_config import schemes_of
 from compression.errors import Incompatible
-from compression.checkpoints.quantization_config import codes_of
 from export.refusals import TRACED_FAMILIES, check_family, check_fixed_rope, check_rope, check_tied_types
 
 # The families that GenAI's builder (0.18) writes, with the rope types that it writes right, found by comparing logits: it drops linear
@@ -84,7 +84,7 @@ def _check_carried(checkpoint: Checkpoint) -> None:
     if checkpoint.config["quantization_config"].get("desc_act"):
         raise Incompatible("MatMulNBits has groups in storage order only, and this checkpoint's are not (desc_act)", key="dtype")
     widths = {width for _, width in checkpoint.linear_widths().values()}
-    for codes in codes_of(checkpoint):
+    for codes in schemes_of(checkpoint):
         if codes.bits != 4 or any(codes.width(width) not in BLOCK_SIZES for width in widths):
             raise Incompatible(
                 f"MatMulNBits carries codes of 4 bits in groups of {', '.join(map(str, BLOCK_SIZES))}; this {checkpoint.layout.upper()} "

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
 from compression.checkpoints.loading import load_model
+from compression.context import Context
+from export.atomic_directory import whole
 from export.edge_checks import cache_length, check_executorch
 from export.quiet import quiet_and_offline
 from export.traced import describe
-from export.atomic_directory import whole
 
 with quiet_and_offline():  # it imports torchao, which lists the libraries that it does not find
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

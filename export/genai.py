@@ -9,12 +9,12 @@ import onnxruntime_genai as og
 from onnxruntime_genai.models import builder
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
 from compression.checkpoints.loading import copy_tokenizer, load_tokenizer
 from compression.checkpoints.tokenizer_corpus import TEXTS, every_two_byte_character
+from compression.context import Context
+from export.atomic_directory import whole
 from export.checks import check_genai, outer_types
 from export.quiet import quiet_and_offline
-from export.atomic_directory import whole
 
 HEAD, EMBEDDING = "/lm_head/MatMul", "/model/embed_tokens/Gather"  # the builder's node names
 # The fp16 graph that the builder (0.18) writes for the CPU prefills and then fails to decode; the one for CUDA has the

@@ -17,15 +17,15 @@ import torch
 from transformers import PreTrainedModel
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
-from compression.checkpoints.loading import load_model
 from compression.checkpoints.compressed_tensors import round_weight
+from compression.checkpoints.loading import load_model
 from compression.checkpoints.schemes import Scheme
+from compression.context import Context
+from export.atomic_directory import whole
 from export.edge_checks import Role, StoredType, check_openvino, stored_types
 from export.quiet import quiet_and_offline
 from export.telemetry import import_openvino
 from export.traced import describe, sample_inputs
-from export.atomic_directory import whole
 
 
 def export_openvino(

@@ -12,9 +12,9 @@ from compression.checkpoints.checkpoint import file_digests
 from compression.origin import Origin
 from export.proof import KL_TO_PARENT, Change
 from tasks.base import Base
-from tasks.store.provenance import CARRIED
-from tasks.store.files import size_of, write_json
 from tasks.stage import Artifact
+from tasks.store.files import size_of, write_json
+from tasks.store.provenance import CARRIED
 
 CHANGES: Mapping[Change, str] = {
     "float": "in a float type",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from compression.checkpoints.checkpoint import Checkpoint, Limits, model_files, open_checkpoint
-from compression.files import digest_file
 from compression.data.hub import why_not_given
 from compression.errors import UnusableModel
+from compression.files import digest_file
 from compression.locks import file_lock
 from tasks.store.files import write_json
 from tasks.store.identity import digest, library_versions

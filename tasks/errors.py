@@ -15,8 +15,8 @@ class JobFailed(PicklableError):
         self.log = log
 
 
-class Stopped(JobFailed):
-    """What `Children.close` ended, or did not let start: nobody's failure."""
+class Cancelled(JobFailed):
+    """What `Executor.close` ended, or did not let start: nobody's failure."""
 
     def __init__(self) -> None:
         super().__init__("stopped", transient=False)

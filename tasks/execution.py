@@ -13,22 +13,22 @@ from compression.errors import EdgepressError
 from compression.redaction import redacted
 from export.runtimes import runtime_name
 from tasks.artifact import complete_artifact, origin_of
-from tasks.store.provenance import CARRIED
-from tasks.planned_stage import Assignment, Result
 from tasks.base import Base, is_unchanged
-from tasks.runners.executor import Children, Job
-from tasks.errors import Stopped
-from tasks.tracking.descriptions import charted, describe_stage, properties
-from tasks.measurement.figures import most_crowded
-from tasks.measurement.gates import Bound, Figures, judge
-from tasks.store.identity import Machine, seed_of
+from tasks.errors import Cancelled
 from tasks.kinds._training import TrainingStage
+from tasks.measurement.figures import most_contended
+from tasks.measurement.gates import Bound, Figures, judge
 from tasks.measurement.measure import Measured, compare, measure
-from tasks.measurement.measurement import Asked, Reference, Subject
-from tasks.tracking.calls import COMPUTED
-from tasks.tracking.runs_view import RUN
+from tasks.measurement.measurement import MeasurementRequest, Reference, Subject
+from tasks.planned_stage import PlannedStage, Result
+from tasks.runners.executor import Executor, Job
 from tasks.stage import Artifact, Corpus, Planned, Stage
-from tasks.store.store import Entry, Store, publish, withdraw
+from tasks.store.identity import Machine, seed_of
+from tasks.store.provenance import CARRIED
+from tasks.store.store import Entry, Store, publish, unpublish
+from tasks.tracking.calls import COMPUTED
+from tasks.tracking.descriptions import charted, describe_stage, properties
+from tasks.tracking.runs_view import RUN
 from tasks.tracking.tracking import Tracking
 
 
@@ -37,12 +37,12 @@ class GateFailed(Exception):
 
 
 @dataclass
-class Pipeline:
+class RunContext:
     """Everything the stages of one run share."""
 
     name: str
     store: Store
-    children: Children
+    children: Executor
     tracking: Tracking
     run: str  # the parent run in MLflow
     data: DataSpec
@@ -64,7 +64,7 @@ class Pipeline:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def perform(pipeline: Pipeline, task: Assignment) -> Result:
+def run_stage(pipeline: RunContext, task: PlannedStage) -> Result:
     """Bring a stage to its end and return its result. Raises what made it fail, after logging the reason."""
     result, before = _register(pipeline, task)
     try:
@@ -80,10 +80,10 @@ def perform(pipeline: Pipeline, task: Assignment) -> Result:
         if task.stage is not None:
             publish(Path(result.path), pipeline.outputs, pipeline.name, task.name)
     except BaseException as error:
-        stopped = isinstance(error, Stopped)
+        stopped = isinstance(error, Cancelled)
         result.state, result.reason = "Stopped" if stopped else "Failed", redacted(str(error)) or type(error).__name__
         if isinstance(error, GateFailed):
-            withdraw(pipeline.outputs, pipeline.name, task.name)
+            unpublish(pipeline.outputs, pipeline.name, task.name)
             _log_series(pipeline, task, result)  # where quality went is asked most of what failed
         if result.run:
             pipeline.tracking.log(result.run, result.metrics, tags={"edgepress.state": result.state, **_place_tags(result)})
@@ -96,7 +96,7 @@ def perform(pipeline: Pipeline, task: Assignment) -> Result:
     return result
 
 
-def _register(pipeline: Pipeline, task: Assignment) -> tuple[Result, Result | None]:
+def _register(pipeline: RunContext, task: PlannedStage) -> tuple[Result, Result | None]:
     """The stage's result, from now on among the pipeline's, and that of the attempt before."""
     uses = task.stage.uses if task.stage else "base"
     result = Result(task.name, uses, list(dict.fromkeys(task.inputs.values())), "Running", identity=task.identity)
@@ -106,7 +106,7 @@ def _register(pipeline: Pipeline, task: Assignment) -> tuple[Result, Result | No
     return result, before
 
 
-def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Result | None) -> None:
+def _open_run(pipeline: RunContext, task: PlannedStage, result: Result, before: Result | None) -> None:
     """Open the stage's MLflow run; a stage that is tried again, or was begun by the run that is resumed, continues its run."""
     if before is not None and before.run:
         result.run = before.run
@@ -146,7 +146,7 @@ def _open_run(pipeline: Pipeline, task: Assignment, result: Result, before: Resu
             )
 
 
-def _compute(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result, again: bool) -> None:
+def _compute(pipeline: RunContext, task: PlannedStage, stage: Stage, result: Result, again: bool) -> None:
     """The stage's content: from the store, or computed in a child and committed. `again`: computed whatever the store has."""
     store = pipeline.store
     with store.lock(task.identity, _waiting(pipeline, task)):
@@ -169,7 +169,7 @@ def _compute(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result,
         pipeline.tracking.log_curve(result.run, result.curves)
 
 
-def _other_bytes(task: Assignment, old: Entry, new: Entry) -> str:
+def _other_bytes(task: PlannedStage, old: Entry, new: Entry) -> str:
     """What to say of a stage that gave other bytes under the same identity, which promises equal ones."""
     files = {
         name
@@ -183,21 +183,21 @@ def _other_bytes(task: Assignment, old: Entry, new: Entry) -> str:
     )
 
 
-def _waiting(pipeline: Pipeline, task: Assignment) -> Callable[[], bool]:
+def _waiting(pipeline: RunContext, task: PlannedStage) -> Callable[[], bool]:
     """What is asked while another run holds the stage: whether this one was stopped. Says once that it waits."""
     said = False
 
-    def given_up() -> bool:
+    def is_cancelled() -> bool:
         nonlocal said
         if not said:
             said = True
             pipeline.progress(task.name, {"warning": "waits for another run, which computes it"})
         return pipeline.children.closed
 
-    return given_up
+    return is_cancelled
 
 
-def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Result) -> Entry:
+def _run_child(pipeline: RunContext, task: PlannedStage, stage: Stage, result: Result) -> Entry:
     paths = {role: pipeline.results[name].path for role, name in task.inputs.items()}
     paths |= {role: str(model.path) for role, model in task.outside.items()}
     home = pipeline.store.workplace(task.identity)
@@ -210,12 +210,12 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
         arguments["origin"] = asdict(origin_of(pipeline.base))
     devices = stage.distributed.processes if isinstance(stage, TrainingStage) and stage.distributed else 1
     job = Job(
-        "tasks.runners.jobs:run_stage", arguments, pipeline.machine.threads, seed_of(task.identity), pipeline.machine.device, task.timeout,
+        "tasks.runners.jobs:compute_stage", arguments, pipeline.machine.threads, seed_of(task.identity), pipeline.machine.device, task.timeout,
         name=task.name, memory=task.memory, devices=devices, variables=task.job_variables, order=task.index,
     )  # fmt: skip
     curves: list[tuple[int, dict[str, float]]] = []
 
-    def sink(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         if "warning" in event:
             result.warnings.append(redacted(event["warning"]))
         elif "metrics" in event:
@@ -234,10 +234,10 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
 
     _require_inputs(pipeline, task)
     try:
-        done = pipeline.children.run(job, home, sink)
+        done = pipeline.children.run(job, home, on_event)
     except Exception as error:
         pipeline.store.workplace(task.identity)  # its `out` empty again: the disk may be full of it, and the journal must go on
-        if not isinstance(error, Stopped):
+        if not isinstance(error, Cancelled):
             _require_inputs(pipeline, task)  # where one is lost, that is the reason
         raise
     _require_sources(pipeline, task, stage)
@@ -250,7 +250,7 @@ def _run_child(pipeline: Pipeline, task: Assignment, stage: Stage, result: Resul
     )
 
 
-def _require_inputs(pipeline: Pipeline, task: Assignment) -> None:
+def _require_inputs(pipeline: RunContext, task: PlannedStage) -> None:
     """Raises EdgepressError when an input was removed or damaged since its own stage ended: what is made of it would not be of this identity."""
     for name in dict.fromkeys(task.inputs.values()):
         identity = pipeline.results[name].identity
@@ -265,7 +265,7 @@ def _require_inputs(pipeline: Pipeline, task: Assignment) -> None:
             )
 
 
-def _require_sources(pipeline: Pipeline, task: Assignment, stage: Stage) -> None:
+def _require_sources(pipeline: RunContext, task: PlannedStage, stage: Stage) -> None:
     """Raises EdgepressError when what the stage read outside of the store is no longer what was planned with: its result may be of either."""
     models = [*task.outside.values(), *([pipeline.base] if pipeline.base.identity in task.document["inputs"].values() else [])]
     changed = [f"the model {model.source}" for model in models if not is_unchanged(model, pipeline.store.root)]
@@ -277,7 +277,7 @@ def _require_sources(pipeline: Pipeline, task: Assignment, stage: Stage) -> None
         raise EdgepressError(f"{' and '.join(changed)} changed while this run was going on; the same command plans with what is there now")
 
 
-def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
+def _measure(pipeline: RunContext, task: PlannedStage, result: Result) -> None:
     """Quality, speed and size; of a corpus, which no runtime opens, the size."""
     if isinstance(task.planned, Corpus):
         result.metrics |= _static(result.path, task.planned)
@@ -287,7 +287,7 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     compared = {role: pipeline.results["base" if role == "base" else parent] for role in task.roles}
     references = {role: Reference(Path(other.path), other.content) for role, other in compared.items()}
 
-    def sink(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         if "warning" in event:
             result.warnings.append(redacted(event["warning"]))
         elif told := event.get("again") or event.get("note"):
@@ -295,9 +295,9 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
         elif "progress" in event:
             pipeline.progress(task.name, event)
 
-    asked = Asked(task.planned, task.roles, pipeline.data, pipeline.evaluation)
+    asked = MeasurementRequest(task.planned, task.roles, pipeline.data, pipeline.evaluation)
     subject = Subject(asked, Reference(Path(result.path), result.content), references, pipeline.base.path, pipeline.machine)
-    measured = measure(subject, pipeline.store, pipeline.children, sink, again=pipeline.remeasure, order=task.index)
+    measured = measure(subject, pipeline.store, pipeline.children, on_event, again=pipeline.remeasure, order=task.index)
     pipeline.measured[task.name] = measured
     result.metrics |= measured.metrics | _static(result.path, task.planned)
     result.details = measured.details
@@ -307,7 +307,7 @@ def _measure(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     elif measured.seconds:
         result.state = "Completed"
         pipeline.tracking.log(result.run, {}, tags={COMPUTED: "true"})
-    if share := most_crowded(measured.metrics):
+    if share := most_contended(measured.metrics):
         result.warnings.append(
             f"timed while other programs had the cores (it waited for one {share:.1f} times as long as it was timed): it may be faster than this says; "
             "`edgepress run --remeasure` takes all timings again"
@@ -337,7 +337,7 @@ def _compare_speed(result: Result, parent: Result) -> None:
         )
 
 
-def _judge(pipeline: Pipeline, task: Assignment, result: Result) -> None:
+def _judge(pipeline: RunContext, task: PlannedStage, result: Result) -> None:
     """Judge the bounds of an export's proof and the recipe's gates; raises GateFailed for what does not hold."""
     others = {name: _figures(pipeline, name) for name in (*task.ancestors, task.name)}
     if "parent" in task.inputs:
@@ -348,12 +348,12 @@ def _judge(pipeline: Pipeline, task: Assignment, result: Result) -> None:
         raise GateFailed("; ".join(broken))
 
 
-def _figures(pipeline: Pipeline, name: str) -> Figures:
+def _figures(pipeline: RunContext, name: str) -> Figures:
     measured = pipeline.measured.get(name)  # nothing is measured of a corpus
     return Figures(pipeline.results[name].metrics, measured.items if measured else {})
 
 
-def _log(pipeline: Pipeline, task: Assignment, result: Result) -> None:
+def _log(pipeline: RunContext, task: PlannedStage, result: Result) -> None:
     """Metrics on the stage's run, and on the parent with step = the stage's index, one series for each path to a leaf; then end the run."""
     passed = all(verdict.outcome == "PASS" for verdict in result.verdicts)
     tags = {
@@ -370,7 +370,7 @@ def _log(pipeline: Pipeline, task: Assignment, result: Result) -> None:
     tracking.end(result.run, "FINISHED")
 
 
-def _log_series(pipeline: Pipeline, task: Assignment, result: Result) -> None:
+def _log_series(pipeline: RunContext, task: PlannedStage, result: Result) -> None:
     """The stage's place in the charts of the pipeline's run."""
     suffixes = pipeline.series.get(task.name, ())
     series = {metric + suffix: value for metric, value in charted(result.metrics).items() for suffix in suffixes}
@@ -383,7 +383,7 @@ def _place_tags(result: Result) -> dict[str, str]:
     return {"edgepress.path": result.path, "edgepress.content": result.content} if result.path else {}
 
 
-def _description(pipeline: Pipeline, task: Assignment, result: Result) -> str:
+def _description(pipeline: RunContext, task: PlannedStage, result: Result) -> str:
     parent = task.inputs.get("parent", "base")
     others = [name for name in dict.fromkeys((parent, "base")) if name != task.name and name in pipeline.results]
     return describe_stage(

@@ -10,7 +10,7 @@ from tasks.stage import Artifact, Planned, Stage
 
 
 @dataclass(frozen=True)
-class Assignment:
+class PlannedStage:
     """One stage of a planned pipeline. `stage` is None for the base model, which is only measured."""
 
     name: str

@@ -1,3 +1,5 @@
 """The loader that models registered by edgepress 0.1 name; today it is `tasks.tracking.serving`."""
 
-from tasks.tracking.serving import _load_pyfunc as _load_pyfunc
+from tasks.tracking.serving import _load_pyfunc
+
+__all__ = ["_load_pyfunc"]

@@ -8,8 +8,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 from prefect.tasks import Task
 
-from tasks.planned_stage import Assignment
-from tasks.execution import Pipeline, is_transient, perform
+from tasks.execution import RunContext, is_transient, run_stage
+from tasks.planned_stage import PlannedStage
 
 
 async def _retry_condition(_: Any, __: TaskRun, state: State[Any]) -> bool:
@@ -18,7 +18,7 @@ async def _retry_condition(_: Any, __: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, BaseException) and is_transient(error)
 
 
-def stage_task(pipeline: Pipeline, assignment: Assignment) -> Task[[], State[Any]]:
+def stage_task(pipeline: RunContext, assignment: PlannedStage) -> Task[[], State[Any]]:
     """The Prefect task of one stage, under the stage's own name."""
 
     @task(
@@ -26,7 +26,7 @@ def stage_task(pipeline: Pipeline, assignment: Assignment) -> Task[[], State[Any
         retries=assignment.retries, retry_delay_seconds=1, retry_condition_fn=_retry_condition, tags=["edgepress"],
     )  # fmt: skip
     def run() -> State[Any]:
-        result = perform(pipeline, assignment)
+        result = run_stage(pipeline, assignment)
         manifest = {"stage": result.name, "identity": result.identity, "content": result.content, "path": result.path}
         return Completed(name=result.state, message=f"{result.uses}: {result.state.lower()}", data=manifest)
 

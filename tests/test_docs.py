@@ -16,10 +16,10 @@ from typer.main import get_command
 from compression.checkpoints.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from flows.cli.main import app
+from flows.cli.reference import BEGIN, END, _outcomes, _samples, compatibility_table, recipe_reference, with_generated
 from flows.planning.plan import make_plan
 from flows.planning.recipe import ParsedRecipe, _entries, json_schema, load_recipe
-from flows.cli.reference import BEGIN, END, _outcomes, _samples, compatibility_table, recipe_reference, with_generated
-from tasks.runners.jobs import run_stage
+from tasks.runners.jobs import compute_stage
 from tasks.stage import check_accepts, stage_kinds
 from tasks.store.store import Store
 
@@ -77,7 +77,7 @@ def test_the_worked_example_is_a_stage_like_any_other(plug_in: None, checkpoint:
     out, work = tmp_path / "out", tmp_path / "work"
     out.mkdir()
     assert assignment.stage is not None
-    metrics = run_stage(
+    metrics = compute_stage(
         stage=assignment.stage.model_dump(mode="json"), parent=str(checkpoint), others={}, out=str(out), work=str(work),
         data=plan.parsed.recipe.data.model_dump(mode="json"), threads=1, context=Context(),
     )  # fmt: skip

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from compression.calibration.hidden_states import HiddenStates
+from compression.calibration.walk import GRAM, Block, Collect, Walk
 from compression.checkpoints.checkpoint import Checkpoint, file_digests, open_checkpoint
+from compression.checkpoints.kept import copy_kept
+from compression.checkpoints.loading import copy_tokenizer
+from compression.checkpoints.masks import MaskWriter
+from compression.checkpoints.shards import CheckpointWriter, read_tensors
 from compression.context import Context
 from compression.files import fsync
-from compression.calibration.hidden_states import HiddenStates
-from compression.checkpoints.loading import copy_tokenizer
-from compression.checkpoints.kept import copy_kept
-from compression.checkpoints.masks import MaskWriter
 from compression.resumption import fingerprint, latest_checkpoint, write_checkpoint
-from compression.checkpoints.shards import CheckpointWriter, read_tensors
-from compression.calibration.walk import GRAM, Block, Collect, Walk
 
 REPORT = "layers.json"
 

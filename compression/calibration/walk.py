@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compression.checkpoints.checkpoint import Checkpoint
-from compression.context import Context
-from compression.errors import Incompatible, UnusableData, UnusableModel
 from compression.calibration.hidden_states import HiddenStates
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.checkpoints.masks import read_masks
 from compression.checkpoints.shards import read_tensors
 from compression.checkpoints.skeleton import linear_layers, skeleton
+from compression.context import Context
+from compression.errors import Incompatible, UnusableData, UnusableModel
 
 TOKENS_PER_BATCH = 4096
 
@@ -266,7 +266,7 @@ def _initialize(part: nn.Module, owner: PreTrainedModel) -> None:
     owner._init_weights(part)
 
 
-class _AllSeen(Exception):
+class _AllCollected(Exception):
     """Ends a forward pass whose further part is not needed."""
 
 
@@ -281,7 +281,7 @@ def _enter(walk: Walk) -> tuple[HiddenStates, list[list[Arguments]]]:
     def record(hidden_states: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:
         seen.append((hidden_states, (positional, named)))
         if len(seen) == len(walk.layers):
-            raise _AllSeen
+            raise _AllCollected
         return hidden_states
 
     for layer in walk.layers:
@@ -290,7 +290,7 @@ def _enter(walk: Walk) -> tuple[HiddenStates, list[list[Arguments]]]:
     arguments: list[list[Arguments]] = []
     for batch in walk.windows.split(max(1, TOKENS_PER_BATCH // walk.windows.shape[1])):
         seen.clear()
-        with contextlib.suppress(_AllSeen):
+        with contextlib.suppress(_AllCollected):
             walk.model.base_model(input_ids=batch.to(walk.context.device), use_cache=False)
         states.append(seen[0][0])
         passed = [given for _, given in seen]
@@ -355,14 +355,14 @@ def _gather(block: Block, walk: Walk) -> None:
                 last[:] = [(x, by_layer[path])]
             called += 1
             if called == expected:
-                raise _AllSeen
+                raise _AllCollected
 
         return before
 
     handles = [block.linear(path).register_forward_pre_hook(hook(path)) for path in walk.linears[block.index]]
     for number in range(len(walk.states)):
         called = 0
-        with contextlib.suppress(_AllSeen):
+        with contextlib.suppress(_AllCollected):
             walk.run(block, number)
         last.clear()
         expected = called

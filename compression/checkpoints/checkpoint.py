@@ -3,7 +3,6 @@
 A checkpoint is a Hugging Face model directory. Its *layout* is one of `Layout`; dense ones open in plain transformers.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -13,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from compression.errors import UnusableModel
 from compression.checkpoints.families import FAMILIES, Family
+from compression.errors import UnusableModel
+from compression.files import digest_file
 
 Layout = Literal["dense", "gptq", "awq", "w8a8", "fp8"]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -266,5 +266,3 @@ def file_digests(path: Path) -> dict[str, str]:
     if not path.is_dir():
         raise FileNotFoundError(path)
     return {p.relative_to(path).as_posix(): digest_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
-
-

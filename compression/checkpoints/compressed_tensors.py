@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from compression.checkpoints.checkpoint import Checkpoint
-from compression.errors import UnusableModel
 from compression.checkpoints.schemes import Scheme
 from compression.checkpoints.shards import read_tensors
+from compression.errors import UnusableModel
 
 E4M3_MAX = 448.0
 INT8_MAX = 127.0  # of weights: −128 stays unused, so that a weight and its negative round alike

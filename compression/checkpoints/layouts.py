@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.errors import UnusableModel
-from compression.checkpoints.quantization_config import Codes, layer_codes
+from compression.checkpoints.quantization_config import WeightScheme, layer_scheme
 from compression.checkpoints.shards import read_tensors
+from compression.errors import UnusableModel
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the lowest four bits of a word hold column 0, the next four column 2, ...
 AWQ_BITS = 4
@@ -124,7 +124,7 @@ def read_quantized_linears(path: Path) -> Iterator[tuple[str, QuantizedLinear]]:
     for module in sorted(name.removesuffix(".qweight") for name in checkpoint.tensors if name.endswith(".qweight")):
         names = {suffix: f"{module}.{suffix}" for suffix in suffixes}
         missing = [name for name in names.values() if name not in checkpoint.tensors]
-        codes = layer_codes(config, module)
+        codes = layer_scheme(config, module)
         if missing or codes is None or codes.bits not in BITS:
             wrong = f"lacks {', '.join(missing)}" if missing else f"has {codes.bits} bits" if codes else "is one that its config leaves out"
             raise UnusableModel(f"{path}: the quantized layer {module} {wrong}", key="model")
@@ -153,7 +153,7 @@ def _check(path: Path, layout: str, config: dict[str, Any]) -> None:
         raise UnusableModel(f"{path}: the GPTQ format {_form(config)!r} is not read; gptq and gptq_v2 are", key="model")
 
 
-def _read_gptq(tensors: dict[str, torch.Tensor], settings: Codes, offset: int) -> QuantizedLinear:
+def _read_gptq(tensors: dict[str, torch.Tensor], settings: WeightScheme, offset: int) -> QuantizedLinear:
     codes = unpack(tensors["qweight"].T.contiguous(), settings.bits)
     zeros = (unpack(tensors["qzeros"], settings.bits) + offset) & (2**settings.bits - 1)
     group_size, g_idx = settings.width(codes.shape[1]), tensors["g_idx"]
@@ -162,7 +162,7 @@ def _read_gptq(tensors: dict[str, torch.Tensor], settings: Codes, offset: int) -
     return QuantizedLinear(codes, scales, zeros.T.contiguous(), settings.bits, group_size, None if ordered else g_idx)
 
 
-def _read_awq(tensors: dict[str, torch.Tensor], settings: Codes) -> QuantizedLinear:
+def _read_awq(tensors: dict[str, torch.Tensor], settings: WeightScheme) -> QuantizedLinear:
     codes, zeros = (_unpack_awq(tensors[name]) for name in ("qweight", "qzeros"))
     return QuantizedLinear(codes, tensors["scales"].T.contiguous(), zeros, AWQ_BITS, settings.width(codes.shape[1]))
 

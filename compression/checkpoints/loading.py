@@ -17,11 +17,11 @@ from transformers import (
 )
 
 from compression.checkpoints.checkpoint import COMPRESSED_TENSORS, Checkpoint, open_checkpoint, tokenizer_files, weight_map
-from compression.errors import UnusableModel, first_of
 from compression.checkpoints.compressed_tensors import read_scaled_linears, round_inputs
 from compression.checkpoints.layouts import read_quantized_linears
 from compression.checkpoints.schemes import read_scheme
 from compression.checkpoints.shards import check_names, read_tensors
+from compression.errors import UnusableModel, first_of
 
 
 def load_model(

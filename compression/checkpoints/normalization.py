@@ -29,12 +29,21 @@ from transformers import (
 )
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from compression.checkpoints.checkpoint import INDEX, PRUNING_FILES, SINGLE, Checkpoint, Limits, open_checkpoint, tokenizer_files, weight_map
-from compression.errors import Incompatible, UnusableModel, first_of
+from compression.checkpoints.checkpoint import (
+    INDEX,
+    PRUNING_FILES,
+    SINGLE,
+    Checkpoint,
+    Limits,
+    open_checkpoint,
+    tokenizer_files,
+    weight_map,
+)
 from compression.checkpoints.loading import check_tensors, load_tokenizer
 from compression.checkpoints.shards import read_tensors
 from compression.checkpoints.skeleton import linear_layers, skeleton
 from compression.checkpoints.tokenizer_corpus import TEXTS
+from compression.errors import Incompatible, UnusableModel, first_of
 
 _STANDARD_NAMES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 _STANDS_FOR_WEIGHT = ("qweight", "qzeros", "scales", "g_idx", "weight_scale", "weight_zero_point", "weight_shape")

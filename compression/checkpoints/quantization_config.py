@@ -12,15 +12,15 @@ FLOAT_BITS = 16  # of a layer that stays as it is
 
 
 @dataclass(frozen=True)
-class Codes:
+class WeightScheme:
     """What a layer is rounded to: bits of a weight, and input channels that share a scale (`ROW`: all of them).
 
-    misfit  the group is smaller than was asked for, which does not divide the layer's width
+    shrunk  the group is smaller than was asked for, which does not divide the layer's width
     """
 
     bits: int
     group_size: int
-    misfit: bool = field(default=False, compare=False)
+    shrunk: bool = field(default=False, compare=False)
 
     def width(self, in_features: int) -> int:
         """Input channels in a group."""
@@ -35,21 +35,21 @@ def awq_config(*, group_size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def layer_codes(config: Mapping[str, Any], module: str) -> Codes | None:
+def layer_scheme(config: Mapping[str, Any], module: str) -> WeightScheme | None:
     """What a `quantization_config` says of a layer: the first entry of `dynamic` that fits it, else the values for all. None: not rounded."""
     for rule, settings in (config.get("dynamic") or {}).items():
         if rule.startswith("-:"):
             if re.match(rule.removeprefix("-:"), module):
                 return None
         elif re.match(rule.removeprefix("+:"), module):
-            return Codes(settings.get("bits", config["bits"]), settings.get("group_size", config["group_size"]))
-    return Codes(config["bits"], config["group_size"])
+            return WeightScheme(settings.get("bits", config["bits"]), settings.get("group_size", config["group_size"]))
+    return WeightScheme(config["bits"], config["group_size"])
 
 
-def codes_of(checkpoint: Checkpoint) -> set[Codes]:
+def schemes_of(checkpoint: Checkpoint) -> set[WeightScheme]:
     """All that linear layers of a GPTQ or AWQ checkpoint, planned or there, are rounded to."""
     config = checkpoint.config["quantization_config"]
-    return {codes for name in checkpoint.linear_tensors() if (codes := layer_codes(config, name.removesuffix(".weight"))) is not None}
+    return {codes for name in checkpoint.linear_tensors() if (codes := layer_scheme(config, name.removesuffix(".weight"))) is not None}
 
 
 def linear_bits(checkpoint: Checkpoint, float_bits: int) -> float:
@@ -57,7 +57,7 @@ def linear_bits(checkpoint: Checkpoint, float_bits: int) -> float:
     config, total = checkpoint.config["quantization_config"], 0.0
     for path, (out_features, in_features) in checkpoint.linear_widths().items():
         for index in range(checkpoint.num_layers):
-            codes = layer_codes(config, f"{checkpoint.blocks}.{index}.{path}")
+            codes = layer_scheme(config, f"{checkpoint.blocks}.{index}.{path}")
             each = float_bits if codes is None else codes.bits + (16 + codes.bits) / codes.width(in_features)
             total += out_features * in_features * each
     return total

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
-from compression.errors import Incompatible
 from compression.checkpoints.loading import copy_tokenizer
 from compression.checkpoints.masks import MASKS
 from compression.checkpoints.shards import CheckpointWriter, read_tensors
 from compression.checkpoints.skeleton import linear_layers, skeleton
+from compression.context import Context
+from compression.errors import Incompatible
 
 Rewrite = Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
 

@@ -6,6 +6,8 @@ import torch
 from torch.nn import functional
 
 from compression.checkpoints.checkpoint import Checkpoint, file_digests, open_checkpoint
+from compression.checkpoints.kept import read_kept
+from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.distillation.compatibility import (
     CacheSettings,
@@ -18,18 +20,17 @@ from compression.distillation.compatibility import (
 )  # fmt: skip
 from compression.distillation.objective import Objective
 from compression.distillation.teacher_cache import TeacherCache, open_teacher_cache
-from compression.checkpoints.loading import load_model
-from compression.checkpoints.kept import read_kept
-from compression.training import HeldOut, open_student, save_student, train
 from compression.training.batches import check_rows
-from compression.training.students import check_student
+from compression.training.loop import train
 from compression.training.settings import TrainingSettings
+from compression.training.students import check_student, open_student, save_student
+from compression.training.validation import HeldOut
 
 
 def distill(
     student: Path, teacher: Path, out: Path, rows: torch.Tensor, *, mask: torch.Tensor | None = None, validation: HeldOut | None = None,
     alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0, temperature: float = 2.0, divergence: Divergence = "forward",
-    mixture: float = 0.5, feature: Feature = "hidden_mse", feature_layers: FeatureLayers = "middle",
+    jsd_beta: float = 0.5, feature: Feature = "hidden_mse", feature_layers: FeatureLayers = "middle",
     teacher_cache: CacheSettings | None = None, cache: Path | None = None, settings: TrainingSettings, workdir: Path, context: Context,
 ) -> dict[str, float]:  # fmt: skip
     """Minimise α·L_KD + β·cross-entropy + γ·L_feature (`losses`), and write the student to `out` in its own dtype.
@@ -38,7 +39,7 @@ def distill(
 
     rows, mask      int64 and bool [n, length]: packed tokens, true where a token is a target; None takes all
     validation      further ones, for early stopping on the same loss
-    divergence      forward, reverse or js, with its `mixture` (`losses.kd_loss`)
+    divergence      forward, reverse or js, with its `jsd_beta` (`losses.kd_loss`)
     feature         hidden_mse, hidden_cosine, attention or gradient (`features.look`), read when γ > 0
     feature_layers  "last", "middle", "uniform", or student block -> teacher block
     teacher_cache   keep the teacher's outputs in the directory `cache` (default: in `workdir`), for every training that asks the same.
@@ -68,7 +69,7 @@ def distill(
     layers = pair_layers(feature_layers, pupil.num_layers, guide.num_layers, _origins(pupil, guide)) if guide and gamma else {}
     objective = Objective(
         model, teacher=load_model(teacher, device=context.device) if guide and not said else None, cache=said, alpha=alpha, beta=beta,
-        gamma=gamma, temperature=temperature, divergence=divergence, mixture=mixture, feature=feature, layers=layers, seed=context.seed,
+        gamma=gamma, temperature=temperature, divergence=divergence, jsd_beta=jsd_beta, feature=feature, layers=layers, seed=context.seed,
     )  # fmt: skip
     origin = {"method": "distill", "student": file_digests(student), "teacher": file_digests(teacher) if guide else None}
     metrics = train(

@@ -12,7 +12,7 @@ from compression.errors import Incompatible
 
 
 @dataclass(frozen=True)
-class Seen:
+class BlockFeatures:
     """One forward pass of a model.
 
     last    what the output head reads, [counted, width]
@@ -38,7 +38,7 @@ def prepare(model: PreTrainedModel, feature: Feature) -> None:
 
 def look(
     model: PreTrainedModel, input_ids: torch.Tensor, counted: torch.Tensor, layers: Iterable[int], feature: Feature, *, max_logits: int
-) -> Seen:  # fmt: skip
+) -> BlockFeatures:  # fmt: skip
     """Run the model on int64 [batch, length] and show its blocks at `counted`, bool [batch, length - 1].
 
     hidden_mse, hidden_cosine  outputs of the blocks, [counted, width]; of the last one after the final norm
@@ -60,10 +60,12 @@ def look(
     if maps and not output.attentions:
         raise Incompatible(f"{type(model).__name__} does not tell its attention maps; compare hidden states instead", key="feature")
     shown = {layer: output.attentions[layer].mean(1) if maps else output.hidden_states[layer + 1] for layer in wanted}
-    return Seen(_at(output.last_hidden_state, counted), {layer: _at(states, counted) for layer, states in shown.items()})
+    return BlockFeatures(_at(output.last_hidden_state, counted), {layer: _at(states, counted) for layer, states in shown.items()})
 
 
-def _with_gradients(model: PreTrainedModel, input_ids: torch.Tensor, counted: torch.Tensor, layers: list[int], max_logits: int) -> Seen:
+def _with_gradients(
+    model: PreTrainedModel, input_ids: torch.Tensor, counted: torch.Tensor, layers: list[int], max_logits: int
+) -> BlockFeatures:
     trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
     with torch.enable_grad():  # also where a teacher or a validation loss is computed
         embedded = model.get_input_embeddings()(input_ids)
@@ -78,7 +80,7 @@ def _with_gradients(model: PreTrainedModel, input_ids: torch.Tensor, counted: to
         states = [output.hidden_states[layer + 1] for layer in layers]
         gradients = torch.autograd.grad(loss, states, create_graph=trained)
     shown = {layer: _at(gradient, counted) for layer, gradient in zip(layers, gradients, strict=True)}
-    return Seen(last if trained else last.detach(), shown)
+    return BlockFeatures(last if trained else last.detach(), shown)
 
 
 def _at(states: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

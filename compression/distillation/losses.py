@@ -18,13 +18,13 @@ def log_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def kd_loss(
-    student: torch.Tensor, teacher: torch.Tensor, temperature: float, divergence: Divergence = "forward", mixture: float = 0.5
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float, divergence: Divergence = "forward", jsd_beta: float = 0.5
 ) -> torch.Tensor:
     """L_KD = τ²·D(teacher, student) of log-probabilities at the temperature τ, [..., outcomes] twice -> [...].
 
     forward  KL(teacher ‖ student): Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015)
     reverse  KL(student ‖ teacher), token by token: Gu et al., "MiniLLM" (arXiv 2306.08543)
-    js       m·KL(teacher ‖ M) + (1-m)·KL(student ‖ M) with M = m·teacher + (1-m)·student, m = `mixture`: the generalized
+    js       m·KL(teacher ‖ M) + (1-m)·KL(student ‖ M) with M = m·teacher + (1-m)·student, m = `jsd_beta`: the generalized
              Jensen-Shannon divergence of Agarwal et al., "On-Policy Distillation of Language Models" (arXiv 2306.13649)
 
     τ² keeps the size of the gradient when the temperature changes.
@@ -34,8 +34,8 @@ def kd_loss(
     elif divergence == "reverse":
         distance = _kl(student, teacher)
     else:
-        middle = torch.logaddexp(teacher + math.log(mixture), student + math.log(1 - mixture))
-        distance = mixture * _kl(teacher, middle) + (1 - mixture) * _kl(student, middle)
+        middle = torch.logaddexp(teacher + math.log(jsd_beta), student + math.log(1 - jsd_beta))
+        distance = jsd_beta * _kl(teacher, middle) + (1 - jsd_beta) * _kl(student, middle)
     return temperature**2 * distance
 
 

@@ -23,7 +23,7 @@ class Objective(nn.Module):
 
     teacher     the model to learn from; or
     cache       what it said about the training rows before: enough for alpha
-    divergence  forward, reverse or js, with its `mixture` (`losses.kd_loss`)
+    divergence  forward, reverse or js, with its `jsd_beta` (`losses.kd_loss`)
     feature     what blocks are compared by (`features.look`), for the pairs `layers` of student block -> teacher block
 
     Raises EdgepressError when no term has a weight, or one that needs a teacher has none; Incompatible when the model does more
@@ -32,7 +32,7 @@ class Objective(nn.Module):
 
     def __init__(
         self, student: PreTrainedModel, *, teacher: PreTrainedModel | None = None, cache: TeacherCache | None = None, alpha: float = 0.0,
-        beta: float = 0.0, gamma: float = 0.0, temperature: float = 1.0, divergence: Divergence = "forward", mixture: float = 0.5,
+        beta: float = 0.0, gamma: float = 0.0, temperature: float = 1.0, divergence: Divergence = "forward", jsd_beta: float = 0.5,
         feature: Feature = "hidden_mse", layers: Mapping[int, int] | None = None, seed: int = 0, max_logits: int = MAX_LOGITS,
     ):  # fmt: skip
         super().__init__()
@@ -45,8 +45,8 @@ class Objective(nn.Module):
             )
         if (alpha and teacher is None and cache is None) or (gamma and teacher is None):
             raise EdgepressError("alpha and gamma compare the student with a teacher, and none was given", key="teacher")
-        if not 0 < mixture < 1:
-            raise EdgepressError(f"mixture is {mixture}; it is a share between 0 and 1", key="mixture")
+        if not 0 < jsd_beta < 1:
+            raise EdgepressError(f"jsd_beta is {jsd_beta}; it is a share between 0 and 1", key="jsd_beta")
         if cache is not None and (teacher is not None or cache.temperature != temperature):
             raise EdgepressError(
                 f"a cache at temperature {cache.temperature} stands for a teacher at that temperature: give it alone, and no other",
@@ -54,7 +54,7 @@ class Objective(nn.Module):
             )
         self.student = student
         self.alpha, self.beta, self.gamma, self.temperature, self.max_logits = alpha, beta, gamma, temperature, max_logits
-        self.divergence, self.mixture, self.feature = divergence, mixture, feature
+        self.divergence, self.jsd_beta, self.feature = divergence, jsd_beta, feature
         self.layers = dict(layers or {}) if gamma else {}
         # in a tuple: nn.Module would take it for a part of what is trained and saved
         self.frozen = () if teacher is None else (teacher.eval().requires_grad_(False),)
@@ -99,7 +99,7 @@ class Objective(nn.Module):
         return {"loss": torch.stack([weights[name] * value for name, value in terms.items()]).sum(), **terms}
 
     def extra_repr(self) -> str:
-        names = ("alpha", "beta", "gamma", "temperature", "divergence", "mixture", "feature", "layers")
+        names = ("alpha", "beta", "gamma", "temperature", "divergence", "jsd_beta", "feature", "layers")
         terms = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         return f"{terms}, cache={self.cache.settings if self.cache else None}"
 
@@ -112,7 +112,7 @@ class Objective(nn.Module):
             if self.alpha and self.targets is not None:
                 ours = log_probabilities(logits[:, : self.targets.vocabulary], self.temperature)
                 ours, theirs = self.targets.compare(ours, *said)
-                sums.append(kd_loss(ours, theirs, self.temperature, self.divergence, self.mixture).sum())
+                sums.append(kd_loss(ours, theirs, self.temperature, self.divergence, self.jsd_beta).sum())
             if self.beta:
                 sums.append(cross_entropy(logits, targets).sum())
             return torch.stack(sums)

@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from compression.files import digest_file
+from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.distillation.compatibility import CacheSettings
 from compression.distillation.features import look
 from compression.distillation.losses import MAX_LOGITS, log_probabilities, merge_tail
 from compression.distillation.targets import HeadTargets, Targets, TopTargets
 from compression.errors import EdgepressError, Incompatible
-from compression.checkpoints.loading import load_model
+from compression.files import digest_file
 from compression.locks import file_lock
 from compression.resumption import latest_checkpoint, write_checkpoint
 

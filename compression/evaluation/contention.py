@@ -16,7 +16,7 @@ _TRIES, _PATIENCE = 4, 30.0  # seconds
 Timed = TypeVar("Timed")
 
 
-def quietest(timed: Callable[[], Timed]) -> tuple[Timed, float | None]:
+def least_contended(timed: Callable[[], Timed]) -> tuple[Timed, float | None]:
     """What `timed` returned when it was called in peace, or in the most peaceful of up to four calls within half a minute.
 
     Second comes the share of waiting: how long threads of this process were ready to run and had no core, in units of the time that the call

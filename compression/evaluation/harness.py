@@ -122,7 +122,7 @@ class HarnessModel(TemplateLM):
             until = settings.get("until") or []
             stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
             writer = Writer(self.runtime, self.text, new_tokens(settings))
-            texts.append(writer.go_on(self.tok_encode(prompt), stops).text)
+            texts.append(writer.continue_from(self.tok_encode(prompt), stops).text)
             self.context.progress(len(texts), len(requests), "answers")
         return texts
 

@@ -18,10 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from compression.files import digest_file
 from compression.data import hub
 from compression.errors import EdgepressError, Incompatible, UnusableData
 from compression.evaluation.findings import Transform
+from compression.files import digest_file
 
 NEW_TOKENS = 256  # of a task that says nothing, as in the harness
 _TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one thing; the first holds

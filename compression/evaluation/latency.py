@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from compression.errors import EdgepressError
-from compression.evaluation.contention import quietest
+from compression.evaluation.contention import least_contended
 from compression.evaluation.generation import stream
 from compression.evaluation.runtime import Runtime
 
@@ -20,7 +20,7 @@ def measure_latency(runtime: Runtime, prompt: list[int], *, new_tokens: int = 32
     new_tokens  2 or more: the first one belongs to the prefill
 
     Returns first_token_seconds_p50 and _p95 over the repeats, and token_seconds_p50 and _p95 over all further tokens of all of them,
-    and latency_cpu_wait_share as `quietest` tells it, where the system does; nothing for a runtime that is not `timed`.
+    and latency_cpu_wait_share as `least_contended` tells it, where the system does; nothing for a runtime that is not `timed`.
     """
     if new_tokens < 2 or repeats < 1 or not prompt:
         raise EdgepressError("latency needs a prompt, two new tokens or more and one repeat or more", key="new_tokens")
@@ -28,7 +28,7 @@ def measure_latency(runtime: Runtime, prompt: list[int], *, new_tokens: int = 32
         return {}
     prompt = prompt[-(runtime.max_length - new_tokens) :]
     _token_seconds(runtime, prompt, new_tokens)
-    runs, waited = quietest(lambda: [_token_seconds(runtime, prompt, new_tokens) for _ in range(repeats)])
+    runs, waited = least_contended(lambda: [_token_seconds(runtime, prompt, new_tokens) for _ in range(repeats)])
     first, further = [run[0] for run in runs], [seconds for run in runs for seconds in run[1:]]
     figures = dict(zip(NAMES, map(float, (*np.percentile(first, (50, 95)), *np.percentile(further, (50, 95)))), strict=True))
     return figures if waited is None else figures | {WAITED: waited}

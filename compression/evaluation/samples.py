@@ -24,7 +24,7 @@ def generate_samples(writer: Writer, windows: "Tensor", *, count: int, shown: in
     beginnings = [row[: min(PROMPT_TOKENS, len(row) // 2)] for row in windows[:count].tolist()]
     written = []
     for beginning in beginnings:
-        written.append(writer.go_on(beginning))
+        written.append(writer.continue_from(beginning))
         context.progress(len(written), len(beginnings), "samples")
     items = sanity(written)
     samples = [

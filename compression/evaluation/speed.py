@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from compression.errors import EdgepressError
-from compression.evaluation.contention import quietest
+from compression.evaluation.contention import least_contended
 from compression.evaluation.generation import generate
 from compression.evaluation.runtime import Runtime
 
@@ -25,7 +25,7 @@ def measure_speed(open_runtime: Callable[[], Runtime], prompt: list[int], *, new
                                 the true median with 95 % or more (between the extremes it lies with 1 - 2 / 2^repeats, whatever the distribution)
     prefill_tokens_per_second   the same of the prompt, and first_token_seconds what all of it took
     load_seconds
-    cpu_wait_share              as `quietest` tells it of the repeats; only where the system does
+    cpu_wait_share              as `least_contended` tells it of the repeats; only where the system does
     peak_memory_mb              the highest resident memory (10^6 bytes) while it loaded and generated, above what the process held
                                 before; only where the system tells it
     and nothing for a runtime that is not `timed`.
@@ -41,7 +41,7 @@ def measure_speed(open_runtime: Callable[[], Runtime], prompt: list[int], *, new
             if not runtime.timed:
                 return {}
             generate(runtime, prompt, new_tokens)
-            runs, waited = quietest(lambda: [generate(runtime, prompt, new_tokens) for _ in range(repeats)])
+            runs, waited = least_contended(lambda: [generate(runtime, prompt, new_tokens) for _ in range(repeats)])
         finally:
             runtime.close()
     figures["load_seconds"] = load_seconds

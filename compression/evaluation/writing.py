@@ -43,9 +43,9 @@ class Writer:
 
     def answer(self, message: str, until: Sequence[str] = ()) -> Written:
         """What the model says to a message."""
-        return self.go_on(self.text.encode_chat(message, self._system) if self.text.templated else self.text.encode(message), until)
+        return self.continue_from(self.text.encode_chat(message, self._system) if self.text.templated else self.text.encode(message), until)
 
-    def go_on(self, prompt: list[int], until: Sequence[str] = ()) -> Written:
+    def continue_from(self, prompt: list[int], until: Sequence[str] = ()) -> Written:
         """How the model goes on after tokens; after none at all, as after a text that ended."""
         prompt = (prompt or sorted(self.text.ends)[:1])[-(self._runtime.max_length - self._new_tokens) :]
         tokens: list[int] = []

@@ -8,15 +8,17 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from compression.finetuning.adapters import adapt, copy_adapters, mask_updates, merged, open_in_4_bits, save_adapters
 from compression.checkpoints.checkpoint import file_digests, open_checkpoint
+from compression.checkpoints.masks import read_masks
 from compression.context import Context
 from compression.distillation.objective import Objective
+from compression.finetuning.adapters import adapt, copy_adapters, mask_updates, merged, open_in_4_bits, save_adapters
 from compression.finetuning.methods import Method, check_method
-from compression.checkpoints.masks import read_masks
-from compression.training import HeldOut, open_student, processes, save_student, seeded, train
-from compression.training.students import check_student
+from compression.training import processes
+from compression.training.loop import seeded, train
 from compression.training.settings import TrainingSettings
+from compression.training.students import check_student, open_student, save_student
+from compression.training.validation import HeldOut
 
 
 def finetune(

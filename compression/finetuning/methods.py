@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from typing import Literal
 
 from compression.checkpoints.checkpoint import Checkpoint
-from compression.errors import Incompatible, MissingExtra
 from compression.checkpoints.families import FAMILIES
+from compression.errors import Incompatible, MissingExtra
 
 Method = Literal["full", "lora", "dora", "qlora"]
 TIED = (

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from compression.checkpoints.checkpoint import Checkpoint
-from compression.context import Context
-from compression.checkpoints.loading import load_model
 from compression.calibration.walk import walk
+from compression.checkpoints.checkpoint import Checkpoint
+from compression.checkpoints.loading import load_model
+from compression.context import Context
 
 TOKENS_PER_BACKWARD = 1024
 

@@ -6,16 +6,16 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from compression.calibration.walk import walk
 from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.kept import read_kept, write_kept
+from compression.checkpoints.loading import copy_tokenizer, load_model
+from compression.checkpoints.masks import MaskWriter, read_masks
+from compression.checkpoints.shards import CheckpointWriter, read_tensors
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.evaluation.findings import exponential
-from compression.checkpoints.loading import copy_tokenizer, load_model
-from compression.checkpoints.kept import read_kept, write_kept
-from compression.checkpoints.masks import MaskWriter, read_masks
 from compression.pruning.structure import DepthCriterion, blocks_left, depth_config
-from compression.checkpoints.shards import CheckpointWriter, read_tensors
-from compression.calibration.walk import walk
 
 TOKENS_PER_FORWARD = 1024
 

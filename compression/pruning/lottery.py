@@ -16,19 +16,22 @@ import torch
 from torch import nn
 
 from compression.checkpoints.checkpoint import file_digests, open_checkpoint
+from compression.checkpoints.masks import read_masks, write_masks
+from compression.checkpoints.skeleton import linear_layers, skeleton
 from compression.context import Context
 from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, Incompatible
 from compression.files import fsync
 from compression.pruning import Scope
-from compression.training.held_masks import held_masks, hold_masks, zero_pruned
-from compression.checkpoints.masks import read_masks, write_masks
 from compression.pruning.selection import PRUNED, keep_strongest, keep_strongest_overall
 from compression.resumption import fingerprint, same_work
-from compression.checkpoints.skeleton import linear_layers, skeleton
-from compression.training import HeldOut, open_student, processes, save_student, train
-from compression.training.trainer import KEPT
+from compression.training import processes
+from compression.training.held_masks import held_masks, hold_masks, zero_pruned
+from compression.training.loop import train
 from compression.training.settings import TrainingSettings
+from compression.training.students import open_student, save_student
+from compression.training.trainer import KEPT
+from compression.training.validation import HeldOut
 
 CLAIM = "search"  # in the work directory: the name of the search that it belongs to
 FOUND = "found"  # below a round's directory: its masks and metrics, there once it is done

@@ -8,16 +8,18 @@ import torch
 from torch import nn
 
 from compression.checkpoints.checkpoint import file_digests, open_checkpoint
+from compression.checkpoints.masks import pack_mask, unpack_mask
+from compression.checkpoints.skeleton import linear_layers
 from compression.context import Context
 from compression.distillation.objective import Objective
 from compression.errors import Incompatible
 from compression.pruning.densities import Distribution, layer_sparsities
-from compression.training.held_masks import HeldMasks, held_masks, hold_masks, zero_moments
-from compression.checkpoints.masks import pack_mask, unpack_mask
 from compression.pruning.selection import PRUNED, keep_strongest
-from compression.checkpoints.skeleton import linear_layers
-from compression.training import HeldOut, open_student, save_student, train
+from compression.training.held_masks import HeldMasks, held_masks, hold_masks, zero_moments
+from compression.training.loop import train
 from compression.training.settings import TrainingSettings
+from compression.training.students import open_student, save_student
+from compression.training.validation import HeldOut
 
 
 def prune_rigl(

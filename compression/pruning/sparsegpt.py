@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from compression.pruning.selection import PRUNED, keep_n_of_m, keep_strongest
 from compression.calibration.second_order import inverse_factor
+from compression.pruning.selection import PRUNED, keep_n_of_m, keep_strongest
 
 COLUMNS_PER_SELECTION = 128  # the columns among which the weights to prune are chosen, once all before them are settled
 

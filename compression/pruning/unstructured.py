@@ -7,22 +7,22 @@ from pathlib import Path
 import torch
 
 from compression.calibration.calibration import Outcome, compress_blocks
+from compression.calibration.second_order import output_power, stacked
+from compression.calibration.walk import Block, Collect, SharedInput, Walk
 from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.kept import copy_kept
+from compression.checkpoints.loading import copy_tokenizer, load_model
+from compression.checkpoints.masks import MaskWriter, read_masks
+from compression.checkpoints.shards import CheckpointWriter, read_tensors
+from compression.checkpoints.skeleton import linear_layers, skeleton
 from compression.context import Context
 from compression.errors import Incompatible, UnusableData, UnusableModel
-from compression.checkpoints.loading import copy_tokenizer, load_model
 from compression.pruning import Allocation, Method, Pattern, Scope, check_unstructured, kept_of_group
 from compression.pruning.allocation import allocate, outlier_ratio
 from compression.pruning.gradient import gradient_scores
-from compression.checkpoints.kept import copy_kept
-from compression.checkpoints.masks import MaskWriter, read_masks
 from compression.pruning.selection import PRUNED, keep_n_of_m, keep_strongest, keep_strongest_overall
 from compression.pruning.sparsegpt import sparsegpt
 from compression.pruning.wanda import wanda, wanda_scores
-from compression.calibration.second_order import output_power, stacked
-from compression.checkpoints.shards import CheckpointWriter, read_tensors
-from compression.checkpoints.skeleton import linear_layers, skeleton
-from compression.calibration.walk import Block, Collect, SharedInput, Walk
 
 MEAN_SQUARE: Collect = frozenset({"mean_square"})
 Score = Callable[[], torch.Tensor]

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.kept import read_kept, write_kept
+from compression.checkpoints.loading import copy_tokenizer
+from compression.checkpoints.masks import MaskWriter, read_masks
+from compression.checkpoints.shards import CheckpointWriter, read_tensors
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.checkpoints.loading import copy_tokenizer
 from compression.pruning.criteria import activation_scores, taylor_scores, unit_norms
-from compression.checkpoints.kept import read_kept, write_kept
-from compression.checkpoints.masks import MaskWriter, read_masks
 from compression.pruning.structure import Heads, WidthCriterion, width_config
 from compression.pruning.units import Units
-from compression.checkpoints.shards import CheckpointWriter, read_tensors
 
 K_QUANT_WIDTH = 256  # llama.cpp's K-quants take rows in blocks of 256
 

@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 
 from compression.calibration.calibration import Outcome, compress_blocks
+from compression.calibration.second_order import output_power, stacked
+from compression.calibration.walk import Block
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.layouts import AWQ_BITS, awq_tensors
+from compression.checkpoints.quantization_config import WeightScheme, awq_config
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.quantization.grid import NO_SHRINK, SHRINKS, fit_grid
-from compression.checkpoints.layouts import AWQ_BITS, awq_tensors
 from compression.quantization.rounding import RoundedLayers, alike
-from compression.calibration.second_order import output_power, stacked
 from compression.quantization.scaling import scale_pairs
-from compression.quantization.settings import plan_codes
-from compression.checkpoints.quantization_config import Codes, awq_config
-from compression.calibration.walk import Block
+from compression.quantization.settings import plan_schemes
 
 EXPONENTS = tuple(step / 10 for step in range(11))
 COARSE_CLIP = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -52,8 +52,8 @@ def quantize_awq(
     source = open_checkpoint(checkpoint)
     if bits != AWQ_BITS:
         raise Incompatible(f"the AWQ layout has 4 bits, not {bits}; quantize.gptq has 2, 3, 4 and 8", key="bits")
-    codes = Codes(bits, group_size)
-    planned = plan_codes(source, bits=bits, group_size=group_size)
+    codes = WeightScheme(bits, group_size)
+    planned = plan_schemes(source, bits=bits, group_size=group_size)
 
     def compress(block: Block) -> Outcome:
         grams = {path: shared.second_moment for shared in block.inputs for path in shared.layers}
@@ -80,7 +80,7 @@ def quantize_awq(
     return compress_blocks(checkpoint, out, windows, compress, settings=settings, config=config, work=work, context=context)
 
 
-def search_scales(weight: torch.Tensor, gram: torch.Tensor, codes: Codes, *, clip: bool = True) -> torch.Tensor | None:
+def search_scales(weight: torch.Tensor, gram: torch.Tensor, codes: WeightScheme, *, clip: bool = True) -> torch.Tensor | None:
     """The scale of each input channel under which rounding costs least, float32 [in]; None where none is better.
 
     weight  [out, in]; rows of layers that share the input are stacked
@@ -104,7 +104,9 @@ def search_scales(weight: torch.Tensor, gram: torch.Tensor, codes: Codes, *, cli
     return best_scales
 
 
-def _rounding_loss(weight: torch.Tensor, scales: torch.Tensor, gram: torch.Tensor, codes: Codes, shrinks: tuple[float, ...]) -> float:
+def _rounding_loss(
+    weight: torch.Tensor, scales: torch.Tensor, gram: torch.Tensor, codes: WeightScheme, shrinks: tuple[float, ...]
+) -> float:
     """tr(ΔW·H·ΔWᵀ) of rounding W·diag(s) to nearest on a grid clipped as it will be, only more coarsely."""
     scaled = weight * scales
     moved = gram / torch.outer(scales, scales)

@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
 from compression.checkpoints.compressed_tensors import round_weight
 from compression.checkpoints.schemes import Scheme
 from compression.checkpoints.skeleton import layers_outside
 from compression.checkpoints.streaming import rewrite_linears
+from compression.context import Context
 
 
 def quantize_fp8(checkpoint: Path, out: Path, *, strategy: Literal["channel", "tensor"] = "channel", context: Context) -> dict[str, float]:

@@ -5,15 +5,14 @@ from pathlib import Path
 import torch
 
 from compression.calibration.calibration import Outcome, compress_blocks
-from compression.calibration.second_order import inverse_factor
+from compression.calibration.second_order import inverse_factor, stacked
+from compression.calibration.walk import Block
 from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.quantization.grid import NO_SHRINK, SHRINKS, Grid, fit_grid, round_to_codes
 from compression.quantization.rounding import RoundedLayers, alike
-from compression.calibration.second_order import stacked
-from compression.quantization.settings import Misfit, Overrides, gptq_config, plan_codes
-from compression.calibration.walk import Block
+from compression.quantization.settings import OnIndivisible, Overrides, gptq_config, plan_schemes
 
 COLUMNS_PER_UPDATE = 64  # columns whose errors reach the rest of the matrix in one product
 
@@ -30,7 +29,7 @@ def quantize_gptq(
     act_order: bool = True,
     mse: bool = True,
     layers: Overrides | None = None,
-    misfit: Misfit = "refuse",
+    on_indivisible: OnIndivisible = "refuse",
     work: Path | None = None,
     context: Context,
 ) -> dict[str, float]:
@@ -42,7 +41,7 @@ def quantize_gptq(
     act_order     take columns by falling second moment of their input, with static groups: the grids are fitted before, so
                   that groups stay runs of neighbouring channels
     mse           shrink each group's range where that lowers the error of its output, instead of the plain min/max
-    layers, misfit  bits and groups by pattern, and what becomes of widths that the group does not divide: `plan_codes`
+    layers, on_indivisible  bits and groups by pattern, and what becomes of widths that the group does not divide: `plan_schemes`
     work          where the walk keeps its progress
     Embeddings and head stay as they are; weights that a mask prunes stay zero, and the others make up for them.
 
@@ -53,7 +52,7 @@ def quantize_gptq(
     source = open_checkpoint(checkpoint)
     if bits not in (2, 3, 4, 8):
         raise Incompatible(f"GPTQ has 2, 3, 4 or 8 bits, not {bits}", key="bits")
-    planned = plan_codes(source, bits=bits, group_size=group_size, layers=layers, misfit=misfit)
+    planned = plan_schemes(source, bits=bits, group_size=group_size, layers=layers, on_indivisible=on_indivisible)
 
     def compress(block: Block) -> Outcome:
         rounded = RoundedLayers(block)
@@ -67,7 +66,7 @@ def quantize_gptq(
                     rounded.fall_back(paths, "the Hessian cannot be inverted; rounded to nearest")
                 elif dead:
                     rounded.fall_back(paths, f"{dead} input channels are zero in all calibration data; rounded to nearest there")
-                if codes.misfit:
+                if codes.shrunk:
                     rounded.fall_back(paths, f"its width takes groups of {codes.group_size}, not {group_size}")
                 weight, mask = stacked(block, paths), block.mask(paths)
                 grid = fit_grid(weight, codes, symmetric=symmetric, gram=gram, shrinks=SHRINKS if mse else NO_SHRINK)

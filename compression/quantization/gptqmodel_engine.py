@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint, weight_map
-from compression.context import Context
-from compression.errors import EdgepressError, MissingExtra, UnusableData
 from compression.checkpoints.loading import copy_tokenizer
-from compression.quantization.gptqmodel_limits import Method, check_gptqmodel
-from compression.quantization.settings import gptq_config, plan_codes
 from compression.checkpoints.quantization_config import awq_config
 from compression.checkpoints.shards import CheckpointWriter, read_tensors
 from compression.checkpoints.skeleton import linear_layers, skeleton
+from compression.context import Context
+from compression.errors import EdgepressError, MissingExtra, UnusableData
+from compression.quantization.gptqmodel_limits import Method, check_gptqmodel
+from compression.quantization.settings import gptq_config, plan_schemes
 
 SHORTEST_WINDOW = 10  # GPTQModel drops shorter calibration rows
 LAST_WORDS = 2000  # characters
@@ -65,7 +65,7 @@ def quantize_with_gptqmodel(
         settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "offload_to_disk_path": f"{folder}/offload"}
         if method == "gptq":
             settings |= {"sym": symmetric, "damp_percent": damp_percent, "desc_act": act_order, "static_groups": act_order}
-            planned = plan_codes(source, bits=bits, group_size=group_size)
+            planned = plan_schemes(source, bits=bits, group_size=group_size)
             config = gptq_config(planned, bits=bits, group_size=group_size, symmetric=symmetric, damp_percent=damp_percent)
         else:
             settings |= {"sym": False, "fallback": None}  # what it cannot calibrate is an error

@@ -4,7 +4,7 @@ from typing import Literal
 
 from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import Incompatible
-from compression.quantization.settings import plan_codes
+from compression.quantization.settings import plan_schemes
 
 Method = Literal["gptq", "awq"]
 BITS: dict[Method, tuple[int, ...]] = {"gptq": (2, 3, 4, 8), "awq": (4,)}
@@ -25,7 +25,7 @@ def check_gptqmodel(source: Checkpoint, *, method: Method, bits: int, group_size
         raise Incompatible(f"{source.path} carries masks, which GPTQModel does not keep; engine: edgepress does", key="engine")
     if bits not in BITS[method]:
         raise Incompatible(f"{method} with GPTQModel has {', '.join(map(str, BITS[method]))} bits, not {bits}", key="bits")
-    plan_codes(source, bits=bits, group_size=group_size)
+    plan_schemes(source, bits=bits, group_size=group_size)
     if reason := REFUSED.get((source.model_type, method)):
         raise Incompatible(f"GPTQModel does not take {source.model_type} with {method}: {reason}; engine: edgepress does", key="engine")
     for layer, (rows, _) in source.linear_widths().items() if method == "awq" else ():

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compression.checkpoints.quantization_config import Codes
+from compression.checkpoints.quantization_config import WeightScheme
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros needs some scale
 LARGEST_SCALE = 65504.0
@@ -51,7 +51,7 @@ def round_to_codes(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tens
 
 def fit_grid(
     weight: torch.Tensor,
-    codes: Codes,
+    codes: WeightScheme,
     *,
     symmetric: bool,
     gram: torch.Tensor | None = None,

@@ -5,16 +5,18 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from compression.calibration.calibration import Outcome
-from compression.quantization.grid import Grid
-from compression.checkpoints.layouts import QuantizedLinear, gptq_tensors
 from compression.calibration.second_order import output_power
-from compression.checkpoints.quantization_config import Codes
 from compression.calibration.walk import Block
+from compression.checkpoints.layouts import QuantizedLinear, gptq_tensors
+from compression.checkpoints.quantization_config import WeightScheme
+from compression.quantization.grid import Grid
 
 
-def alike(block: Block, layers: tuple[str, ...], planned: Mapping[str, Codes | None]) -> Iterator[tuple[tuple[str, ...], Codes]]:
+def alike(
+    block: Block, layers: tuple[str, ...], planned: Mapping[str, WeightScheme | None]
+) -> Iterator[tuple[tuple[str, ...], WeightScheme]]:
     """Of layers that share an input, those with the same codes together; those that stay as they are left out."""
-    groups: dict[Codes, list[str]] = {}
+    groups: dict[WeightScheme, list[str]] = {}
     for path in layers:
         codes = planned.get(f"{block.name}.{path}")
         if codes is not None:

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.layouts import BITS, gptq_tensors
+from compression.checkpoints.streaming import rewrite_linears
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.quantization.grid import NO_SHRINK, SHRINKS, fit_grid
-from compression.checkpoints.layouts import BITS, gptq_tensors
 from compression.quantization.rounding import quantized_linear
-from compression.quantization.settings import Misfit, Overrides, gptq_config, plan_codes
-from compression.checkpoints.streaming import rewrite_linears
+from compression.quantization.settings import OnIndivisible, Overrides, gptq_config, plan_schemes
 
 
 def quantize_rtn(
@@ -24,22 +24,22 @@ def quantize_rtn(
     symmetric: bool = True,
     mse: bool = False,
     layers: Overrides | None = None,
-    misfit: Misfit = "refuse",
+    on_indivisible: OnIndivisible = "refuse",
     context: Context,
 ) -> dict[str, float]:
     """Round every linear layer of every block of a dense checkpoint to nearest; write a checkpoint in the GPTQ layout to `out`.
 
-    group_size, layers, misfit  as of `quantize_gptq`
+    group_size, layers, on_indivisible  as of `quantize_gptq`
     mse  shrink each group's range where that lowers the error of its weights, instead of the plain min/max
     Tensors stream through one at a time; masks are carried along, and zeros stay zero on any grid. Embeddings and head stay as they are.
 
-    Returns `fallback_layers`: layers that got a smaller group (`misfit`).
+    Returns `fallback_layers`: layers that got a smaller group (`on_indivisible`).
     Raises Incompatible for bits or a group size that do not fit, or a checkpoint whose blocks are not of linear layers.
     """
     source = open_checkpoint(checkpoint)
     if bits not in BITS:
         raise Incompatible(f"the GPTQ layout has {', '.join(map(str, BITS))} bits, not {bits}", key="bits")
-    planned = plan_codes(source, bits=bits, group_size=group_size, layers=layers, misfit=misfit)
+    planned = plan_schemes(source, bits=bits, group_size=group_size, layers=layers, on_indivisible=on_indivisible)
 
     def rewrite(path: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
         codes = planned[path]
@@ -50,7 +50,7 @@ def quantize_rtn(
 
     config = gptq_config(planned, bits=bits, group_size=group_size, symmetric=symmetric, layers=layers)
     rewrite_linears(checkpoint, out, rewrite, config={"quantization_config": config}, context=context)
-    smaller = [path for path, codes in planned.items() if codes is not None and codes.misfit]
+    smaller = [path for path, codes in planned.items() if codes is not None and codes.shrunk]
     for path in smaller:
         context.warn(f"{path}: its width is not divided by group_size {group_size}; it has a smaller one")
     return {"fallback_layers": float(len(smaller))}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from compression.checkpoints.families import Family
 from compression.calibration.walk import Block
+from compression.checkpoints.families import Family
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
+from compression.calibration.second_order import output_power, stacked
+from compression.calibration.walk import walk
 from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.quantization.grid import NO_SHRINK, fit_grid
 from compression.quantization.rounding import alike
-from compression.calibration.second_order import output_power, stacked
-from compression.quantization.settings import plan_codes
-from compression.calibration.walk import walk
+from compression.quantization.settings import plan_schemes
 
 WIDTHS = (2, 3, 4, 8)
 
@@ -44,7 +44,7 @@ def sensitivity(
     Raises Incompatible for a group size that does not fit, and what `Walk` raises.
     """
     source = open_checkpoint(checkpoint)
-    plans = {bits: plan_codes(source, bits=bits, group_size=group_size) for bits in widths}
+    plans = {bits: plan_schemes(source, bits=bits, group_size=group_size) for bits in widths}
     found: dict[str, Sensitivity] = {}
     for block in walk(source, windows, context=context):
         for shared in block.each_input():

@@ -5,19 +5,19 @@ A pattern names layers by their path in the model, `*` standing for any characte
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from compression.checkpoints.checkpoint import Checkpoint
-from compression.checkpoints.quantization_config import FLOAT_BITS, Codes
+from compression.checkpoints.quantization_config import FLOAT_BITS, WeightScheme
 from compression.errors import Incompatible
 from compression.settings import Settings
 
 GROUP_SIZES = (256, 128, 64, 32, 16)
 
-Misfit = Literal["refuse", "smaller_group"]
+OnIndivisible = Literal["refuse", "smaller_group"]
 
 
 class Override(Settings):
@@ -30,18 +30,18 @@ class Override(Settings):
 Overrides = Mapping[str, Override]
 
 
-def plan_codes(
-    checkpoint: Checkpoint, *, bits: int, group_size: int, layers: Overrides | None = None, misfit: Misfit = "refuse"
-) -> dict[str, Codes | None]:
+def plan_schemes(
+    checkpoint: Checkpoint, *, bits: int, group_size: int, layers: Overrides | None = None, on_indivisible: OnIndivisible = "refuse"
+) -> dict[str, WeightScheme | None]:
     """The codes of every linear layer of every block by its path in the model; None where it stays as it is.
 
     layers  by pattern; the first that fits a layer counts
-    misfit  what becomes of a layer whose width the group size does not divide: "refuse", or "smaller_group", the largest of
+    on_indivisible  what becomes of a layer whose width the group size does not divide: "refuse", or "smaller_group", the largest of
             `GROUP_SIZES` below it that does
     Raises Incompatible (key "group_size", "bits" or "layers") naming the layer and what would fit.
     """
     shapes = checkpoint.linear_widths()
-    planned: dict[str, Codes | None] = {}
+    planned: dict[str, WeightScheme | None] = {}
     unused = set(layers or {})
     for index in range(checkpoint.num_layers):
         for path, shape in shapes.items():
@@ -49,27 +49,27 @@ def plan_codes(
             pattern = next((pattern for pattern in layers or {} if re.match(_regex(pattern), module)), None)
             unused.discard(pattern or "")
             override = (layers or {})[pattern] if pattern is not None else Override()
-            wanted = Codes(override.bits or bits, override.group_size or group_size)
-            planned[module] = None if wanted.bits == FLOAT_BITS else _fit(checkpoint, path, shape, wanted, misfit)
+            wanted = WeightScheme(override.bits or bits, override.group_size or group_size)
+            planned[module] = None if wanted.bits == FLOAT_BITS else _fit(checkpoint, path, shape, wanted, on_indivisible)
     if unused:
         raise Incompatible(f"no layer fits the pattern {', '.join(sorted(unused))}; layers are called {module}", key="layers")
     return planned
 
 
-def _fit(checkpoint: Checkpoint, path: str, shape: tuple[int, int], wanted: Codes, misfit: Misfit) -> Codes:
+def _fit(checkpoint: Checkpoint, path: str, shape: tuple[int, int], wanted: WeightScheme, on_indivisible: OnIndivisible) -> WeightScheme:
     out_features, in_features = shape
     size = wanted.width(in_features)
     if size < 1 or in_features % size:
         smaller = [fitting for fitting in GROUP_SIZES if fitting < size and in_features % fitting == 0]
-        if misfit == "refuse" or not smaller:
+        if on_indivisible == "refuse" or not smaller:
             every = [g for g in sorted(GROUP_SIZES) if all(width % g == 0 for _, width in checkpoint.linear_widths().values())]
             raise Incompatible(
                 f"group_size {wanted.group_size} does not divide {path}, which is {in_features} wide; group sizes that divide every layer: "
                 f"{', '.join(map(str, every)) or 'none of ' + ', '.join(map(str, sorted(GROUP_SIZES)))}"
-                + ("; or misfit: smaller_group" if smaller else ""),
+                + ("; or on_indivisible: smaller_group" if smaller else ""),
                 key="group_size",
             )
-        wanted = Codes(wanted.bits, smaller[0], misfit=True)
+        wanted = WeightScheme(wanted.bits, smaller[0], shrunk=True)
     for width in shape:
         if width * wanted.bits % 32:
             raise Incompatible(
@@ -81,14 +81,14 @@ def _fit(checkpoint: Checkpoint, path: str, shape: tuple[int, int], wanted: Code
 
 
 def gptq_config(
-    planned: Mapping[str, Codes | None], *, bits: int, group_size: int, symmetric: bool, layers: Overrides | None = None, **more: Any
+    planned: Mapping[str, WeightScheme | None], *, bits: int, group_size: int, symmetric: bool, layers: Overrides | None = None, **more: Any
 ) -> dict[str, Any]:
     """`quantization_config` of a checkpoint in the GPTQ layout; layers that differ stand under `dynamic`, as GPTQModel reads it.
 
     `desc_act` is false: act-order with static groups leaves storage order.
     """
-    rules = {f"^{re.escape(module)}$": codes for module, codes in planned.items() if codes is not None and codes.misfit}
-    rules |= {_regex(pattern): Codes(o.bits or bits, o.group_size or group_size) for pattern, o in (layers or {}).items()}
+    rules = {f"^{re.escape(module)}$": codes for module, codes in planned.items() if codes is not None and codes.shrunk}
+    rules |= {_regex(pattern): WeightScheme(o.bits or bits, o.group_size or group_size) for pattern, o in (layers or {}).items()}
     dynamic: dict[str, dict[str, int]] = {}
     for rule, codes in rules.items():
         left = codes.bits == FLOAT_BITS
@@ -100,10 +100,16 @@ def gptq_config(
 
 
 def plan_gptq(
-    checkpoint: Checkpoint, *, bits: int, group_size: int, symmetric: bool, layers: Overrides | None = None, misfit: Misfit = "refuse"
+    checkpoint: Checkpoint,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    layers: Overrides | None = None,
+    on_indivisible: OnIndivisible = "refuse",
 ) -> Checkpoint:
-    """The checkpoint in the GPTQ layout that a dense one will become. Raises what `plan_codes` does."""
-    planned = plan_codes(checkpoint, bits=bits, group_size=group_size, layers=layers, misfit=misfit)
+    """The checkpoint in the GPTQ layout that a dense one will become. Raises what `plan_schemes` does."""
+    planned = plan_schemes(checkpoint, bits=bits, group_size=group_size, layers=layers, on_indivisible=on_indivisible)
     config = gptq_config(planned, bits=bits, group_size=group_size, symmetric=symmetric, layers=layers)
     return replace(checkpoint, layout="gptq", config={**checkpoint.config, "quantization_config": config})
 

@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 
 from compression.calibration.calibration import Outcome, compress_blocks
+from compression.calibration.walk import Block
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
-from compression.checkpoints.families import Family
 from compression.checkpoints.compressed_tensors import round_inputs, round_weight
-from compression.quantization.scaling import scale_pairs
+from compression.checkpoints.families import Family
 from compression.checkpoints.schemes import Scheme
 from compression.checkpoints.skeleton import layers_outside
-from compression.calibration.walk import Block
+from compression.context import Context
+from compression.quantization.scaling import scale_pairs
 
 SMALLEST = 1e-5  # of a channel's activation, weight and scale, as in the authors' code
 

@@ -11,10 +11,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoints.checkpoint import file_digests
+from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.context import Context
 from compression.data.rows import start_token
 from compression.errors import UnusableData, UnusableModel
-from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.resumption import fingerprint, latest_checkpoint, write_checkpoint
 from compression.synthesis.settings import CORPUS, SynthesisSettings
 

@@ -18,14 +18,14 @@ from torch import nn
 
 from compression.context import Context
 from compression.errors import EdgepressError
-from compression.training.held_masks import HeldMasks
 from compression.resumption import fingerprint, latest_checkpoint
 from compression.training import processes
 from compression.training.batches import Batches, check_rows
-from compression.training.memory import BatchTooLarge, Fit, free_memory
+from compression.training.held_masks import HeldMasks
+from compression.training.memory import BatchPlan, BatchTooLarge, free_memory
+from compression.training.settings import TrainingSettings
 from compression.training.trainer import StageTrainer, checkpoint_activations, step_of, trainable
 from compression.training.validation import HeldOut, Validation
-from compression.training.settings import TrainingSettings
 
 
 def train(
@@ -62,7 +62,7 @@ def train(
     run = _fingerprint(objective, rows, mask, judge, settings, origin, context)
     batches = Batches(rows, mask, settings, context.seed, processes.count())
     first = resume = _latest(workdir, start, run, context)
-    fit = Fit.load(resume) if resume else Fit(settings.batch_size)
+    fit = BatchPlan.load(resume) if resume else BatchPlan(settings.batch_size)
     began = time.perf_counter()
     with seeded(context.seed + processes.rank()):
         while True:

@@ -15,22 +15,22 @@ class BatchTooLarge(Exception):
 
 
 @dataclass(frozen=True)
-class Fit:
+class BatchPlan:
     """The size of batch that a training has come down to. Part of its checkpoints: what did not fit once is not tried again."""
 
     batch_size: int
     oom_retries: int = 0
 
-    def halved(self) -> "Fit":
+    def halved(self) -> "BatchPlan":
         """Half the size, or the largest divisor below it, so that a step has as many rows."""
         size = max(divisor for divisor in range(1, self.batch_size // 2 + 1) if self.batch_size % divisor == 0)
-        return Fit(size, self.oom_retries + 1)
+        return BatchPlan(size, self.oom_retries + 1)
 
     def save(self, directory: Path) -> None:
         (directory / "fit.json").write_text(json.dumps(asdict(self)))
 
     @classmethod
-    def load(cls, directory: Path) -> "Fit":
+    def load(cls, directory: Path) -> "BatchPlan":
         return cls(**json.loads((directory / "fit.json").read_text()))
 
 

@@ -7,13 +7,13 @@ import torch
 from transformers import PreTrainedModel
 
 from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.loading import load_model, save_model
+from compression.checkpoints.masks import read_masks, write_masks
 from compression.context import Context
 from compression.data.fill import unknown_token
 from compression.errors import Incompatible, UnusableData
-from compression.checkpoints.loading import load_model, save_model
-from compression.training.held_masks import held_masks, hold_masks, zero_pruned
-from compression.checkpoints.masks import read_masks, write_masks
 from compression.training import processes
+from compression.training.held_masks import held_masks, hold_masks, zero_pruned
 
 
 def open_student(path: Path, rows: torch.Tensor, context: Context) -> PreTrainedModel:

@@ -13,14 +13,14 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible
-from compression.training.held_masks import HeldMasks
 from compression.resumption import write_checkpoint
 from compression.training import processes
 from compression.training.batches import Batches, used_lengths
 from compression.training.curve import Curve
-from compression.training.memory import BatchTooLarge, Fit, is_out_of_memory
-from compression.training.validation import Validation
+from compression.training.held_masks import HeldMasks
+from compression.training.memory import BatchPlan, BatchTooLarge, is_out_of_memory
 from compression.training.settings import TrainingSettings
+from compression.training.validation import Validation
 
 KEPT = "kept"  # below the work directory: the checkpoint of the step that was to be kept
 POINTS = 200  # of a loss curve, at most
@@ -31,14 +31,14 @@ class StageTrainer(Trainer):
     loss_is_scaled_for_ga = True  # by the number of counted tokens in the whole accumulated batch, below
 
     def __init__(
-        self, objective: nn.Module, batches: Batches, *, settings: TrainingSettings, fit: Fit, sparsity: HeldMasks, validation: Validation | None,
+        self, objective: nn.Module, batches: Batches, *, settings: TrainingSettings, fit: BatchPlan, sparsity: HeldMasks, validation: Validation | None,
         workdir: Path, context: Context, run: str, what: str, keep_step: int | None,
     ):  # fmt: skip
         self.curve = Curve()
         self.objective: nn.Module = objective
         self.sparsity: HeldMasks = sparsity
         self.validation: Validation | None = validation
-        self.fit: Fit = fit
+        self.fit: BatchPlan = fit
         self.workdir: Path = workdir
         self.run: str = run
         self.keep_step: int | None = keep_step
@@ -64,7 +64,7 @@ class StageTrainer(Trainer):
         self._unwrap()
         return self.curve.last | {"steps": float(steps)}
 
-    def set_back(self, fit: Fit) -> Path:
+    def set_back(self, fit: BatchPlan) -> Path:
         """After BatchTooLarge: a checkpoint of the steps that are complete, to be continued in batches of another size."""
         self.fit = fit
         self.objective.zero_grad(set_to_none=True)

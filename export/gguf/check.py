@@ -4,8 +4,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from compression.checkpoints.checkpoint import Checkpoint
+from compression.checkpoints.quantization_config import layer_scheme, schemes_of
 from compression.errors import Incompatible
-from compression.checkpoints.quantization_config import codes_of, layer_codes
 from export.gguf.architectures import check_architecture
 from export.gguf.tokenizer import read_vocabulary
 from export.gguf.tokenizer_files import stamp_of
@@ -91,12 +91,12 @@ def _check_importance(type: str, importance: bool) -> None:
 
 def _check_codes(checkpoint: Checkpoint) -> None:
     settings = checkpoint.config["quantization_config"]
-    if None in {layer_codes(settings, name.removesuffix(".weight")) for name in checkpoint.linear_tensors()}:
+    if None in {layer_scheme(settings, name.removesuffix(".weight")) for name in checkpoint.linear_tensors()}:
         raise Incompatible(
             f"this checkpoint leaves layers as they were, so there are no codes of them to carry; choose a float type, {_OPENLY}",
             key="type",
         )
-    for codes in sorted(codes_of(checkpoint), key=lambda codes: (codes.bits, codes.group_size)):
+    for codes in sorted(schemes_of(checkpoint), key=lambda codes: (codes.bits, codes.group_size)):
         if codes.bits not in CARRIED_BITS:
             raise Incompatible(
                 f"codes of {codes.bits} bits have no place in GGUF; carried are {' and '.join(map(str, CARRIED_BITS))} bits; "
@@ -104,12 +104,12 @@ def _check_codes(checkpoint: Checkpoint) -> None:
                 key="type",
             )
     if not _carries_any(checkpoint):
-        sizes = ", ".join(sorted({str(codes.group_size) for codes in codes_of(checkpoint)}))
+        sizes = ", ".join(sorted({str(codes.group_size) for codes in schemes_of(checkpoint)}))
         raise Incompatible(
             f"group_size {sizes} cannot be carried into GGUF's blocks of {BLOCK}; quantize with a multiple of {BLOCK}, {_OPENLY}",
             key="type",
         )
-    if any(codes.bits == 8 for codes in codes_of(checkpoint)) and not settings.get("sym", checkpoint.layout == "gptq"):
+    if any(codes.bits == 8 for codes in schemes_of(checkpoint)) and not settings.get("sym", checkpoint.layout == "gptq"):
         raise Incompatible(
             f"GGUF's q8_0 has no zero points, so asymmetric 8-bit codes cannot be carried; quantize with symmetric: true, {_OPENLY}",
             key="type",
@@ -128,5 +128,5 @@ def _carries_any(checkpoint: Checkpoint) -> bool:
     modules = [
         (f"{checkpoint.blocks}.{index}.{path}", width) for index in range(checkpoint.num_layers) for path, (_, width) in widths.items()
     ]
-    found = [(layer_codes(settings, module), width) for module, width in modules]
+    found = [(layer_scheme(settings, module), width) for module, width in modules]
     return any(codes is not None and codes.width(width) % BLOCK == 0 for codes, width in found)

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from compression.context import Context
-from compression.checkpoints.loading import copy_tokenizer
-from compression.checkpoints.layouts import read_quantized_linears
-from compression.checkpoints.shards import CheckpointWriter, read_tensors
 from compression.calibration.walk import Walk
+from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.layouts import read_quantized_linears
+from compression.checkpoints.loading import copy_tokenizer
+from compression.checkpoints.shards import CheckpointWriter, read_tensors
+from compression.context import Context
 from export.gguf.tensors import PACKED
 
 FLOOR = 1e-6  # of the mean: a column that the calibration data never touches still has a weight, or its block would have no scale

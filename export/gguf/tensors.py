@@ -9,9 +9,9 @@ import gguf
 import numpy as np
 
 from compression.checkpoints.checkpoint import Checkpoint
-from compression.errors import Incompatible, UnusableModel
 from compression.checkpoints.layouts import QuantizedLinear, read_quantized_linears
 from compression.checkpoints.shards import read_tensors
+from compression.errors import Incompatible, UnusableModel
 from export.gguf import native
 from export.gguf.architectures import ARCHITECTURES, rope_settings
 from export.gguf.carry import pack

@@ -11,9 +11,9 @@ import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
-from compression.errors import UnusableModel
 from compression.checkpoints.compressed_tensors import ScaledLinear
 from compression.checkpoints.layouts import QuantizedLinear
+from compression.errors import UnusableModel
 from export.onnx.edit import constant, given, replace
 
 INT8_LIMIT = 127.0

@@ -9,15 +9,16 @@ import onnx_ir
 import torch
 
 from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.compressed_tensors import ScaledLinear, read_scaled_linears, round_weight
+from compression.checkpoints.layouts import QuantizedLinear, read_quantized_linears
+from compression.checkpoints.loading import load_model
+from compression.checkpoints.quantization_config import WeightScheme
+from compression.checkpoints.schemes import Scheme, read_scheme
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.checkpoints.loading import load_model
-from compression.checkpoints.compressed_tensors import ScaledLinear, read_scaled_linears, round_weight
 from compression.quantization.grid import fit_grid
-from compression.checkpoints.layouts import QuantizedLinear, read_quantized_linears
 from compression.quantization.rounding import quantized_linear
-from compression.checkpoints.schemes import Scheme, read_scheme
-from compression.checkpoints.quantization_config import Codes
+from export.atomic_directory import whole
 from export.checks import check_onnx, outer_types
 from export.onnx.calibrate import input_limits
 from export.onnx.quantize import (
@@ -34,7 +35,6 @@ from export.onnx.save import save_graph
 from export.onnx.trace import OPSET, trace_generation
 from export.quiet import quiet_and_offline
 from export.traced import describe
-from export.atomic_directory import whole
 
 
 def export_onnx(
@@ -145,5 +145,5 @@ def _int8(weight: np.ndarray, name: str) -> ScaledLinear:
 
 def _int4(weight: np.ndarray, block_size: int) -> QuantizedLinear:
     floats = torch.from_numpy(weight.copy())
-    grid = fit_grid(floats, Codes(4, block_size), symmetric=True)
+    grid = fit_grid(floats, WeightScheme(4, block_size), symmetric=True)
     return quantized_linear(grid.quantize(floats), grid)

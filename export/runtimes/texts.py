@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from compression.checkpoints.loading import load_tokenizer
 from compression.data.rows import encode_prompts
 from compression.data.templates import Conversation, conversation, render
 from compression.errors import Incompatible, UnusableModel
-from compression.checkpoints.loading import load_tokenizer
 
 
 class HuggingFaceText:

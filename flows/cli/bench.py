@@ -11,12 +11,12 @@ from rich.table import Table
 
 from compression.errors import EdgepressError, Incompatible
 from export.runtimes import check_installed, installed_runtimes, runtime_name
-from tasks.runners.executor import Children, Job
 from tasks.errors import JobFailed
-from tasks.measurement.figures import most_crowded
+from tasks.measurement.figures import most_contended
 from tasks.measurement.measure import machine_fingerprint
 from tasks.runners.budget import Budget
-from tasks.runners.local import LocalChildren
+from tasks.runners.executor import Executor, Job
+from tasks.runners.local import LocalExecutor
 
 _BUSY = "timed while other programs had the cores, so it may be faster than this says"
 
@@ -53,7 +53,7 @@ def measure_rows(
     runtimes = {model: runtime_name(model) for model in models}
     for name in runtimes.values():
         check_installed(name)
-    children = LocalChildren(Budget(threads))
+    children = LocalExecutor(Budget(threads))
     children.preload()
     try:
         for model, runtime in runtimes.items():
@@ -64,7 +64,7 @@ def measure_rows(
         children.close()
 
 
-def _measure(children: Children, model: Path, runtime: str, prompt: int, new_tokens: int, repeats: int, threads: int) -> Row:
+def _measure(children: Executor, model: Path, runtime: str, prompt: int, new_tokens: int, repeats: int, threads: int) -> Row:
     arguments = {"target": str(model.absolute()), "prompt": prompt, "new_tokens": new_tokens, "repeats": repeats}
     job = Job("tasks.runners.jobs:bench", arguments, threads, alone=True)
     with tempfile.TemporaryDirectory(prefix="edgepress-bench-") as folder:
@@ -91,7 +91,7 @@ def bench_table(rows: Sequence[Row], *, threads: int, repeats: int) -> Table:
 
 def reasons(rows: Sequence[Row]) -> list[str]:
     """Why rows are empty, or doubtful, once each."""
-    told = [(row, row.reason or (_BUSY if most_crowded(row.figures) else "")) for row in rows]
+    told = [(row, row.reason or (_BUSY if most_contended(row.figures) else "")) for row in rows]
     return list(dict.fromkeys(f"{row.model}: {reason}" for row, reason in told if reason))
 
 

@@ -34,7 +34,7 @@ Only = Annotated[list[str] | None, typer.Option("--only", metavar="STAGE,...", h
 
 
 @dataclass(frozen=True)
-class Wish:
+class DeploymentRequest:
     """What is to be deployed: checked, and not known to Prefect yet."""
 
     name: str
@@ -96,7 +96,7 @@ def deploy(
 def _checked(
     recipe: Path, name: str | None, overrides: Sequence[str], only: Sequence[str], store: Path, outputs: Path, directory: Path, *,
     elsewhere: bool,
-) -> Wish:  # fmt: skip
+) -> DeploymentRequest:  # fmt: skip
     """Refuse a recipe that cannot run: checked whole, with model and data, where it will run in this directory.
 
     elsewhere  by workers that may have another machine
@@ -112,7 +112,7 @@ def _checked(
         "recipe": str(recipe), "overrides": list(overrides), "only": list(only), "directory": str(directory), "store": str(store),
         "outputs": str(outputs),
     }  # fmt: skip
-    return Wish(name or parsed.recipe.name, parameters)
+    return DeploymentRequest(name or parsed.recipe.name, parameters)
 
 
 def _schedule(cron: str | None, timezone: str) -> "Schedule | None":
@@ -172,7 +172,7 @@ def _pool(name: str, variables: Mapping[str, Any]) -> "WorkPool":
 
 
 def _deployment(
-    wish: Wish, schedule: "Schedule | None", *, pool: str | None = None, job_variables: Mapping[str, Any] | None = None
+    wish: DeploymentRequest, schedule: "Schedule | None", *, pool: str | None = None, job_variables: Mapping[str, Any] | None = None
 ) -> "RunnerDeployment":
     from prefect.deployments.runner import RunnerDeployment
     from prefect.flows import EntrypointType

@@ -24,12 +24,12 @@ from flows.cli.deploy import deploy_app
 from flows.cli.failures import report_failure
 from flows.cli.model import model_app
 from flows.cli.options import DEFAULT_OUTPUTS, DEFAULT_STORE, OutputsFolder, Overrides, RecipeFile, StoreFolder, terminal, write_page
-from flows.planning.recipe import find_recipe
 from flows.cli.report import report_app
-from flows.cli.run import carry_out, run_app
+from flows.cli.run import execute_plan, run_app
 from flows.cli.store import store_app
 from flows.cli.study import study_app
 from flows.cli.tracking import tracking_app
+from flows.planning.recipe import find_recipe
 
 if TYPE_CHECKING:
     from flows.planning.plan import Plan
@@ -93,7 +93,7 @@ def run(
     opened = Store(store)
     plan = make_plan(load_recipe(find_recipe(recipe), tuple(overrides or ())), opened)
     plan = select(plan, only=only or (), first=first or (), force=force or ())
-    carry_out(replace(plan, remeasure=remeasure), opened, outputs)
+    execute_plan(replace(plan, remeasure=remeasure), opened, outputs)
 
 
 @app.command()
@@ -119,9 +119,9 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder = D
 
     Example: `edgepress plan demo`
     """
+    from flows.cli.screen import plan_table
     from flows.planning.plan import check_disk, make_plan
     from flows.planning.recipe import load_recipe
-    from flows.cli.screen import plan_table
     from tasks.store.store import Store
 
     opened = Store(store)
@@ -145,8 +145,8 @@ def sensitivity(
 
     Example: `edgepress sensitivity demo --bits 4 --group-size 32`
     """
-    from flows.planning.recipe import load_recipe
     from flows.cli.sensitivity import show_sensitivity
+    from flows.planning.recipe import load_recipe
     from tasks.base import open_base
 
     parsed = load_recipe(find_recipe(recipe), tuple(overrides or ()))
@@ -185,7 +185,7 @@ def ui(
     from tasks.tracking.tracking import Tracking
 
     tracking = Tracking(outbox=store / "outbox")
-    tracking.send_left()
+    tracking.flush_leftover()
     tracking.end_orphans()
     servers = [[sys.executable, "-P", "-m", "mlflow", "ui", "--port", str(port)]]
     tracking.share_view()

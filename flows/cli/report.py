@@ -28,8 +28,8 @@ def report(
 
     Example: `edgepress report demo-3 --open`
     """
-    from flows.report import render_report
     from flows.cli.screen import print_summary
+    from flows.report import render_report
     from tasks.store.summaries import read_summary
 
     if text and (out or open_page):
@@ -58,9 +58,9 @@ def compare(
 
     Example: `edgepress compare demo-3 demo-5`
     """
+    from flows.cli.screen import print_comparison
     from flows.report.compare import render_comparison
     from flows.report.run_comparison import compare_runs
-    from flows.cli.screen import print_comparison
     from tasks.store.summaries import read_summary
 
     if len(set(runs)) < max(2, len(runs)):

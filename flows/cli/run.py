@@ -35,17 +35,17 @@ def runs(
 
     Example: `edgepress runs demo-3`
     """
-    from tasks.store.journal import as_it_is, read_run, read_runs
+    from tasks.store.journal import read_run, read_runs, refresh
 
     opened = open_store(store)
     if run is not None:
-        one = as_it_is(opened, read_run(opened, run))
+        one = refresh(opened, read_run(opened, run))
         if as_json:
             print(json.dumps(one.model_dump(mode="json"), indent=2))
         else:
             _show_stages(one)
         return
-    found = [as_it_is(opened, one) for one in read_runs(opened) if recipe in (None, one.recipe)]
+    found = [refresh(opened, one) for one in read_runs(opened) if recipe in (None, one.recipe)]
     if as_json:
         print(json.dumps({"runs": [one.model_dump(mode="json") for one in found]}, indent=2))
         return
@@ -68,22 +68,22 @@ def resume(
 
     Example: `edgepress resume demo-3`
     """
-    from flows.run.resuming import plan_again
+    from flows.run.resuming import replan
 
     opened = open_store(store)
     wanted = _to_resume(opened, run)
     if wanted is None:
         return
     print(f"going on with {wanted.run} ({wanted.state.lower()}) of {wanted.file}")
-    plan = plan_again(opened, wanted, lambda note: print(f"note: {note}"))
-    carry_out(plan, opened, Path(wanted.outputs), wanted)
+    plan = replan(opened, wanted, lambda note: print(f"note: {note}"))
+    execute_plan(plan, opened, Path(wanted.outputs), wanted)
 
 
-def carry_out(plan: "Plan", store: "Store", outputs: Path, resumes: "Run | None" = None) -> None:
+def execute_plan(plan: "Plan", store: "Store", outputs: Path, resumes: "Run | None" = None) -> None:
     """Run a plan and show it: live, then as a table. Exits with 1 where a stage failed."""
-    from flows.run.pipeline import run_pipeline
-    from flows.report import render_report
     from flows.cli.screen import Screen, print_summary
+    from flows.report import render_report
+    from flows.run.pipeline import run_pipeline
 
     console = terminal()
     with Screen(console) as screen:
@@ -97,10 +97,10 @@ def carry_out(plan: "Plan", store: "Store", outputs: Path, resumes: "Run | None"
 
 def _to_resume(store: "Store", name: str | None) -> "Run | None":
     """The run to go on with, and its state now; None, and a word why, where there is nothing to do. Raises EdgepressError for one that is alive."""
-    from tasks.store.journal import as_it_is, last_of, read_run, read_runs, successors
+    from tasks.store.journal import latest_attempt, read_run, read_runs, refresh, successors
 
     if name is None:
-        known = [as_it_is(store, run) for run in read_runs(store)]
+        known = [refresh(store, run) for run in read_runs(store)]
         later = successors(known)
         open_ends = [run for run in known if run.state != "Completed" and run.run not in later]
         stopped = [run for run in open_ends if run.state != "Running"]
@@ -112,7 +112,7 @@ def _to_resume(store: "Store", name: str | None) -> "Run | None":
         reasons += [f"{old} was overtaken by {new}; name it to go on with it" for old, new in list(overtaken.items())[-1:]]
         print(f"nothing to do: {'; '.join(reasons) or 'no run in this store is incomplete'}")
         return None
-    run = last_of(store, read_run(store, name), print)
+    run = latest_attempt(store, read_run(store, name), print)
     if run.state == "Running":
         raise EdgepressError(f"{run.run} is still running ({run.owner}); Ctrl-C there, or its end, comes first")
     if run.state == "Completed":

@@ -35,8 +35,8 @@ def show_sensitivity(recipe: Recipe, model: Checkpoint, *, average_bits: float, 
 
     import torch
 
-    from compression.data import calibration_windows
     from compression.checkpoints.loading import load_tokenizer
+    from compression.data import calibration_windows
     from compression.quantization.sensitivity import sensitivity, spend
 
     torch.set_num_threads(recipe.threads)

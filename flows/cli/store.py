@@ -128,8 +128,8 @@ def export_store(
 
     Example: `edgepress store export s3://models/edgepress demo`
     """
-    from tasks.store.transfer import export_entries
     from tasks.store.garbage import with_ancestors
+    from tasks.store.transfer import export_entries
 
     opened = open_store(store)
     chosen = _chosen(opened, what) if what else set(opened.entries())
@@ -158,8 +158,8 @@ def import_store(place: Place, store: StoreFolder = DEFAULT_STORE) -> None:
 
 def _chosen(store: "Store", what: Iterable[str]) -> set[str]:
     """Identities in the store that these words name. Raises EdgepressError for one that names nothing."""
-    from tasks.store.journal import read_run, read_runs
     from tasks.store.garbage import find
+    from tasks.store.journal import read_run, read_runs
 
     last = {run.recipe: run.run for run in read_runs(store)}
     names = [find(store, last.get(word, word)) for word in what]

@@ -32,9 +32,9 @@ def study(
     if name is None:
         _list()
         return
+    from flows.cli.run import execute_plan
     from flows.planning.plan import make_plan
     from flows.planning.recipe import load_recipe
-    from flows.cli.run import carry_out
     from flows.report.study_page import markdown, svg, tables, verdict
     from flows.report.study_results import results
     from tasks.store.store import Store
@@ -44,7 +44,7 @@ def study(
     if parsed.recipe.study is None:
         raise EdgepressError(f"{name}: the recipe has no `study:`, so there is nothing to conclude; edgepress run runs it")
     opened = Store(store)
-    carry_out(make_plan(parsed, opened), opened, outputs)
+    execute_plan(make_plan(parsed, opened), opened, outputs)
     folder = outputs / parsed.recipe.name
     found = results(parsed.recipe.study, json.loads((folder / "run.json").read_text()))
     (folder / "study.md").write_text(markdown(found))

@@ -25,7 +25,7 @@ def sync(store: StoreFolder = DEFAULT_STORE) -> None:
     for uri in addresses(folder):
         try:
             tracking = Tracking(whole_address(uri), folder, left.append)
-            print(f"MLflow at {redacted(uri)}: {tracking.send_left()} calls sent")
+            print(f"MLflow at {redacted(uri)}: {tracking.flush_leftover()} calls sent")
             tracking.end_orphans()
         except EdgepressError as error:
             left.append(str(error))

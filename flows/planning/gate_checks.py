@@ -10,18 +10,18 @@ from compression.errors import EdgepressError
 from flows.planning.graph import BASE
 from flows.planning.recipe import ParsedRecipe
 from flows.planning.source_map import nearest
-from tasks.planned_stage import Assignment
 from tasks.measurement.figures import BESIDE
 from tasks.measurement.gate_presets import LEAF, PRESETS, is_pattern
 from tasks.measurement.gates import Bound
 from tasks.measurement.measure import known_metrics
-from tasks.measurement.measurement import Asked
+from tasks.measurement.measurement import MeasurementRequest
+from tasks.planned_stage import PlannedStage
 from tasks.stage import Corpus, stage_kinds
 
 _PRESET_METRICS = {metric for bounds in PRESETS.values() for metric in bounds}
 
 
-def check_gates(parsed: ParsedRecipe, tasks: Mapping[str, Assignment], settings: Any) -> None:
+def check_gates(parsed: ParsedRecipe, tasks: Mapping[str, PlannedStage], settings: Any) -> None:
     """Raises EdgepressError with file, line and key for a gate, or a bound of a stage, that could never be judged.
 
     settings  the recipe's `evaluation`, on which it depends what is measured
@@ -61,7 +61,7 @@ def _check_keys(parsed: ParsedRecipe) -> None:
             )
 
 
-def metrics_of(task: Assignment, data: DataSpec, settings: Any) -> tuple[str, ...]:
+def metrics_of(task: PlannedStage, data: DataSpec, settings: Any) -> tuple[str, ...]:
     """Names of all metrics a stage will have; `*` in one stands for what only the result tells."""
     names = ["size_mb"]
     if isinstance(task.planned, Checkpoint):
@@ -69,12 +69,12 @@ def metrics_of(task: Assignment, data: DataSpec, settings: Any) -> tuple[str, ..
     if task.stage is not None:
         names += ["seconds", *task.stage.metrics]
     if not isinstance(task.planned, Corpus):
-        names += known_metrics(Asked(task.planned, task.roles, data, settings))
+        names += known_metrics(MeasurementRequest(task.planned, task.roles, data, settings))
     return tuple(names)
 
 
 def _check_bounds(
-    bounds: Mapping[str, Bound], task: Assignment, measured: Mapping[str, tuple[str, ...]],
+    bounds: Mapping[str, Bound], task: PlannedStage, measured: Mapping[str, tuple[str, ...]],
     mistake: Callable[[str, str], EdgepressError],
 ) -> None:  # fmt: skip
     mine = measured[task.name]
@@ -102,7 +102,7 @@ def _of_their_own(names: Sequence[str]) -> list[str]:
     return [name for name in names if not name.endswith(BESIDE) and not any(name.startswith(f"{other}.") for other in names)]
 
 
-def gate_lines(parsed: ParsedRecipe, tasks: Mapping[str, Assignment]) -> list[str]:
+def gate_lines(parsed: ParsedRecipe, tasks: Mapping[str, PlannedStage]) -> list[str]:
     """What each stage of the recipe must keep, presets written out: `tuned: accuracy at most 0.02 below base`. Copies of a stage stand there once."""
     gated = {BASE: tasks[BASE].gates} if BASE in tasks else {}
     for node in parsed.nodes:

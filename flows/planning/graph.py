@@ -12,13 +12,12 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from compression.errors import EdgepressError
 from compression.settings import Settings
 from flows.planning.matrix import SEED, Cell, key_of
-from flows.planning.source_map import KeyPath, Located, kind_of, nearest, shortened
+from flows.planning.source_map import KeyPath, SourceMap, kind_of, nearest, shortened
 from tasks.measurement.gate_presets import StageGates, gate_key
 from tasks.measurement.gates import Bound
 from tasks.stage import Stage, stage_kinds
@@ -33,7 +32,7 @@ _MANY = 3  # unknown keys of one mapping
 _ALTERNATIVE = re.compile(r"[A-Z]\w*Source|bool|(literal|list)\[.*\]")  # in a path of pydantic: one of several kinds
 
 
-class Execution(Settings):
+class StageExecution(Settings):
     """How a stage is executed; outside its identity."""
 
     needs: str | None = Field(
@@ -70,7 +69,7 @@ class Node(BaseModel):
     name: str
     stage: Stage
     parent: str
-    execution: Execution
+    execution: StageExecution
     origin: str
     seed: int
     gates: Mapping[str, Bound]
@@ -106,7 +105,7 @@ class _Entry(BaseModel):
 
     name: str
     stage: Stage
-    execution: Execution
+    execution: StageExecution
     parent: str
     text: str
 
@@ -116,7 +115,7 @@ class _Entry(BaseModel):
 
 
 def expand(
-    stages: Mapping[str, Any], gates: Mapping[str, StageGates], seed: int, cells: Iterable[Cell], source: Located
+    stages: Mapping[str, Any], gates: Mapping[str, StageGates], seed: int, cells: Iterable[Cell], source: SourceMap
 ) -> tuple[list[Node], list[Branch]]:
     """The graph in topological order, and each cell's branch of it.
 
@@ -203,7 +202,7 @@ def _with_previous(stages: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
     return [(name, stages[name], names[i - 1] if i else BASE) for i, name in enumerate(names)]
 
 
-def _with_values(name: str, entry: Any, previous: str, cell: Cell, parsed: dict[tuple[str, ...], _Entry], source: Located) -> _Entry:
+def _with_values(name: str, entry: Any, previous: str, cell: Cell, parsed: dict[tuple[str, ...], _Entry], source: SourceMap) -> _Entry:
     """The entry with the cell's values of its own parameters put in; parsed once for each choice of them."""
     paths = [path for path in cell.values if path[:2] == ("stages", name)]
     key = (name, *(f"{path} {cell.values[path].text}" for path in paths))
@@ -216,7 +215,7 @@ def _with_values(name: str, entry: Any, previous: str, cell: Cell, parsed: dict[
     return parsed[key]
 
 
-def _put(entry: Any, path: KeyPath, value: Any, source: Located) -> None:
+def _put(entry: Any, path: KeyPath, value: Any, source: SourceMap) -> None:
     for depth, key in enumerate(path[2:-1], 2):
         entry = entry.setdefault(key, {}) if isinstance(entry, dict) else entry
         if not isinstance(entry, dict):
@@ -225,7 +224,7 @@ def _put(entry: Any, path: KeyPath, value: Any, source: Located) -> None:
         entry[path[-1]] = value
 
 
-def _parse(name: str, entry: Any, previous: str, source: Located) -> _Entry:
+def _parse(name: str, entry: Any, previous: str, source: SourceMap) -> _Entry:
     where: KeyPath = ("stages", name)
     if (problem := name_problem(name)) or name == BASE:
         raise EdgepressError(
@@ -239,10 +238,10 @@ def _parse(name: str, entry: Any, previous: str, source: Located) -> _Entry:
             (*where, "uses"),
             f"there is no stage kind {entry['uses']!r}{nearest(str(entry['uses']), list(stage_kinds()))}; kinds: {', '.join(stage_kinds())}",
         )
-    parameters = {key: value for key, value in entry.items() if key not in Execution.model_fields}
-    settings = {key: value for key, value in entry.items() if key in Execution.model_fields}
+    parameters = {key: value for key, value in entry.items() if key not in StageExecution.model_fields}
+    settings = {key: value for key, value in entry.items() if key in StageExecution.model_fields}
     try:
-        stage, execution = kind.model_validate(parameters), Execution.model_validate(settings)
+        stage, execution = kind.model_validate(parameters), StageExecution.model_validate(settings)
     except ValidationError as error:
         raise told(error, source, where, kind) from None
     parent = execution.needs or previous
@@ -258,7 +257,7 @@ def name_problem(name: str) -> str:
     return f"is longer than {LONGEST_NAME} characters" if len(name) > LONGEST_NAME else ""
 
 
-def _in_order(entries: list[_Entry], source: Located) -> list[_Entry]:
+def _in_order(entries: list[_Entry], source: SourceMap) -> list[_Entry]:
     """Topological order, stable in the file's order. Raises for an unknown dependency or a cycle."""
     names = {entry.name for entry in entries}
     for entry in entries:
@@ -280,7 +279,7 @@ def _in_order(entries: list[_Entry], source: Located) -> list[_Entry]:
     return order
 
 
-def told(error: ValidationError, source: Located, prefix: KeyPath, model: type[BaseModel]) -> EdgepressError:
+def told(error: ValidationError, source: SourceMap, prefix: KeyPath, model: type[BaseModel]) -> EdgepressError:
     """Pydantic's findings as lines of `file:line: key: what is wrong`."""
     found: dict[KeyPath, list[str]] = {}
     unknown: dict[KeyPath, list[KeyPath]] = {}  # keys that there are not, by the mapping that has them
@@ -308,9 +307,7 @@ def told(error: ValidationError, source: Located, prefix: KeyPath, model: type[B
 def _message(finding: ErrorDetails, place: KeyPath, model: type[BaseModel]) -> str:
     kind, read = finding["type"], kind_of(finding["input"])
     if kind == "extra_forbidden":
-        known = _keys_at(model, place[:-1])
-        keys = f"{nearest(str(place[-1]), known)}; keys: {', '.join(known)}" if known else ""
-        return f"there is no such key{keys}"
+        return _unknown_key(str(place[-1]), place[:-1], model)
     if kind in _MESSAGES:
         return _MESSAGES[kind]
     if kind in ("dict_type", "model_type"):
@@ -324,20 +321,33 @@ def _message(finding: ErrorDetails, place: KeyPath, model: type[BaseModel]) -> s
     return message
 
 
+def _unknown_key(key: str, path: KeyPath, model: type[BaseModel]) -> str:
+    found = _model_at(model, path)
+    if found is not None and issubclass(found, Settings) and key in found.former_names:
+        return f"this key is called {found.former_names[key]} now"
+    known = _keys_at(model, path)
+    return "there is no such key" + (f"{nearest(key, known)}; keys: {', '.join(known)}" if known else "")
+
+
 def _keys_at(model: type[BaseModel], path: KeyPath) -> list[str]:
-    """The keys that a place within a model may have; none where it is no model."""
+    """The keys that a place within a model may have; none where it is not a model."""
+    found = _model_at(model, path)
+    stage = found is not None and issubclass(found, Stage)
+    return [*(found.model_fields if found else ()), *(StageExecution.model_fields if stage else ())]
+
+
+def _model_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
+    """The model that describes a place within another one."""
     kind: Any = model
     for key in path:
-        if fields := _fields(kind):
-            kind = fields[str(key)].annotation if key in fields else None
+        if found := _model_of(kind):
+            kind = found.model_fields[str(key)].annotation if key in found.model_fields else None
         else:
             kind = (get_args(kind) or (None,))[-1]  # the values of a mapping
-    stage = isinstance(kind, type) and issubclass(kind, Stage)
-    return [*_fields(kind), *(Execution.model_fields if stage else ())]
+    return _model_of(kind)
 
 
-def _fields(kind: Any) -> dict[str, FieldInfo]:
-    """Those of a model, which may be optional."""
+def _model_of(kind: Any) -> type[BaseModel] | None:
+    """The model that an annotation names; it may be optional."""
     known = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    models = [each for each in known if isinstance(each, type) and issubclass(each, BaseModel)]
-    return models[0].model_fields if models else {}
+    return next((each for each in known if isinstance(each, type) and issubclass(each, BaseModel)), None)

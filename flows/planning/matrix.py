@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from compression.settings import Settings
-from flows.planning.source_map import KeyPath, Located, dotted, nearest
+from flows.planning.source_map import KeyPath, SourceMap, dotted, nearest
 
 MOST_CELLS = 10_000
 SEED: KeyPath = ("seed",)
@@ -87,7 +87,7 @@ def key_of(path: KeyPath) -> str:
     return dotted(path[1:] if path[0] == "stages" else path)
 
 
-def cells_of(matrix: Matrix | None, stages: Iterable[str], source: Located) -> list[Cell]:
+def cells_of(matrix: Matrix | None, stages: Iterable[str], source: SourceMap) -> list[Cell]:
     """Every cell in the order of the lists, the last one fastest. Without a matrix it is one, which replaces nothing.
 
     Raises EdgepressError with file, line and key: an unknown stage, a key given twice, lists that cannot go side by side, an `exclude` that matches nothing.
@@ -119,7 +119,7 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 Choice = dict[KeyPath, Value]
 
 
-def _lists(matrix: Matrix, stages: list[str], source: Located) -> dict[KeyPath, list[Value]]:
+def _lists(matrix: Matrix, stages: list[str], source: SourceMap) -> dict[KeyPath, list[Value]]:
     lists: dict[KeyPath, list[Value]] = {}
     for key, values in matrix.lists().items():
         path = _path(key, ("matrix", key), stages, source)
@@ -129,7 +129,7 @@ def _lists(matrix: Matrix, stages: list[str], source: Located) -> dict[KeyPath, 
     return lists
 
 
-def _path(key: str, place: KeyPath, stages: list[str], source: Located) -> KeyPath:
+def _path(key: str, place: KeyPath, stages: list[str], source: SourceMap) -> KeyPath:
     """The path of what a key replaces. A stage's name may have dots: the longest name that fits is meant."""
     if key == "seed":
         return SEED
@@ -162,7 +162,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _combinations(matrix: Matrix, lists: dict[KeyPath, list[Value]], stages: list[str], source: Located) -> list[Choice]:
+def _combinations(matrix: Matrix, lists: dict[KeyPath, list[Value]], stages: list[str], source: SourceMap) -> list[Choice]:
     groups = _groups(matrix, lists, stages, source)
     count = math.prod(len(lists[group[0]]) for group in groups)
     if count > MOST_CELLS:
@@ -172,7 +172,7 @@ def _combinations(matrix: Matrix, lists: dict[KeyPath, list[Value]], stages: lis
     return [{path: choice[path] for path in lists} for choice in chosen]
 
 
-def _groups(matrix: Matrix, lists: dict[KeyPath, list[Value]], stages: list[str], source: Located) -> list[list[KeyPath]]:
+def _groups(matrix: Matrix, lists: dict[KeyPath, list[Value]], stages: list[str], source: SourceMap) -> list[list[KeyPath]]:
     """The keys that go side by side; a key that makes a product is a group of its own."""
     if matrix.zip is True:
         zipped = [list(lists)] if lists else []
@@ -192,14 +192,14 @@ def _groups(matrix: Matrix, lists: dict[KeyPath, list[Value]], stages: list[str]
     return [*zipped, *([path] for path in lists if path not in times)]
 
 
-def _listed(key: str, place: KeyPath, lists: dict[KeyPath, list[Value]], stages: list[str], source: Located) -> KeyPath:
+def _listed(key: str, place: KeyPath, lists: dict[KeyPath, list[Value]], stages: list[str], source: SourceMap) -> KeyPath:
     path = _path(key, place, stages, source)
     if path not in lists:
         raise source.error(place, f"{key} has no list in the matrix; keys with one: {', '.join(map(key_of, lists)) or 'none'}")
     return path
 
 
-def _excluded(matrix: Matrix, cells: list[Choice], lists: dict[KeyPath, list[Value]], stages: list[str], source: Located) -> list[Choice]:
+def _excluded(matrix: Matrix, cells: list[Choice], lists: dict[KeyPath, list[Value]], stages: list[str], source: SourceMap) -> list[Choice]:
     left = cells
     for number, entry in enumerate(matrix.exclude):
         place: KeyPath = ("matrix", "exclude", number)
@@ -210,7 +210,7 @@ def _excluded(matrix: Matrix, cells: list[Choice], lists: dict[KeyPath, list[Val
     return left
 
 
-def _included(matrix: Matrix, cells: list[Choice], lists: dict[KeyPath, list[Value]], stages: list[str], source: Located) -> list[Choice]:
+def _included(matrix: Matrix, cells: list[Choice], lists: dict[KeyPath, list[Value]], stages: list[str], source: SourceMap) -> list[Choice]:
     """As in GitHub Actions: an entry may overwrite what an earlier entry added, never a value of the lists."""
     extended, added = [dict(cell) for cell in cells], []
     for number, entry in enumerate(matrix.include):
@@ -233,7 +233,7 @@ def _agree(cell: Choice, values: Mapping[KeyPath, Any]) -> bool:
     return all(path in cell and cell[path].value == value for path, value in values.items())
 
 
-def _check_labels(cells: list[Choice], source: Located) -> None:
+def _check_labels(cells: list[Choice], source: SourceMap) -> None:
     """Names are made of labels: 2 and "2" cannot stand side by side."""
     seen: dict[tuple[KeyPath, str], Value] = {}
     for path, value in (pair for cell in cells for pair in cell.items()):

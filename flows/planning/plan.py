@@ -7,28 +7,28 @@ from functools import cached_property
 from pathlib import Path
 
 from compression.checkpoints.checkpoint import Checkpoint
+from compression.checkpoints.quantization_config import linear_bits
 from compression.data import check_data, fingerprint, pinned
 from compression.data.fill import check_evaluation as check_evaluation_rows
 from compression.data.templates import check_template
 from compression.errors import EdgepressError, Incompatible
 from compression.evaluation.checks import check_evaluation, extras
-from compression.checkpoints.quantization_config import linear_bits
 from export.proof import KL_TO_PARENT
 from flows.planning.gate_checks import check_gates, metrics_of
 from flows.planning.graph import BASE, Node
 from flows.planning.recipe import ParsedRecipe, Recipe, split_revision
 from flows.planning.registration import registered
-from flows.planning.study import Mistake, check_metrics
 from flows.planning.source_map import nearest, shortened
-from tasks.planned_stage import Assignment
+from flows.planning.study import StudyError, check_metrics
 from tasks.base import Base, open_base
 from tasks.extras import require
-from tasks.measurement.gates import Bound
-from tasks.store.identity import Machine, digest, identity_document, seed_of
 from tasks.kinds._training import TrainingStage
-from tasks.measurement.measurement import Asked, Reference, Subject, measurements
+from tasks.measurement.gates import Bound
+from tasks.measurement.measurement import MeasurementRequest, Reference, Subject, measurements
+from tasks.planned_stage import PlannedStage
 from tasks.runners.machine import default_device, why_no_cuda
 from tasks.stage import Artifact, Corpus, Planned, Reads, check_accepts
+from tasks.store.identity import Machine, digest, identity_document, seed_of
 from tasks.store.store import Store
 
 _CANNOT = (EdgepressError, OSError)  # a mistake, or a file that cannot be read: both are told with the line that names it
@@ -47,7 +47,7 @@ class Plan:
     parsed: ParsedRecipe
     base: Base
     machine: Machine
-    assignments: tuple[Assignment, ...]
+    assignments: tuple[PlannedStage, ...]
     measured_with: Mapping[str, str]
     ancestors: Mapping[str, tuple[str, ...]]
     only: tuple[str, ...] = ()  # what it was cut down to, as it was asked
@@ -55,7 +55,7 @@ class Plan:
     remeasure: bool = False  # take timings again even if the store has them
 
     @cached_property
-    def by_name(self) -> Mapping[str, Assignment]:
+    def by_name(self) -> Mapping[str, PlannedStage]:
         return {task.name: task for task in self.assignments}
 
 
@@ -97,7 +97,7 @@ def make_plan(parsed: ParsedRecipe, store: Store, *, elsewhere: bool = False) ->
         )
     _check_evaluation(parsed, base)
     _check_text(parsed, base)
-    first = Assignment(
+    first = PlannedStage(
         BASE, 0, None, base.identity, {"base": base.source, "revision": base.revision, "content": base.content, "data": data_digest}, {}, (),
         base.checkpoint, gates=recipe.gates.get(BASE, {}),
     )  # fmt: skip
@@ -125,7 +125,7 @@ def make_plan(parsed: ParsedRecipe, store: Store, *, elsewhere: bool = False) ->
     return replace(plan, assignments=tuple(tasks))
 
 
-def _check_study(parsed: ParsedRecipe, tasks: Mapping[str, Assignment]) -> None:
+def _check_study(parsed: ParsedRecipe, tasks: Mapping[str, PlannedStage]) -> None:
     """Raises EdgepressError for a metric that the study shows or judges by, and that no result of the sweep will have."""
     recipe = parsed.recipe
     if recipe.study is None:
@@ -134,7 +134,7 @@ def _check_study(parsed: ParsedRecipe, tasks: Mapping[str, Assignment]) -> None:
     measured = dict.fromkeys(metric for name in results for metric in metrics_of(tasks[name], recipe.data, recipe.evaluation))
     try:
         check_metrics(recipe.study, measured)
-    except Mistake as mistake:
+    except StudyError as mistake:
         raise parsed.error(mistake.path, str(mistake)) from None
 
 
@@ -166,13 +166,13 @@ def _data_error(parsed: ParsedRecipe, error: EdgepressError, message: str) -> Ed
     return parsed.error(("model",) if error.key == "model" else ("data", error.key) if error.key else ("data",), message)
 
 
-def _measured_with(recipe: Recipe, tasks: Iterable[Assignment], machine: Machine) -> dict[str, str]:
+def _measured_with(recipe: Recipe, tasks: Iterable[PlannedStage], machine: Machine) -> dict[str, str]:
     """By measurement, or part of one, that is made of a stage or of the base, the digest of its version, data and settings."""
     found: dict[str, str] = {}
     for task in tasks:
         if isinstance(task.planned, Corpus):
             continue
-        asked = Asked(task.planned, task.roles, recipe.data, recipe.evaluation)
+        asked = MeasurementRequest(task.planned, task.roles, recipe.data, recipe.evaluation)
         for one in measurements():
             parts = one.parts(asked) if not one.alone and one.applies(asked) else {}
             for name in parts.keys() - found.keys():
@@ -182,8 +182,8 @@ def _measured_with(recipe: Recipe, tasks: Iterable[Assignment], machine: Machine
 
 
 def _assign(
-    parsed: ParsedRecipe, node: Node, index: int, done: Mapping[str, Assignment], data: str | None, machine: Machine, store: Store
-) -> Assignment:  # fmt: skip
+    parsed: ParsedRecipe, node: Node, index: int, done: Mapping[str, PlannedStage], data: str | None, machine: Machine, store: Store
+) -> PlannedStage:  # fmt: skip
     recipe, stage = parsed.recipe, node.stage
     outside = {role: _open_outside(parsed, node, role, source, store) for role, source in stage.outside_inputs().items()}
     try:
@@ -206,7 +206,7 @@ def _assign(
     document = identity_document(stage, identities, data, node.seed, machine)
     if isinstance(planned, Artifact) and recipe.model.license:
         document["license"] = recipe.model.license  # which artifacts state; a card's is part of the base's content
-    return Assignment(
+    return PlannedStage(
         node.name, index, stage, digest(document), document, node.inputs, tuple(ancestors), planned, outside=outside, bounds=bounds,
         gates=node.gates, retries=node.execution.retries, timeout=node.execution.timeout, job_variables=node.execution.job_variables,
     )  # fmt: skip
@@ -235,7 +235,7 @@ def _cells(parsed: ParsedRecipe) -> dict[str, str]:
     return {name: cells[0] for name, cells in users.items() if len(cells) == 1 and name in swept}
 
 
-def estimate(task: Assignment, plan: Plan) -> Estimate:
+def estimate(task: PlannedStage, plan: Plan) -> Estimate:
     """Rough sizes from shapes: training holds weights, gradients and two moments in float32, and keeps two of its checkpoints on disk."""
     size = content_bytes(task.planned)
     parent = plan.by_name[task.inputs["parent"]].planned if task.stage is not None else task.planned

@@ -16,14 +16,14 @@ from compression.data import DataSpec
 from compression.errors import EdgepressError
 from compression.evaluation.spec import EvaluationSpec
 from compression.settings import Settings
-from flows.planning.graph import Branch, Execution, Node, expand, name_problem, told
+from flows.planning.graph import Branch, Node, StageExecution, expand, name_problem, told
 from flows.planning.matrix import Matrix, cells_of
-from flows.planning.study import Mistake, Study, check_study
-from flows.planning.source_map import KeyPath, Located, read_value, read_yaml, shortened
+from flows.planning.source_map import KeyPath, SourceMap, read_value, read_yaml, shortened
+from flows.planning.study import Study, StudyError, check_study
 from tasks.measurement.gate_presets import Gates
-from tasks.tracking.registry import Registry
-from tasks.runners.settings import Runner
+from tasks.runners.settings import ExecutionSettings
 from tasks.stage import stage_kinds
+from tasks.tracking.registry import Registry
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -64,7 +64,7 @@ class Recipe(Settings):
         default_factory=EvaluationSpec, description="What is measured of the base and of every stage beyond quality, speed and memory."
     )
     registry: Registry | None = Field(default=None, description="Results that become versions of a model in MLflow's registry.")
-    execution: Runner = Field(default_factory=Runner, description="How it is run.")
+    execution: ExecutionSettings = Field(default_factory=ExecutionSettings, description="How it is run.")
 
 
 class ParsedRecipe(BaseModel):
@@ -75,7 +75,7 @@ class ParsedRecipe(BaseModel):
     recipe: Recipe
     nodes: tuple[Node, ...]
     branches: tuple[Branch, ...]
-    source: Located
+    source: SourceMap
     overrides: tuple[str, ...] = ()
 
     def error(self, path: KeyPath, message: str) -> EdgepressError:
@@ -89,8 +89,10 @@ class ParsedRecipe(BaseModel):
 
 @lru_cache(maxsize=1)
 def _entries() -> TypeAdapter[Any]:
-    """One model per kind that joins its parameters with `Execution`, as a union discriminated by `uses`."""
-    models = [create_model(f"{kind.__name__}Entry", __base__=(kind, Execution), __doc__=kind.__doc__) for kind in stage_kinds().values()]
+    """One model per kind that joins its parameters with `StageExecution`, as a union discriminated by `uses`."""
+    models = [
+        create_model(f"{kind.__name__}Entry", __base__=(kind, StageExecution), __doc__=kind.__doc__) for kind in stage_kinds().values()
+    ]
     union: Any = reduce(operator.or_, models)
     entry: Any = Annotated[union, Field(discriminator="uses")] if len(models) > 1 else union
     return TypeAdapter(entry)
@@ -135,12 +137,12 @@ def load_recipe(file: Path, overrides: tuple[str, ...] = (), text: str | None = 
     )
 
 
-def _check_study(recipe: Recipe, branches: Sequence[Branch], source: Located) -> None:
+def _check_study(recipe: Recipe, branches: Sequence[Branch], source: SourceMap) -> None:
     if recipe.study is not None:
         results = [(branch.values, leaf) for branch in branches if branch.values for leaf in branch.leaves]
         try:
             check_study(recipe.study, results, list(recipe.stages), recipe.seed)
-        except Mistake as mistake:
+        except StudyError as mistake:
             raise source.error(mistake.path, str(mistake)) from None
 
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from flows.planning.graph import nearest
 from flows.planning.recipe import ParsedRecipe
-from tasks.planned_stage import Assignment
+from tasks.planned_stage import PlannedStage
 from tasks.stage import Artifact, Corpus
 
 
-def registered(parsed: ParsedRecipe, tasks: Sequence[Assignment]) -> dict[str, str]:
+def registered(parsed: ParsedRecipe, tasks: Sequence[PlannedStage]) -> dict[str, str]:
     """By stage the model it becomes a version of. Raises EdgepressError with file and line for a wish that cannot come true."""
     wish = parsed.recipe.registry
     if wish is None:

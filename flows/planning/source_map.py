@@ -22,7 +22,7 @@ def dotted(path: KeyPath) -> str:
 
 
 @dataclass(frozen=True)
-class Located:
+class SourceMap:
     """A parsed document and the line (from 1) of every key path in it.
 
     text   the document as it was read
@@ -46,7 +46,7 @@ class Located:
         """`file:line: key: message`, of the key as it stands in the file."""
         return EdgepressError(f"{self.where(path)}: {dotted(self._origin(path))}: {message}")
 
-    def moving(self, moved: Mapping[KeyPath, KeyPath]) -> "Located":
+    def moving(self, moved: Mapping[KeyPath, KeyPath]) -> "SourceMap":
         return replace(self, moved=moved)
 
     def _origin(self, path: KeyPath) -> KeyPath:
@@ -57,7 +57,7 @@ class Located:
         return next(within, path)
 
 
-def read_yaml(file: Path, text: str | None = None) -> Located:
+def read_yaml(file: Path, text: str | None = None) -> SourceMap:
     """Parse one YAML document: the file's, or `text` that stood in it.
 
     Raises EdgepressError for a missing file, wrong syntax, a key that is given twice or is no text, aliases that never end.
@@ -78,7 +78,7 @@ def read_yaml(file: Path, text: str | None = None) -> Located:
         raise EdgepressError(f"{file}: the recipe is empty")
     lines: dict[KeyPath, int] = {}
     _locate(root, (), lines, file, ())
-    return Located(file, value, lines, text)
+    return SourceMap(file, value, lines, text)
 
 
 def read_value(text: str) -> Any:

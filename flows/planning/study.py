@@ -120,7 +120,7 @@ class Study(Settings):
         return {"x": self.x} | ({"lines": self.lines} if self.lines else {})
 
 
-class Mistake(PicklableError):
+class StudyError(PicklableError):
     """A study that does not fit its recipe: the path of the key, and what is wrong."""
 
     def __init__(self, path: KeyPath, message: str):
@@ -134,28 +134,28 @@ def check_study(study: Study, cells: Cells, stages: Iterable[str], seed: int) ->
     seed  the recipe's, of cells that the matrix gives none
     """
     if not cells:
-        raise Mistake(("study",), "a study compares the cells of a matrix, and this recipe has none; `--set study=null` runs it without")
+        raise StudyError(("study",), "a study compares the cells of a matrix, and this recipe has none; `--set study=null` runs it without")
     keys = dict.fromkeys(key for values, _ in cells for key in values)
     for name, axis in study.axes().items():
         for key in axis.keys:
             if key not in (*keys, STAGE):
-                raise Mistake(("study", name, "keys"), f"the matrix has no {key!r}; keys: {', '.join([*keys, STAGE])}")
+                raise StudyError(("study", name, "keys"), f"the matrix has no {key!r}; keys: {', '.join([*keys, STAGE])}")
         places = list(dict.fromkeys(axis.value(*cell) for cell in cells))
         if axis.names and len(axis.names) != len(places):
             found = ", ".join(" ".join(place) for place in places)
-            raise Mistake(("study", name, "names"), f"{len(axis.names)} names for {len(places)} places: {found}")
+            raise StudyError(("study", name, "names"), f"{len(axis.names)} names for {len(places)} places: {found}")
     seeds: dict[tuple[tuple[str, ...], ...], list[int]] = {}  # of each setting
     for values, stage in cells:
         taken = seeds.setdefault(tuple(axis.value(values, stage) for axis in study.axes().values()), [])
         if values.get(_SEED, seed) in taken:
-            raise Mistake(
+            raise StudyError(
                 ("study", "x", "keys"), f"two results stand at one place ({stage}, {dict(values)}): an axis must name what differs"
             )
         taken.append(values.get(_SEED, seed))
     _check_seeds(seeds)
     for number, name in enumerate(study.beside):
         if name not in stages:
-            raise Mistake(("study", "beside", number), f"there is no stage {name!r}; stages: {', '.join(stages)}")
+            raise StudyError(("study", "beside", number), f"there is no stage {name!r}; stages: {', '.join(stages)}")
     _check_claims(study, cells)
 
 
@@ -163,7 +163,7 @@ def _check_seeds(seeds: Mapping[tuple[tuple[str, ...], ...], Sequence[int]]) -> 
     """What differs between settings must not be their seeds."""
     if not set.intersection(*map(set, seeds.values())):
         told = "; ".join(f"{' '.join(word for place in places for word in place)} has {found}" for places, found in list(seeds.items())[:3])
-        raise Mistake(
+        raise StudyError(
             ("matrix", _SEED),
             f"a study compares settings seed by seed, and no seed is there for all of them: {told}; seeds do not go side by side (`zip`)",
         )
@@ -177,7 +177,7 @@ def check_metrics(study: Study, measured: Iterable[str]) -> None:
     for path, metric in asked:
         if not any(fnmatchcase(metric, name) for name in names):
             plain = [name for name in names if not name.endswith(("_low", "_high"))]
-            raise Mistake(path, f"no result of the sweep has a metric {metric!r}{nearest(metric, plain)}; they have {', '.join(plain)}")
+            raise StudyError(path, f"no result of the sweep has a metric {metric!r}{nearest(metric, plain)}; they have {', '.join(plain)}")
 
 
 def _check_claims(study: Study, cells: Cells) -> None:
@@ -186,21 +186,21 @@ def _check_claims(study: Study, cells: Cells) -> None:
         path: KeyPath = ("study", "claims", number)
         if claim.compounds:
             if claim.metric in _MAY_BE_ZERO:
-                raise Mistake(
+                raise StudyError(
                     (*path, "metric"), f"`compounds` compares logarithms, and {claim.metric} may be 0 where nothing is lost; take another"
                 )
             if "lines" not in places:
-                raise Mistake((*path, "compounds"), "it compares along two axes, and this study has no `lines`")
+                raise StudyError((*path, "compounds"), "it compares along two axes, and this study has no `lines`")
             wanted = {"x": [claim.compounds.x], "lines": [claim.compounds.line]}
         else:
             compared = axis_of(claim, places)
             wanted = {name: claim.at for name in places if name != compared} | {compared: [claim.better or "", *claim.than]}
             if claim.at and len(places) == 1:
-                raise Mistake((*path, "at"), "this study has one axis only")
+                raise StudyError((*path, "at"), "this study has one axis only")
         for name, labels in wanted.items():
             for label in labels:
                 if label not in places[name]:
-                    raise Mistake(
+                    raise StudyError(
                         path,
                         f"{label!r} is no place of {name}; places: {', '.join(places[name])}; `--set study=null` runs the recipe without",
                     )

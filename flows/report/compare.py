@@ -6,9 +6,9 @@ from typing import Any
 
 from flows.report.page import pareto_section
 from flows.report.rows import MANY
+from flows.report.run_comparison import RunComparison
 from flows.report.style import folded, state_class, whole_page
 from flows.report.table import cell
-from flows.report.run_comparison import RunComparison
 
 _CSS = {"better": "better", "worse": "worse", "noise": "dim", "same": "dim", "unlike": "dim"}
 

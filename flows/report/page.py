@@ -11,12 +11,12 @@ from flows.report.layers import layers_section
 from flows.report.notes import alerts, environment_section, gates_section, outcome
 from flows.report.rows import MANY, Row, dots, leaves, quality, values
 from flows.report.samples import samples_section
+from flows.report.study_page import study_section
 from flows.report.style import plots, whole_page
 from flows.report.sweep import sweep_section
 from flows.report.table import table_section
 from flows.report.training import training_section
 from flows.report.waterfall import waterfall_section
-from flows.report.study_page import study_section
 
 
 def render_report(summary: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flows.report.rows import MANY, Row, leaves
-from tasks.measurement.figures import Figure, crowded, measured, within_noise
+from tasks.measurement.figures import Figure, contended, measured, within_noise
 
 Judgement = Literal["better", "worse", "noise", "same", "unlike"]
 _GIVES = {  # of each measurement (tasks/measurement/kinds) the figures; those of the harness begin with its name, and what is not here the files alone tell
@@ -76,7 +76,7 @@ class RunComparison:
         text = ("+" if new > old else "−") + figure.value(abs(new - old))
         measurement = _measurement(figure.metric)
         unlike = measurement is not None and self._unlike(measurement, figure.metric, number, run)
-        unlike = unlike or any(crowded(one["metrics"], figure.metric) for one in (first, row))
+        unlike = unlike or any(contended(one["metrics"], figure.metric) for one in (first, row))
         return Change(text, "unlike" if unlike else _judged(first, row, figure, measurement))
 
     def _unlike(self, measurement: str, metric: str, one: int, other: int) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 from rich.markup import escape as plain
 from rich.table import Table
 
-from flows.report.charts import COLOURS, HEIGHT, PALETTE, WIDTH, Point, lines
 from flows.planning.study import Study
+from flows.report.charts import COLOURS, HEIGHT, PALETTE, WIDTH, Point, lines
 from flows.report.study_results import AGREES, DISAGREES, UNDECIDED, Difference, Metrics, Results, results
 from tasks.measurement.figures import BETTER, FIGURES
 

@@ -21,14 +21,13 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
 from compression.errors import EdgepressError
-from flows.planning.recipe import find_recipe
-from flows.run.pipeline import Progress, run_pipeline
 from flows.planning.plan import Plan, make_plan, select
-from flows.planning.recipe import load_recipe
+from flows.planning.recipe import find_recipe, load_recipe
 from flows.report import render_report
-from flows.run.resuming import plan_again
+from flows.run.pipeline import Progress, run_pipeline
+from flows.run.resuming import replan
 from tasks.measurement.figures import measured
-from tasks.store.journal import Run, last_of, read_runs
+from tasks.store.journal import Run, latest_attempt, read_runs
 from tasks.store.owner import owner_tag
 from tasks.store.store import Store
 
@@ -74,7 +73,7 @@ def run_recipe(
         elif begun.state == "Completed":
             return Completed(name="Cached", message=f"{begun.run} completed already; a new run would see what has changed since")
         else:
-            plan, folder = plan_again(opened, begun, logger.info), Path(begun.outputs)
+            plan, folder = replan(opened, begun, logger.info), Path(begun.outputs)
         outcome = run_pipeline(plan, opened, folder, _progress(logger), render_report, begun, context.flow_run.id)
     except EdgepressError as error:
         return Failed(message=str(error))
@@ -109,7 +108,7 @@ def _begun(store: Store, flow_run: UUID, say: Callable[[str], None]) -> Run | No
     earlier = [run for run in read_runs(store) if run.flow_run == str(flow_run)]
     if not earlier:
         return None
-    run = last_of(store, earlier[-1], say)
+    run = latest_attempt(store, earlier[-1], say)
     if run.state == "Running":
         raise EdgepressError(f"{run.run}, which this would go on with, is still running ({run.owner})")
     say(f"going on with {run.run} ({run.state.lower()})")

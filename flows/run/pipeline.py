@@ -16,16 +16,16 @@ from flows.planning.plan import Plan, check_disk
 from flows.run.prefect_server import prefect_server, reached_server
 from flows.run.summary import summarize
 from flows.run.tracked import close_interrupted, end_cells, end_parent, known_stages, leaves, open_cells, open_parent, series, settle
+from tasks.execution import RunContext
 from tasks.planned_stage import Result
-from tasks.runners.executor import Children
-from tasks.store.files import write_json
-from tasks.store.journal import Run, RunBase, RunStage, Told, journal
-from tasks.store.owner import is_dead, owner_tag
-from tasks.execution import Pipeline
 from tasks.runners.choice import open_children
-from tasks.store.store import Store, check_links, withdraw
+from tasks.runners.executor import Executor
+from tasks.store.files import write_json
+from tasks.store.journal import Run, RunBase, RunStage, StageStatus, journal
+from tasks.store.owner import is_dead, owner_tag
+from tasks.store.store import Store, check_links, unpublish
 from tasks.store.summaries import write_summary
-from tasks.tracking.tracking import Begun, Tracking, whole_address
+from tasks.tracking.tracking import OpenRun, Tracking, whole_address
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -83,9 +83,9 @@ def run_pipeline(
             if "ended" in event or stage not in heard:
                 heard.add(stage)
                 with pipeline.lock:  # until it is written, or an older state could come after a newer one
-                    journaled.stages({name: Told(r.state, r.reason, r.seconds) for name, r in pipeline.results.items()})
+                    journaled.stages({name: StageStatus(r.state, r.reason, r.seconds) for name, r in pipeline.results.items()})
 
-        pipeline = Pipeline(
+        pipeline = RunContext(
             name=recipe.name, run_name=run_name, store=store, children=children, tracking=tracking, run=run, data=recipe.data, machine=plan.machine,
             base=plan.base, outputs=outputs, documents={a.name: (a.identity, a.document) for a in plan.assignments}, progress=told,
             cells=open_cells(tracking, plan, run, run_name, begun), known_runs=known_runs, superseded=superseded, series=series(plan),
@@ -110,7 +110,7 @@ def run_pipeline(
                 close_interrupted(pipeline, summary, plan)
             settle(tracking, store.root / "outbox", warn)
         succeeded = all(row["state"] in {"Completed", "Cached"} for row in summary["rows"])
-        journaled.stages({row["stage"]: Told(row["state"], row["reason"], row["seconds"]) for row in summary["rows"]})
+        journaled.stages({row["stage"]: StageStatus(row["state"], row["reason"], row["seconds"]) for row in summary["rows"]})
         journaled.end("Completed" if succeeded else "Failed")
     return Outcome(journaled.run.run, summary, succeeded, state)
 
@@ -118,7 +118,7 @@ def run_pipeline(
 @contextmanager
 def _ready(
     plan: Plan, store: Store, resumes: Run | None, flow_run: UUID | None, warn: Callable[[str], None]
-) -> Iterator[tuple[Children, Tracking, Callable[[], AbstractContextManager[None]]]]:
+) -> Iterator[tuple[Executor, Tracking, Callable[[], AbstractContextManager[None]]]]:
     """What a run works with: children, MLflow, and a block that blames Prefect's server where that died.
 
     All that must answer is asked here, before the run is in the journal. Raises EdgepressError for what does not: nothing was run then.
@@ -131,7 +131,7 @@ def _ready(
                 reached_server()
             children.preload()
             tracking = Tracking(_address(resumes), store.root / "outbox", warn)
-            tracking.send_left()
+            tracking.flush_leftover()
             tracking.end_orphans()
             yield children, tracking, blamed
         finally:
@@ -150,7 +150,7 @@ def withdraw_descendants(plan: Plan, results: Mapping[str, Result], outputs: Pat
     broken = {name for name, result in results.items() if any(verdict.outcome == "FAIL" for verdict in result.verdicts)}
     for name, ancestors in plan.ancestors.items():
         if not broken.isdisjoint(ancestors):
-            withdraw(outputs, plan.parsed.recipe.name, name)
+            unpublish(outputs, plan.parsed.recipe.name, name)
 
 
 def _described(plan: Plan, outputs: Path, resumes: Run | None, flow_run: UUID | None) -> Run:
@@ -171,7 +171,7 @@ def _described(plan: Plan, outputs: Path, resumes: Run | None, flow_run: UUID | 
     )  # fmt: skip
 
 
-def _begun(tracking: Tracking, resumes: Run, progress: Progress) -> Begun | None:
+def _begun(tracking: Tracking, resumes: Run, progress: Progress) -> OpenRun | None:
     """The runs in MLflow to go on with. Warns where they are gone."""
     begun = tracking.begun(resumes.tracking_run) if resumes.tracking_run else None
     if begun is None and resumes.tracking_run:
@@ -181,7 +181,7 @@ def _begun(tracking: Tracking, resumes: Run, progress: Progress) -> Begun | None
     return begun
 
 
-def _run_flow(pipeline: Pipeline, plan: Plan, run: Run, flow_run: UUID | None) -> "State[Any]":
+def _run_flow(pipeline: RunContext, plan: Plan, run: Run, flow_run: UUID | None) -> "State[Any]":
     """Run all stages in the flow run this is called in, or in one of its own. Returns the state it ends in."""
     from prefect import flow, tags
     from prefect.client.orchestration import get_client
@@ -207,7 +207,7 @@ def _run_flow(pipeline: Pipeline, plan: Plan, run: Run, flow_run: UUID | None) -
             APILogHandler().flush()  # before the server goes
 
 
-def _run_stages(pipeline: Pipeline, plan: Plan) -> "State[Any]":
+def _run_stages(pipeline: RunContext, plan: Plan) -> "State[Any]":
     """Submit every stage to Prefect, which starts each one as the graph allows, and wait for all. To be called in a flow run."""
     from prefect.futures import PrefectFuture
     from prefect.states import Completed, Failed
@@ -290,7 +290,7 @@ def _end_orphans() -> None:
             client.set_flow_run_state(flow_run.id, crashed, force=True)
 
 
-def _write(pipeline: Pipeline, summary: dict[str, Any], render: Callable[[dict[str, Any]], str]) -> list[Path]:
+def _write(pipeline: RunContext, summary: dict[str, Any], render: Callable[[dict[str, Any]], str]) -> list[Path]:
     """Write the summary and the report beside the results; returns the files."""
     folder = pipeline.outputs / pipeline.name
     write_json(folder / "run.json", summary)

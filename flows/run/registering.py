@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from export.runtimes import PACKAGES
-from tasks.planned_stage import Assignment
-from tasks.tracking.descriptions import table
+from tasks.execution import RunContext
 from tasks.measurement.gates import Verdict
-from tasks.execution import Pipeline
+from tasks.planned_stage import PlannedStage
+from tasks.tracking.descriptions import table
 
 
-def register_results(pipeline: Pipeline, tasks: Sequence[Assignment], champion: bool) -> list[str]:
+def register_results(pipeline: RunContext, tasks: Sequence[PlannedStage], champion: bool) -> list[str]:
     """Register what was made and passed; returns what there is to say: each stage with its model and aliases."""
     said = []
     for task in tasks:
@@ -36,7 +36,7 @@ def register_results(pipeline: Pipeline, tasks: Sequence[Assignment], champion: 
     return said
 
 
-def _unjudged(task: Assignment, verdicts: Sequence[Verdict]) -> list[str]:
+def _unjudged(task: PlannedStage, verdicts: Sequence[Verdict]) -> list[str]:
     """What to say of the stage's own gates of which a limit gave no verdict: what they are about was not measured (`if_measured`)."""
     given = Counter(verdict.metric for verdict in verdicts)
     return [

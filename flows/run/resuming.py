@@ -11,7 +11,7 @@ from tasks.store.journal import Run
 from tasks.store.store import Store
 
 
-def plan_again(store: Store, run: Run, say: Callable[[str], None]) -> Plan:
+def replan(store: Store, run: Run, say: Callable[[str], None]) -> Plan:
     """The run's plan: the recipe as it stood then, its overrides, its `only`, and what of `again` was not done. Goes to its directory.
 
     `say` is told what is another than it was then. Raises EdgepressError where the directory is gone or the recipe cannot run any more.

@@ -9,12 +9,12 @@ from typing import Any
 
 from flows.planning.graph import BASE
 from flows.planning.plan import Plan
-from tasks.planned_stage import Assignment, Result
+from tasks.execution import RunContext
 from tasks.measurement.measure import machine_fingerprint
-from tasks.execution import Pipeline
+from tasks.planned_stage import PlannedStage, Result
 
 
-def summarize(pipeline: Pipeline, plan: Plan, started: float, run: str) -> dict[str, Any]:
+def summarize(pipeline: RunContext, plan: Plan, started: float, run: str) -> dict[str, Any]:
     """Rows in topological order, the base first; the cells of a sweep; verdicts; where it ran.
 
     run  its name in the journal
@@ -36,7 +36,7 @@ def summarize(pipeline: Pipeline, plan: Plan, started: float, run: str) -> dict[
     }  # fmt: skip
 
 
-def _not_begun(pipeline: Pipeline, task: Assignment) -> Result:
+def _not_begun(pipeline: RunContext, task: PlannedStage) -> Result:
     """The row of a stage that never began: what it needs failed, or the run was interrupted before it."""
     broken = next((name for name in task.ancestors if name in pipeline.results and pipeline.results[name].state == "Failed"), None)
     reason = f"{broken} failed" if broken else "the run was interrupted"
@@ -50,7 +50,7 @@ def _layers(result: Result) -> dict[str, dict[str, float]]:
     return json.loads(file.read_text()) if result.path and file.is_file() else {}
 
 
-def _sweep(pipeline: Pipeline, plan: Plan) -> dict[str, Any] | None:
+def _sweep(pipeline: RunContext, plan: Plan) -> dict[str, Any] | None:
     """The cells of the matrix: their values, their leaves (from the name in the recipe to the copy's) and their runs in MLflow.
 
     left_out  results of the matrix that this run does without, as it was asked for a part

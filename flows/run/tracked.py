@@ -13,12 +13,12 @@ from compression.redaction import redacted
 from flows.planning.graph import BASE
 from flows.planning.plan import Plan, estimate
 from flows.run.registering import register_results
-from tasks.tracking.descriptions import charted, fitted, results_table, steps_table, table
+from tasks.execution import RunContext
 from tasks.measurement.measure import machine_fingerprint
-from tasks.execution import Pipeline
-from tasks.tracking.runs_view import RUN
 from tasks.store.store import Store
-from tasks.tracking.tracking import Begun, Tracking
+from tasks.tracking.descriptions import charted, fitted, results_table, steps_table, table
+from tasks.tracking.runs_view import RUN
+from tasks.tracking.tracking import OpenRun, Tracking
 
 _PATIENCE = 10.0  # seconds to wait at the end for an MLflow that is away
 _DONE = ("Completed", "Cached")
@@ -27,7 +27,7 @@ _DONE = ("Completed", "Cached")
 # --- the beginning ---
 
 
-def open_parent(tracking: Tracking, plan: Plan, store: Store, name: str, begun: Begun | None) -> str:
+def open_parent(tracking: Tracking, plan: Plan, store: Store, name: str, begun: OpenRun | None) -> str:
     """The pipeline's run, with recipe, plan and environment as artifacts and the data as an input. `name`: that of its group in the table of runs."""
     recipe, file = plan.parsed.recipe, plan.parsed.source.file
     commit, changed = git_commit(file.absolute().parent)
@@ -57,7 +57,7 @@ def open_parent(tracking: Tracking, plan: Plan, store: Store, name: str, begun: 
     return run
 
 
-def open_cells(tracking: Tracking, plan: Plan, run: str, name: str, begun: Begun | None) -> dict[str, str]:
+def open_cells(tracking: Tracking, plan: Plan, run: str, name: str, begun: OpenRun | None) -> dict[str, str]:
     """A run for each cell of the matrix, with its values as parameters: what MLflow compares and draws."""
     tags = {"edgepress.kind": "cell", "edgepress.recipe": plan.parsed.recipe.name, RUN: name}
     known = begun.cells if begun else {}
@@ -67,7 +67,7 @@ def open_cells(tracking: Tracking, plan: Plan, run: str, name: str, begun: Begun
     }
 
 
-def known_stages(plan: Plan, begun: Begun | None) -> tuple[dict[str, str], dict[str, str]]:
+def known_stages(plan: Plan, begun: OpenRun | None) -> tuple[dict[str, str], dict[str, str]]:
     """By stage the run in MLflow to go on with; and the run of a stage that has another identity now, whose place another run takes."""
     identities = {task.name: task.identity for task in plan.assignments}
     known: dict[str, str] = {}
@@ -157,7 +157,7 @@ def lock() -> str:
 # --- the end ---
 
 
-def end_cells(pipeline: Pipeline, summary: dict[str, Any], plan: Plan, finished: bool) -> None:
+def end_cells(pipeline: RunContext, summary: dict[str, Any], plan: Plan, finished: bool) -> None:
     """A cell ends as its leaves did, with the metrics of its whole road, step = index of the stage."""
     tracking, rows = pipeline.tracking, {row["stage"]: row for row in summary["rows"]}
     beside = set(helpers(plan))
@@ -181,7 +181,7 @@ def end_cells(pipeline: Pipeline, summary: dict[str, Any], plan: Plan, finished:
             tracking.end(run, "FAILED" if broken else "FINISHED", reasons or None)
 
 
-def close_interrupted(pipeline: Pipeline, summary: dict[str, Any], plan: Plan) -> None:
+def close_interrupted(pipeline: RunContext, summary: dict[str, Any], plan: Plan) -> None:
     """End every run that is still open as KILLED."""
     for result in pipeline.results.values():
         if result.run and result.state == "Running":
@@ -190,7 +190,7 @@ def close_interrupted(pipeline: Pipeline, summary: dict[str, Any], plan: Plan) -
     pipeline.tracking.end(pipeline.run, "KILLED", "interrupted")
 
 
-def end_parent(pipeline: Pipeline, summary: dict[str, Any], plan: Plan, files: list[Path]) -> None:
+def end_parent(pipeline: RunContext, summary: dict[str, Any], plan: Plan, files: list[Path]) -> None:
     """Register results, log the summary's files, describe and end the pipeline's run."""
     wish = plan.parsed.recipe.registry
     registered = register_results(pipeline, plan.assignments, wish is not None and wish.champion)
@@ -203,7 +203,7 @@ def end_parent(pipeline: Pipeline, summary: dict[str, Any], plan: Plan, files: l
     pipeline.tracking.end(pipeline.run, "FAILED" if failed else "FINISHED", reason or None)
 
 
-def describe_parent(pipeline: Pipeline, summary: dict[str, Any], plan: Plan, end: str, more: Sequence[str] = ()) -> None:
+def describe_parent(pipeline: RunContext, summary: dict[str, Any], plan: Plan, end: str, more: Sequence[str] = ()) -> None:
     """The base and the results as a table, how it ended, then a table of all stages, and what to beware of. `more`: lines that stand before that."""
     rows = summary["rows"]
     done = [row for row in rows if row["stage"] != BASE]

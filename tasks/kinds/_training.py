@@ -115,8 +115,8 @@ class TrainingStage(Stage):
 
     def rows(self, inputs: Inputs, data: DataSpec, context: Context) -> dict[str, Any]:
         """`rows` and `mask`, and where there are evaluations `validation`, as the training functions take them."""
-        from compression.data import question_rows, training_rows
         from compression.checkpoints.loading import load_tokenizer
+        from compression.data import question_rows, training_rows
 
         tokenizer = load_tokenizer(inputs.parent)
         if self.train_on == "questions":

@@ -19,6 +19,7 @@ class Distill(TrainingStage):
 
     uses: Literal["distill"] = "distill"
     version: ClassVar[int] = 2
+    former_names: ClassVar[Mapping[str, str]] = {"mixture": "jsd_beta"}
     metrics: ClassVar[tuple[str, ...]] = (*TrainingStage.metrics, "teacher_cache_mb", "teacher_cache_built")
 
     teacher: Annotated[
@@ -35,7 +36,7 @@ class Distill(TrainingStage):
     divergence: Annotated[
         Divergence, Field(description="`forward` KL(teacher, student), `reverse` KL(student, teacher), or `js` (Jensen-Shannon).")
     ] = "forward"
-    mixture: Annotated[float, Field(gt=0, lt=1, description="Share of the teacher in the distribution between both, of `js`.")] = 0.5
+    jsd_beta: Annotated[float, Field(gt=0, lt=1, description="Share of the teacher in the distribution between both, of `js`.")] = 0.5
     feature: Annotated[
         Feature, Field(description="What blocks are compared by: hidden states (squares or cosine), attention maps, gradients.")
     ] = "hidden_mse"
@@ -82,7 +83,7 @@ class Distill(TrainingStage):
         teacher = inputs.others.get("teacher", inputs.parent)
         return self.train(
             distill, inputs.parent, teacher, place.out, **self.rows(inputs, data, context), alpha=self.alpha, beta=self.beta, gamma=self.gamma,
-            temperature=self.temperature, divergence=self.divergence, mixture=self.mixture, feature=self.feature,
+            temperature=self.temperature, divergence=self.divergence, jsd_beta=self.jsd_beta, feature=self.feature,
             feature_layers=self.feature_layers, teacher_cache=self._cache(), cache=place.shared and place.shared / "teachers",
             settings=self.settings(), workdir=place.work, context=context,
         )  # fmt: skip

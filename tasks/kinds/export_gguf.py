@@ -69,8 +69,8 @@ class ExportGguf(Stage):
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         import torch
 
-        from compression.data import calibration_windows
         from compression.checkpoints.loading import load_tokenizer
+        from compression.data import calibration_windows
         from export.gguf.writer import export_gguf
 
         windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed) if self.importance else None

@@ -69,8 +69,8 @@ class ExportOnnx(Stage):
         return "carried" if self.dtype == "int4" else "float"
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.data import calibration_windows
         from compression.checkpoints.loading import load_tokenizer
+        from compression.data import calibration_windows
         from export.onnx import export_onnx
 
         windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed) if self.dtype == _CALIBRATED else None

@@ -44,8 +44,8 @@ class PruneDepth(Stage):
         return dataclasses.replace(parent, config=depth_config(parent, kept))
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.data import calibration_windows
         from compression.checkpoints.loading import load_tokenizer
+        from compression.data import calibration_windows
         from compression.pruning.depth import prune_depth
 
         reads = self.data_read() == "calibration"

@@ -53,8 +53,8 @@ class PruneUnstructured(Stage):
         return dataclasses.replace(parent, sparse=True)
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.data import calibration_windows
         from compression.checkpoints.loading import load_tokenizer
+        from compression.data import calibration_windows
         from compression.pruning.unstructured import prune_unstructured
 
         reads = self.data_read() == "calibration"

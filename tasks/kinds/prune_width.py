@@ -51,8 +51,8 @@ class PruneWidth(Stage):
         return dataclasses.replace(parent, config=width_config(parent, **parameters))
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.data import calibration_windows
         from compression.checkpoints.loading import load_tokenizer
+        from compression.data import calibration_windows
         from compression.pruning.width import prune_width
 
         reads = self.data_read() == "calibration"

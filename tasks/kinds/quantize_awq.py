@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from compression.checkpoints.checkpoint import Checkpoint
+from compression.checkpoints.quantization_config import awq_config
 from compression.context import Context
 from compression.data import DataSpec
 from compression.quantization.gptqmodel_limits import check_gptqmodel
-from compression.quantization.settings import plan_codes
-from compression.checkpoints.quantization_config import awq_config
+from compression.quantization.settings import plan_schemes
 from tasks.extras import require
 from tasks.stage import Inputs, Planned, Reads, Stage, Workplace
 
@@ -45,14 +45,14 @@ class QuantizeAwq(Stage):
         if self.engine == "gptqmodel":
             require("gptqmodel", "engine: gptqmodel")
             check_gptqmodel(parent, method="awq", bits=self.bits, group_size=self.group_size)
-        plan_codes(parent, bits=self.bits, group_size=self.group_size)
+        plan_schemes(parent, bits=self.bits, group_size=self.group_size)
         return dataclasses.replace(
             parent, layout="awq", config={**parent.config, "quantization_config": awq_config(group_size=self.group_size)}
         )
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.data import calibration_windows
         from compression.checkpoints.loading import load_tokenizer
+        from compression.data import calibration_windows
         from compression.quantization.awq import quantize_awq
         from compression.quantization.gptqmodel_engine import quantize_with_gptqmodel
 

@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from compression.checkpoints.checkpoint import Checkpoint
+from compression.checkpoints.schemes import Scheme
 from compression.context import Context
 from compression.data import DataSpec
-from compression.checkpoints.schemes import Scheme
 from tasks.stage import Inputs, Planned, Stage, Workplace
 
 

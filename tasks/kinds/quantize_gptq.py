@@ -41,15 +41,15 @@ class QuantizeGptq(CodesStage):
 
     def _check_gptqmodel(self, parent: Checkpoint) -> None:
         require("gptqmodel", "engine: gptqmodel")
-        if self.layers or self.misfit != "refuse":
+        if self.layers or self.on_indivisible != "refuse":
             raise Incompatible(
                 "engine: gptqmodel takes the same bits and groups for all layers here; engine: edgepress takes patterns", key="layers"
             )
         check_gptqmodel(parent, method="gptq", bits=self.bits, group_size=self.group_size)
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.data import calibration_windows
         from compression.checkpoints.loading import load_tokenizer
+        from compression.data import calibration_windows
         from compression.quantization.gptq import quantize_gptq
         from compression.quantization.gptqmodel_engine import quantize_with_gptqmodel
 

@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from compression.checkpoints.checkpoint import Checkpoint
+from compression.checkpoints.schemes import Scheme
 from compression.context import Context
 from compression.data import DataSpec
-from compression.checkpoints.schemes import Scheme
 from tasks.stage import Inputs, Planned, Reads, Stage, Workplace
 
 
@@ -34,8 +34,8 @@ class QuantizeSmoothquant(Stage):
         return dataclasses.replace(parent, layout="w8a8", config={**parent.config, "quantization_config": Scheme("int").config()})
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.data import calibration_windows
         from compression.checkpoints.loading import load_tokenizer
+        from compression.data import calibration_windows
         from compression.quantization.smoothquant import quantize_smoothquant
 
         windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed)

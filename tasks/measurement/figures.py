@@ -106,12 +106,12 @@ def noise(metrics: Metrics, metric: str) -> tuple[float, float] | None:
     return None
 
 
-def crowded(metrics: Metrics, metric: str) -> bool:
+def contended(metrics: Metrics, metric: str) -> bool:
     """Whether other programs had the cores while this was timed, so that the model may be faster than the figure says."""
     return any(metric in timed and metrics.get(share, 0.0) > CROWDED for share, timed in _TIMED.items())
 
 
-def most_crowded(metrics: Metrics) -> float:
+def most_contended(metrics: Metrics) -> float:
     """The largest share of waiting of what was timed, where it makes figures doubtful; else 0."""
     return max((metrics[share] for share in _TIMED if metrics.get(share, 0.0) > CROWDED), default=0.0)
 

@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from compression.evaluation.findings import Items
 from compression.settings import Settings
-from tasks.measurement.figures import crowded, noise
+from tasks.measurement.figures import contended, noise
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 Relation = Literal["at least", "at most"]
@@ -172,7 +172,7 @@ def _judge_limit(metric: str, limit: Limit, bound: Bound, mine: Figures, other: 
     outcome: Outcome = "PASS" if kept and all_kept else "INCONCLUSIVE" if any_kept else "FAIL"
     noisy = high > low
     message = _message(metric, limit, bound, value, bar, other.metrics.get(metric), outcome, (high - low) / 2)
-    if outcome == "FAIL" and (crowded(mine.metrics, metric) or (limit.relative and crowded(other.metrics, metric))):
+    if outcome == "FAIL" and (contended(mine.metrics, metric) or (limit.relative and contended(other.metrics, metric))):
         outcome, message = "INCONCLUSIVE", f"{message}, but other programs had the cores while it was timed (`edgepress run --remeasure`)"
     final: Outcome = "FAIL" if outcome == "INCONCLUSIVE" and bound.strict else outcome
     return Verdict(metric, final, message, limit.relation, value, bar, low if noisy else None, high if noisy else None)

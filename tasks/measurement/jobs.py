@@ -19,9 +19,9 @@ def generate_samples(
     *, target: str, tokenizer: str, data: dict[str, Any], evaluation: dict[str, Any], threads: int, context: Context
 ) -> Findings:
     """Continuations of the beginnings of evaluation windows, and how sane they are."""
+    from compression.checkpoints.loading import load_tokenizer
     from compression.data import evaluation_windows
     from compression.evaluation.samples import generate_samples as generate
-    from compression.checkpoints.loading import load_tokenizer
 
     spec = EvaluationSpec.model_validate(evaluation)
     windows = evaluation_windows(DataSpec.model_validate(data), load_tokenizer(Path(tokenizer)))
@@ -66,9 +66,9 @@ def run_harness(
     *, target: str, tokenizer: str, evaluation: dict[str, Any], threads: int, context: Context, system: str | None = None
 ) -> Findings:
     """Tasks of lm-evaluation-harness."""
+    from compression.checkpoints.loading import load_tokenizer
     from compression.evaluation.harness import HarnessModel, evaluate_tasks
     from compression.evaluation.harness_tasks import find_tasks
-    from compression.checkpoints.loading import load_tokenizer
 
     spec = EvaluationSpec.model_validate(evaluation)
     tasks = find_tasks(spec.harness)
@@ -114,8 +114,8 @@ def _writer(target: str, spec: EvaluationSpec, threads: int, context: Context, s
 
 
 def _prompt(tokenizer: str, data: dict[str, Any]) -> list[int]:
-    from compression.data import evaluation_windows
     from compression.checkpoints.loading import load_tokenizer
+    from compression.data import evaluation_windows
 
     window = evaluation_windows(DataSpec.model_validate(data), load_tokenizer(Path(tokenizer)))[0].tolist()
     return window[: len(window) // 2]

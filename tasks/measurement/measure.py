@@ -20,10 +20,10 @@ import psutil
 
 from compression.evaluation.findings import Items
 from export.runtimes import installed_runtimes, runtime_name
-from tasks.runners.executor import Children, EventSink, Job
+from tasks.measurement.measurement import Measurement, MeasurementRequest, Subject, measurements
+from tasks.runners.executor import EventHandler, Executor, Job
 from tasks.store.files import size_of
 from tasks.store.identity import digest
-from tasks.measurement.measurement import Asked, Measurement, Subject, measurements
 from tasks.store.store import Store
 
 
@@ -64,7 +64,7 @@ class Measured:
     seconds: float = 0.0
 
 
-def measure(subject: Subject, store: Store, children: Children, sink: EventSink, *, again: bool = False, order: int = 0) -> Measured:
+def measure(subject: Subject, store: Store, children: Executor, on_event: EventHandler, *, again: bool = False, order: int = 0) -> Measured:
     """Every record that the recipe asks for about a target: from the store, or made now and kept. `again`: what is taken alone is made now, and takes
     the place of what the store has. `order`: that of its jobs."""
     found = Measured()
@@ -72,7 +72,7 @@ def measure(subject: Subject, store: Store, children: Children, sink: EventSink,
         parts = measurement.parts(subject.asked) if measurement.applies(subject.asked) else {}
         for name, asked in parts.items():
             key, record, seconds = _record(
-                measurement, replace(subject, asked=asked), store, children, sink, again=again and measurement.alone, order=order
+                measurement, replace(subject, asked=asked), store, children, on_event, again=again and measurement.alone, order=order
             )
             found.metrics |= record["metrics"]
             found.items |= {metric: Items.read(items) for metric, items in record["items"].items()}
@@ -83,7 +83,7 @@ def measure(subject: Subject, store: Store, children: Children, sink: EventSink,
 
 
 def _record(
-    measurement: Measurement, subject: Subject, store: Store, children: Children, sink: EventSink, *, again: bool, order: int
+    measurement: Measurement, subject: Subject, store: Store, children: Executor, on_event: EventHandler, *, again: bool, order: int
 ) -> tuple[str, dict[str, Any], float]:  # fmt: skip
     """A record with its key, and the seconds a child worked for it now."""
     from compression.evaluation.bootstrap import BOOTSTRAP_VERSION, interval_figures
@@ -105,7 +105,7 @@ def _record(
             order=order,
         )  # fmt: skip
         folder = store.root / "work" / f"measure-{digest(document)}"  # whoever holds the lock of the key is alone in it
-        done = children.run(job, folder, sink)
+        done = children.run(job, folder, on_event)
         shutil.rmtree(folder, ignore_errors=True)
         metrics = dict(done.metrics)
         for metric, items in done.items.items():
@@ -141,7 +141,7 @@ def compare(target: Measured, base: Measured, content: str, store: Store) -> dic
 
 
 def _kept(
-    store: Store, document: dict[str, Any], made: Callable[[], tuple[dict[str, Any], float]], given_up: Callable[[], bool] = lambda: False,
+    store: Store, document: dict[str, Any], made: Callable[[], tuple[dict[str, Any], float]], is_cancelled: Callable[[], bool] = lambda: False,
     *, again: bool = False,
 ) -> tuple[str, dict[str, Any], float]:  # fmt: skip
     """The record of a key and the seconds that went into it now; where the store has none, or it is to be made `again`, what `made` makes.
@@ -149,7 +149,7 @@ def _kept(
     given_up  asked while another process makes it; raises Stopped when it says so
     """
     key = digest(document)
-    with store.lock(key, given_up):
+    with store.lock(key, is_cancelled):
         record = None if again else store.record(key)
         seconds = 0.0
         if record is None:
@@ -159,10 +159,10 @@ def _kept(
     return key, record, seconds
 
 
-def known_metrics(asked: Asked) -> Mapping[str, None]:
+def known_metrics(asked: MeasurementRequest) -> Mapping[str, None]:
     """Names of all metrics that measuring may give, in order; `*` in one stands for what only the result tells."""
     names: dict[str, None] = {}
-    of_the_base = Asked(asked.planned, (), asked.data, asked.settings)
+    of_the_base = MeasurementRequest(asked.planned, (), asked.data, asked.settings)
     for measurement in measurements():
         if not measurement.applies(asked):
             continue

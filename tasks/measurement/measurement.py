@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 from compression.data import DataSpec
 from compression.evaluation.findings import Transform
-from tasks.store.identity import Machine
 from tasks.stage import Planned
+from tasks.store.identity import Machine
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Asked:
+class MeasurementRequest:
     """What is known of a measurement while planning.
 
     planned   the checkpoint or artifact
@@ -52,7 +52,7 @@ class Asked:
 class Subject:
     """What is measured: `asked` come true."""
 
-    asked: Asked
+    asked: MeasurementRequest
     target: Reference
     references: Mapping[str, Reference]  # by role
     tokenizer: Path  # a directory that holds it
@@ -73,11 +73,11 @@ class Measurement(ABC):
     version: ClassVar[int]
     alone: ClassVar[bool] = False
 
-    def applies(self, asked: Asked) -> bool:
+    def applies(self, asked: MeasurementRequest) -> bool:
         """Whether it is made of this checkpoint or artifact, in a recipe with these settings. Never asked of a corpus, which no runtime opens."""
         return True
 
-    def parts(self, asked: Asked) -> Mapping[str, Asked]:
+    def parts(self, asked: MeasurementRequest) -> Mapping[str, MeasurementRequest]:
         """What gets a record of its own each, so that one more that is asked for computes only that. Default: all of it is one.
 
         By a name: this measurement's, or one with a dot behind that its metrics begin with.
@@ -85,7 +85,7 @@ class Measurement(ABC):
         return {self.name: asked}
 
     @abstractmethod
-    def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
+    def metrics(self, asked: MeasurementRequest) -> Mapping[str, Transform | None]:
         """Every metric it may give, by name (`*` stands for what only the result tells), with the transform of its items or None without items.
 
         Metrics with items get intervals, and comparisons with the base, without further ado.

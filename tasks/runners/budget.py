@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 
-from tasks.runners.executor import EventSink, Job
-from tasks.errors import Stopped
-from tasks.runners.machine import GivenUp
+from tasks.errors import Cancelled
+from tasks.runners.executor import EventHandler, Job
+from tasks.runners.machine import IsCancelled
 
 PROCESS = 512 << 20
 """Bytes of a child that has torch loaded and nothing to work on."""
@@ -37,11 +37,13 @@ class Budget:
         self._numbers = itertools.count()
 
     @contextmanager
-    def taken(self, job: Job, sink: EventSink, given_up: GivenUp) -> Iterator[None]:
-        """Hold what a job claims. Raises Stopped when `given_up` says so (it is asked twice a second, and whenever `wake` is called)."""
+    def taken(self, job: Job, on_event: EventHandler, is_cancelled: IsCancelled) -> Iterator[None]:
+        """Hold what a job claims. Raises Stopped when `is_cancelled` says so (it is asked twice a second, and whenever `wake` is called)."""
         memory = job.memory + PROCESS
         if memory > self.memory:
-            sink({"note": f"needs about {memory / 2**30:.1f} GiB of memory, and there are {self.memory / 2**30:.1f} GiB: it runs alone"})
+            on_event(
+                {"note": f"needs about {memory / 2**30:.1f} GiB of memory, and there are {self.memory / 2**30:.1f} GiB: it runs alone"}
+            )
         claim = (
             {"cores": self.cores, "memory": self.memory}
             if job.alone
@@ -52,8 +54,8 @@ class Budget:
             bisect.insort(self._queue, place)
             try:
                 while self._queue[0] != place or any(self._free[name] < count for name, count in claim.items()):
-                    if given_up():
-                        raise Stopped()
+                    if is_cancelled():
+                        raise Cancelled()
                     self._changed.wait(0.5)
                 for name, count in claim.items():
                     self._free[name] -= count

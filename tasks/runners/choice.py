@@ -3,24 +3,24 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tasks.runners.executor import Children
 from tasks.runners.budget import Budget
-from tasks.runners.local import LocalChildren
-from tasks.runners.settings import Runner
+from tasks.runners.executor import Executor
+from tasks.runners.local import LocalExecutor
+from tasks.runners.settings import ExecutionSettings
 
 
-def open_children(settings: Runner, paths: Sequence[Path]) -> Children:
+def open_children(settings: ExecutionSettings, paths: Sequence[Path]) -> Executor:
     """The children of a flow, as its recipe says. Nothing is started or asked before `preload`.
 
     paths  of this machine that every worker must see in the same place: the store, the base model
     """
-    local = LocalChildren(Budget(settings.cores, None if settings.memory_gib is None else int(settings.memory_gib * 2**30)))
+    local = LocalExecutor(Budget(settings.cores, None if settings.memory_gib is None else int(settings.memory_gib * 2**30)))
     if settings.address is not None:
-        from tasks.runners.dask import DaskChildren
+        from tasks.runners.dask import DaskExecutor
 
-        return DaskChildren(local, paths, settings.address)
+        return DaskExecutor(local, paths, settings.address)
     if settings.pool is not None:
-        from tasks.runners.prefect_pool import PrefectChildren
+        from tasks.runners.prefect_pool import PrefectExecutor
 
-        return PrefectChildren(local, paths, settings.pool)
+        return PrefectExecutor(local, paths, settings.pool)
     return local

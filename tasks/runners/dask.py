@@ -10,11 +10,11 @@ from time import monotonic, sleep
 from typing import Any
 
 from compression.errors import Incompatible, MissingExtra
+from tasks.errors import Cancelled, JobFailed
 from tasks.runners.executor import Job
-from tasks.errors import JobFailed, Stopped
-from tasks.runners.remote import AwayChildren, asked, problem
 from tasks.runners.host import Host
-from tasks.runners.local import LocalChildren
+from tasks.runners.local import LocalExecutor
+from tasks.runners.remote import RemoteExecutor, asked, problem
 
 try:
     from distributed import Client, Future, KilledWorker, WorkerPlugin, get_worker
@@ -46,10 +46,10 @@ def serve_on_worker(folder: str, attempt: str) -> dict[str, Any]:
     return plugin.host.ask(folder, attempt)
 
 
-class DaskChildren(AwayChildren):
+class DaskExecutor(RemoteExecutor):
     """Children on the workers of a Dask cluster. Dask itself runs a job again whose worker died, and gives it up after its `allowed-failures`."""
 
-    def __init__(self, local: LocalChildren, paths: Sequence[Path], address: str):
+    def __init__(self, local: LocalExecutor, paths: Sequence[Path], address: str):
         super().__init__(local, paths)
         self._address = address
         self._client: Client | None = None
@@ -112,7 +112,7 @@ class DaskChildren(AwayChildren):
         seen = looked = monotonic()
         while not future.done():
             if self.closed:
-                raise Stopped()
+                raise Cancelled()
             forward()
             sleep(0.1)
             if monotonic() - looked > 5:

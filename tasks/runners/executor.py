@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from compression.evaluation.findings import Items
 
-EventSink = Callable[[dict[str, Any]], None]
+EventHandler = Callable[[dict[str, Any]], None]
 """Hears of a job: {"progress": [done, total, what]}, {"metrics": {}, "step": n}, {"warning": text} from the job itself; {"note": text} about
 where and how it is executed; {"again": text} when it was begun anew after its worker was lost: what it said before counts no more."""
 
@@ -44,7 +44,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Done:
+class JobResult:
     """What a child brought: what its function found, and the seconds it worked (waiting and start-up left out)."""
 
     metrics: dict[str, float]
@@ -53,20 +53,20 @@ class Done:
     details: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def read(document: Mapping[str, Any]) -> "Done":
+    def read(document: Mapping[str, Any]) -> "JobResult":
         """As it stands in JSON: `result.json`."""
         items = {metric: Items.read(found) for metric, found in document["items"].items()}
-        return Done(document["metrics"], document["seconds"], items, document["details"])
+        return JobResult(document["metrics"], document["seconds"], items, document["details"])
 
 
-class Children(Protocol):
+class Executor(Protocol):
     """All children of one flow."""
 
     def preload(self) -> None:
         """Make ready while the caller goes on; raises EdgepressError for what cannot work. From the main thread, before any job."""
 
-    def run(self, job: Job, folder: Path, sink: EventSink) -> Done:
-        """Run a job to its end and return what it brought; events reach `sink` as they come. What it leaves is in `folder`.
+    def run(self, job: Job, folder: Path, on_event: EventHandler) -> JobResult:
+        """Run a job to its end and return what it brought; events reach `on_event` as they come. What it leaves is in `folder`.
 
         Raises EdgepressError (a cause the user can mend), JobFailed (a crash, a kill, a timeout).
         """

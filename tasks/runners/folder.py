@@ -10,7 +10,7 @@ result.json   or error.json: how it ended
 import json
 from pathlib import Path
 
-from tasks.runners.executor import EventSink
+from tasks.runners.executor import EventHandler
 
 
 def cleared(folder: Path) -> None:
@@ -28,7 +28,7 @@ class EventReader:
         self._position = 0
         self._starts = 0
 
-    def forward(self, sink: EventSink) -> None:
+    def forward(self, on_event: EventHandler) -> None:
         """Pass on what was written since the last call."""
         if not self._file.exists():
             return
@@ -42,8 +42,8 @@ class EventReader:
             except ValueError:
                 continue  # half a line: its writer was killed, and the next one began a new line
             if "started" not in event:
-                sink(event)
+                on_event(event)
                 continue
             self._starts += 1
             if self._starts > 1:
-                sink({"again": f"its worker was lost; begun anew on {event['started']}"})
+                on_event({"again": f"its worker was lost; begun anew on {event['started']}"})

@@ -16,9 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tasks.runners.remote import serve
 from tasks.runners.budget import Budget
-from tasks.runners.local import LocalChildren
+from tasks.runners.local import LocalExecutor
+from tasks.runners.remote import serve
 
 
 class Host:
@@ -72,7 +72,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what anything prints must not come between the answers
     writing = threading.Lock()
-    children = LocalChildren(Budget())
+    children = LocalExecutor(Budget())
     children.preload()
 
     def answer(asked: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ def normalize_base(*, source: str, out: str, threads: int, context: Context) -> 
     return Findings({}, details=asdict(normalize(Path(source), Path(out))))
 
 
-def run_stage(
+def compute_stage(
     *, stage: dict[str, Any], parent: str, others: dict[str, str], out: str, work: str, data: dict[str, Any], threads: int, context: Context,
     shared: str | None = None, origin: dict[str, Any] | None = None,
 ) -> dict[str, float]:  # fmt: skip
@@ -55,11 +55,11 @@ def measure_quality(
     *, target: str, references: dict[str, str], tokenizer: str, data: dict[str, Any], threads: int, context: Context
 ) -> Findings:
     """Perplexity, accuracy, and divergence from each reference checkpoint, in the runtime that opens `target`; sparsity of a dense checkpoint."""
+    from compression.checkpoints.loading import load_tokenizer
     from compression.data import evaluation_windows, questions
     from compression.evaluation.scorers import evaluate_quality
     from compression.evaluation.sparsity import sparsity
     from compression.evaluation.transformers_runtime import TransformersRuntime
-    from compression.checkpoints.loading import load_tokenizer
     from export.runtimes import open_runtime
 
     spec = DataSpec.model_validate(data)
@@ -82,9 +82,9 @@ def measure_quality(
 
 def measure_speed(*, target: str, tokenizer: str, data: dict[str, Any], threads: int, context: Context) -> dict[str, float]:
     """Tokens/s of prefill and decode, load time and peak memory, on one window of the evaluation text as the prompt."""
+    from compression.checkpoints.loading import load_tokenizer
     from compression.data import evaluation_windows
     from compression.evaluation.speed import measure_speed as measure
-    from compression.checkpoints.loading import load_tokenizer
     from export.runtimes import import_runtime, open_runtime, runtime_name
 
     import_runtime(runtime_name(Path(target)))  # so that neither its time nor its memory counts as the model's

@@ -14,20 +14,20 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from compression.errors import EdgepressError
-from tasks.runners.executor import Done, EventSink, Job
-from tasks.errors import JobFailed, Stopped
-from tasks.store.files import write_json
-from tasks.runners.memory_pressure import MemoryWatch
+from tasks.errors import Cancelled, JobFailed
 from tasks.runners.budget import Budget
+from tasks.runners.executor import EventHandler, Job, JobResult
 from tasks.runners.folder import EventReader, cleared
-from tasks.runners.machine import GivenUp, devices_taken, machine_lock
+from tasks.runners.machine import IsCancelled, acquire_devices, machine_lock
+from tasks.runners.memory_pressure import MemoryWatch
 from tasks.runners.worker import DISK_FULL, NO_SPACE, PRELOAD, forked
+from tasks.store.files import write_json
 
 PATIENCE = 3.0
 """Seconds that a job waits for other runs on the machine before it says so."""
 
 
-class LocalChildren:
+class LocalExecutor:
     """Children of this process, limited by a budget."""
 
     def __init__(self, budget: Budget):
@@ -50,12 +50,14 @@ class LocalChildren:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def run(self, job: Job, folder: Path, sink: EventSink) -> Done:
-        """See `Children.run`."""
+    def run(self, job: Job, folder: Path, on_event: EventHandler) -> JobResult:
+        """See `Executor.run`."""
         cleared(folder)
-        return self.work(job, folder, sink)
+        return self.work(job, folder, on_event)
 
-    def work(self, job: Job, folder: Path, sink: EventSink, given_up: GivenUp = lambda: False, directory: str | None = None) -> Done:
+    def work(
+        self, job: Job, folder: Path, on_event: EventHandler, is_cancelled: IsCancelled = lambda: False, directory: str | None = None
+    ) -> JobResult:
         """Run a job in a folder that was cleared.
 
         given_up   asked all the while; when it says so the child is ended, and Stopped raised
@@ -63,11 +65,11 @@ class LocalChildren:
         """
 
         def stopped() -> bool:
-            return self.closed or given_up()
+            return self.closed or is_cancelled()
 
         with (
-            devices_taken(job.device, job.devices, stopped) as devices, self._budget.taken(job, sink, stopped),
-            machine_lock(alone=job.alone, given_up=_saying_so(stopped, job, sink)),
+            acquire_devices(job.device, job.devices, stopped) as devices, self._budget.taken(job, on_event, stopped),
+            machine_lock(alone=job.alone, is_cancelled=_saying_so(stopped, job, on_event)),
         ):  # fmt: skip
             spec = {
                 "call": job.call, "arguments": job.arguments, "threads": job.threads, "seed": job.seed, "device": job.device,
@@ -77,7 +79,7 @@ class LocalChildren:
             process = multiprocessing.get_context("forkserver").Process(target=forked, args=(str(folder / "job.json"),))
             with self._starting:
                 if stopped():
-                    raise Stopped()
+                    raise Cancelled()
                 try:
                     process.start()
                 except (EOFError, OSError) as error:  # the next start brings up another one
@@ -85,13 +87,13 @@ class LocalChildren:
                 self._running.add(process)
             memory = MemoryWatch(_pid(process))
             try:
-                timed_out = _watch(process, EventReader(folder), memory, sink, job.timeout, stopped)
+                timed_out = _watch(process, EventReader(folder), memory, on_event, job.timeout, stopped)
             finally:
                 _end_group(process)
                 process.join()
                 self._running.discard(process)
         if self.closed:
-            raise Stopped()
+            raise Cancelled()
         return _outcome(folder, process.exitcode, job.timeout if timed_out else None, memory)
 
     def close(self) -> None:
@@ -114,24 +116,24 @@ def _sockets_that_fit() -> None:
         tempfile.tempdir = usual
 
 
-def _saying_so(stopped: GivenUp, job: Job, sink: EventSink) -> GivenUp:
+def _saying_so(stopped: IsCancelled, job: Job, on_event: EventHandler) -> IsCancelled:
     """`stopped`, as it is asked while other runs have the machine: says once that it waits for them, when it has for a while."""
     since = time.monotonic()
     said = False
 
-    def given_up() -> bool:
+    def is_cancelled() -> bool:
         nonlocal said
         if not said and time.monotonic() - since > PATIENCE:
             said = True
             wanted = "is timed alone" if job.alone else "works beside nothing that is timed"
-            sink({"note": f"waits for other runs of edgepress on this machine: it {wanted}"})
+            on_event({"note": f"waits for other runs of edgepress on this machine: it {wanted}"})
         return stopped()
 
-    return given_up
+    return is_cancelled
 
 
 def _watch(
-    process: BaseProcess, events: EventReader, memory: MemoryWatch, sink: EventSink, timeout: float | None, stopped: GivenUp
+    process: BaseProcess, events: EventReader, memory: MemoryWatch, on_event: EventHandler, timeout: float | None, stopped: IsCancelled
 ) -> bool:
     """Forward events until the child ends; returns whether it ran past the timeout (and is to be killed). Raises Stopped."""
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -139,11 +141,11 @@ def _watch(
         memory.look()
         process.join(0.05)
         ended = process.exitcode is not None
-        events.forward(sink)
+        events.forward(on_event)
         if ended:
             return False
         if stopped():
-            raise Stopped()
+            raise Cancelled()
         if deadline is not None and time.monotonic() > deadline:
             return True
 
@@ -161,12 +163,12 @@ def _end_group(process: BaseProcess) -> None:
         return  # it has ended already, with all its children
 
 
-def _outcome(folder: Path, exitcode: int | None, timeout: float | None, memory: MemoryWatch) -> Done:
+def _outcome(folder: Path, exitcode: int | None, timeout: float | None, memory: MemoryWatch) -> JobResult:
     log = folder / "log.txt"
     if timeout is not None:
         raise JobFailed(f"ran past its timeout of {timeout:g} s and was stopped", transient=False, log=log)
     if (folder / "result.json").exists():
-        return Done.read(json.loads((folder / "result.json").read_text()))
+        return JobResult.read(json.loads((folder / "result.json").read_text()))
     if (folder / "error.json").exists():
         error = json.loads((folder / "error.json").read_text())
         if error["kind"] == "user":

@@ -16,16 +16,16 @@ from pathlib import Path
 
 from compression.errors import EdgepressError
 from compression.locks import acquire, file_lock, open_lock, try_acquire
-from tasks.errors import Stopped
+from tasks.errors import Cancelled
 
-GivenUp = Callable[[], bool]
+IsCancelled = Callable[[], bool]
 
 _DEV = Path("/dev")
 _DRIVERS = ("nvidiactl", "nvmap", "dxg", "kfd")  # NVIDIA's, also on Jetson and under WSL; AMD's, whose GPUs torch calls cuda too
 
 
 @contextmanager
-def machine_lock(*, alone: bool, given_up: GivenUp = lambda: False) -> Iterator[None]:
+def machine_lock(*, alone: bool, is_cancelled: IsCancelled = lambda: False) -> Iterator[None]:
     """Hold this machine, shared with other work or alone, among all edgepress processes of all users. Dies with its owner.
 
     Who wants it alone waits at the door, so that nobody else comes in meanwhile: work that goes on sharing it would never let go.
@@ -33,8 +33,8 @@ def machine_lock(*, alone: bool, given_up: GivenUp = lambda: False) -> Iterator[
     """
     with open_lock(_lock_file("edgepress-machine.lock")) as machine:
         with open_lock(_lock_file("edgepress-machine-door.lock")) as door:
-            _wait(door, given_up)
-            _wait(machine, given_up, shared=not alone)
+            _wait(door, is_cancelled)
+            _wait(machine, is_cancelled, shared=not alone)
         yield
 
 
@@ -80,11 +80,11 @@ def _torch_has_cuda() -> bool:
 
 
 @contextmanager
-def devices_taken(device: str, count: int, given_up: GivenUp = lambda: False) -> Iterator[list[str]]:
+def acquire_devices(device: str, count: int, is_cancelled: IsCancelled = lambda: False) -> Iterator[list[str]]:
     """Hold `count` GPUs among all edgepress processes of this machine; yields their names. Nothing to hold: none.
 
     A job that wants more than there are gets all, and says itself what it lacks. Several are taken by one at a time, so that no two wait
-    for each other. Raises Stopped when `given_up` says so.
+    for each other. Raises Stopped when `is_cancelled` says so.
     """
     names = visible_devices(device)
     if not names:
@@ -93,10 +93,10 @@ def devices_taken(device: str, count: int, given_up: GivenUp = lambda: False) ->
     with ExitStack() as held:
         taken: list[str] = []
         with open_lock(_lock_file("edgepress-devices-door.lock")) as door:
-            _wait(door, given_up)
+            _wait(door, is_cancelled)
             while len(taken) < min(count, len(names)):
-                if given_up():
-                    raise Stopped()
+                if is_cancelled():
+                    raise Cancelled()
                 free = next((name for name in names if name not in taken and _held(name, held)), None)
                 if free is None:
                     time.sleep(0.2)
@@ -130,7 +130,7 @@ def _lock_file(name: str) -> Path:
     return folder / name
 
 
-def _wait(handle: int, given_up: GivenUp, *, shared: bool = False) -> None:
-    """Wait for a lock. Raises Stopped when `given_up` says so."""
-    if not acquire(handle, shared=shared, is_cancelled=given_up):
-        raise Stopped()
+def _wait(handle: int, is_cancelled: IsCancelled, *, shared: bool = False) -> None:
+    """Wait for a lock. Raises Stopped when `is_cancelled` says so."""
+    if not acquire(handle, shared=shared, is_cancelled=is_cancelled):
+        raise Cancelled()

@@ -9,10 +9,10 @@ from prefect.concurrency.sync import concurrency
 from prefect.states import Cancelled, Completed, Failed
 
 from compression.locks import file_lock
-from tasks.store.files import write_json
-from tasks.runners.remote import alive_lock, answered, device_asked, serve
 from tasks.runners.budget import Budget
-from tasks.runners.local import LocalChildren
+from tasks.runners.local import LocalExecutor
+from tasks.runners.remote import answered, device_asked, heartbeat_lock, serve
+from tasks.store.files import write_json
 
 FLOW = "edgepress-job"
 GPU_LIMIT = "edgepress-cuda"
@@ -29,10 +29,10 @@ def job(folder: str, attempt: str) -> Any:
     place = Path(folder)
     if not place.is_dir():
         return Failed(message=f"this worker does not see {folder}: workers need the store in the same place")
-    children = LocalChildren(Budget())
+    children = LocalExecutor(Budget())
     slot = concurrency(GPU_LIMIT) if device_asked(place).startswith("cuda") else nullcontext()
     try:
-        with file_lock(alive_lock(place, attempt)), slot:
+        with file_lock(heartbeat_lock(place, attempt)), slot:
             children.preload()
             answer = serve(place, attempt, children)
             write_json(answered(place, attempt), answer)

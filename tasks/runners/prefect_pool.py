@@ -12,11 +12,11 @@ from uuid import UUID
 
 from compression.errors import Incompatible
 from compression.locks import is_locked
+from tasks.errors import Cancelled, JobFailed
 from tasks.runners.executor import Job
-from tasks.errors import JobFailed, Stopped
+from tasks.runners.local import LocalExecutor
+from tasks.runners.remote import RemoteExecutor, WorkerLost, answered, heartbeat_lock
 from tasks.store.owner import owner_tag
-from tasks.runners.remote import AwayChildren, WorkerLost, alive_lock, answered
-from tasks.runners.local import LocalChildren
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -27,13 +27,13 @@ STARTING = 30.0
 """Seconds from Running, which is said before the flow's first line, until the job's process must hold its lock."""
 
 
-class PrefectChildren(AwayChildren):
+class PrefectExecutor(RemoteExecutor):
     """Children on the workers of a pool: each job is a flow run of a deployment there, which is made here.
 
     To be made before the flow has a server of its own, which no worker asks and PREFECT_API_URL names from then on.
     """
 
-    def __init__(self, local: LocalChildren, paths: Sequence[Path], pool: str):
+    def __init__(self, local: LocalExecutor, paths: Sequence[Path], pool: str):
         super().__init__(local, paths)
         if not os.environ.get("PREFECT_API_URL"):
             raise Incompatible(
@@ -75,28 +75,30 @@ class PrefectChildren(AwayChildren):
 
     def bring(self, job: Job, folder: Path, attempt: str, forward: Callable[[], None], note: Callable[[str], None]) -> dict[str, Any]:
         from httpx import HTTPError
+        from prefect import states
         from prefect.client.orchestration import get_client
-        from prefect.states import Cancelled, Crashed
 
         answer = answered(folder, attempt)
         with get_client(sync_client=True) as client:
             run = self._begun(client, job, folder, attempt)
-            watch = _Watch(client, run, self._pool, alive_lock(folder, attempt), answer, note)
+            watch = _Watch(client, run, self._pool, heartbeat_lock(folder, attempt), answer, note)
             try:
                 while not answer.exists():
                     if self.closed:
-                        raise Stopped()
+                        raise Cancelled()
                     forward()
                     watch.look()
                     sleep(0.2)
-            except (Stopped, WorkerLost) as error:
-                stopped = isinstance(error, Stopped)
-                ended: State[Any] = Cancelled(message="the run that waits was stopped") if stopped else Crashed(message=str(error))
+            except (Cancelled, WorkerLost) as error:
+                stopped = isinstance(error, Cancelled)
+                ended: State[Any] = (
+                    states.Cancelled(message="the run that waits was stopped") if stopped else states.Crashed(message=str(error))
+                )
                 with suppress(HTTPError):  # what is to be done does not wait for a server that is away
                     client.set_flow_run_state(run, ended, force=True)
                 raise
         found: dict[str, Any] = json.loads(answer.read_text())
-        for left in (answer, alive_lock(folder, attempt)):
+        for left in (answer, heartbeat_lock(folder, attempt)):
             left.unlink(missing_ok=True)
         return found
 

@@ -21,13 +21,13 @@ from typing import IO, Any
 
 from compression.errors import EdgepressError, Incompatible
 from compression.locks import acquire, open_lock, try_acquire
-from tasks.runners.executor import Done, EventSink, Job
-from tasks.errors import JobFailed, Stopped
+from tasks.errors import Cancelled, JobFailed
+from tasks.runners.executor import EventHandler, Job, JobResult
+from tasks.runners.folder import EventReader, cleared
+from tasks.runners.local import LocalExecutor
+from tasks.stage import stage_kinds
 from tasks.store.files import write_json
 from tasks.store.identity import library_versions
-from tasks.runners.folder import EventReader, cleared
-from tasks.runners.local import LocalChildren
-from tasks.stage import stage_kinds
 
 ASKED = "asked.json"
 STARTS = 3
@@ -41,10 +41,10 @@ class WorkerLost(JobFailed):
         super().__init__(message, transient=True)
 
 
-class AwayChildren(ABC):
+class RemoteExecutor(ABC):
     """Children on workers elsewhere. What is timed stays here, so that all tokens/s of a run are of one machine."""
 
-    def __init__(self, local: LocalChildren, paths: Sequence[Path]):
+    def __init__(self, local: LocalExecutor, paths: Sequence[Path]):
         self._local = local
         self._paths = paths
         self.closed = False
@@ -54,27 +54,27 @@ class AwayChildren(ABC):
         self._local.preload()
         self.connect()
 
-    def run(self, job: Job, folder: Path, sink: EventSink) -> Done:
-        """See `Children.run`."""
+    def run(self, job: Job, folder: Path, on_event: EventHandler) -> JobResult:
+        """See `Executor.run`."""
         if job.alone:
-            return self._local.run(job, folder, sink)
+            return self._local.run(job, folder, on_event)
         cleared(folder)
         events = EventReader(folder)
         for start in range(1, STARTS + 1):
             with asked(folder, self._paths, job) as attempt:
                 try:
-                    answer = self.bring(job, folder, attempt, lambda: events.forward(sink), lambda text: sink({"note": text}))
+                    answer = self.bring(job, folder, attempt, lambda: events.forward(on_event), lambda text: on_event({"note": text}))
                     if "stopped" not in answer:
                         break
                     if self.closed:
-                        raise Stopped()
+                        raise Cancelled()
                     raise WorkerLost(f"the worker on {answer['host']} was shut down")
                 except WorkerLost:
                     if start == STARTS:
                         raise
-        events.forward(sink)
+        events.forward(on_event)
         for note in answer["notes"]:
-            sink({"note": f"{answer['host']}: {note}"})
+            on_event({"note": f"{answer['host']}: {note}"})
         return _read(answer)
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class Request:
         self.job = Job(**document["job"]) if document["job"] else None
         self.directory = str(document["directory"])
 
-    def given_up(self) -> bool:
+    def is_cancelled(self) -> bool:
         """Whether the flow wants it no more. Looks once a second."""
         if self._wanted and time.monotonic() - self._looked > 1:
             self._looked = time.monotonic()
@@ -154,7 +154,7 @@ def request(folder: Path, attempt: str) -> Iterator[Request]:
     with file:
         document = json.load(file)
         if document["attempt"] != attempt or _free(file):
-            raise Stopped()
+            raise Cancelled()
         for path in (*document["paths"], document["directory"]):
             if not os.path.exists(path):  # noqa: PTH110  (as text, from another machine)
                 raise Incompatible(f"the worker on {host} does not see {path}, which {document['host']} has there", key="execution")
@@ -174,15 +174,15 @@ def problem(folder: str, attempt: str) -> str | None:
     try:
         with request(Path(folder), attempt):
             return None
-    except (Incompatible, Stopped) as error:
+    except (Incompatible, Cancelled) as error:
         return str(error)
 
 
-def serve(folder: Path, attempt: str, children: LocalChildren) -> dict[str, Any]:
+def serve(folder: Path, attempt: str, children: LocalExecutor) -> dict[str, Any]:
     """Do what is asked in a folder, on this machine; returns the answer, whatever came of it, as JSON."""
     notes: list[str] = []
 
-    def sink(event: dict[str, Any]) -> None:  # the flow reads the child's events itself
+    def on_event(event: dict[str, Any]) -> None:  # the flow reads the child's events itself
         if "note" in event:
             notes.append(event["note"])
 
@@ -190,8 +190,8 @@ def serve(folder: Path, attempt: str, children: LocalChildren) -> dict[str, Any]
     try:
         with request(folder, attempt) as wanted:
             assert wanted.job is not None
-            answer = {"done": asdict(children.work(wanted.job, folder, sink, wanted.given_up, wanted.directory))}
-    except Stopped:
+            answer = {"done": asdict(children.work(wanted.job, folder, on_event, wanted.is_cancelled, wanted.directory))}
+    except Cancelled:
         answer = {"stopped": True}
     except EdgepressError as error:
         answer = {"mistake": {"message": str(error), "key": error.key}}
@@ -207,7 +207,7 @@ def answered(folder: Path, attempt: str) -> Path:
     return folder / f"answer-{attempt}.json"
 
 
-def alive_lock(folder: Path, attempt: str) -> Path:
+def heartbeat_lock(folder: Path, attempt: str) -> Path:
     """Held by the process that serves an attempt, where nothing else tells that it lives."""
     return folder / f"host-{attempt}.lock"
 
@@ -217,10 +217,10 @@ def device_asked(folder: Path) -> str:
     return str(json.loads((folder / ASKED).read_text())["job"]["device"])
 
 
-def _read(answer: dict[str, Any]) -> Done:
-    """What a worker answered. Raises as `Children.run` does."""
+def _read(answer: dict[str, Any]) -> JobResult:
+    """What a worker answered. Raises as `Executor.run` does."""
     if "done" in answer:
-        return Done.read(answer["done"])
+        return JobResult.read(answer["done"])
     if "mistake" in answer:
         raise EdgepressError(answer["mistake"]["message"], key=answer["mistake"]["key"])
     failed = answer["failed"]

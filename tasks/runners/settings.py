@@ -11,7 +11,7 @@ from compression.settings import Settings
 _BELONGS_TO = {"address": "dask", "pool": "prefect"}
 
 
-class Runner(Settings):
+class ExecutionSettings(Settings):
     """How the whole graph is executed; outside every identity."""
 
     model_config = ConfigDict(validate_default=True)

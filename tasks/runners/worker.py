@@ -26,11 +26,18 @@ from compression.errors import EdgepressError
 from compression.evaluation.findings import Findings
 from compression.locks import file_lock
 from compression.redaction import redacted
-from tasks.store.files import write_json
 from tasks.runners.sampler import sampled
+from tasks.store.files import write_json
 
-STAGE = "tasks.runners.jobs:run_stage"
-PRELOAD = ("torch", "transformers", "transformers.models.auto.modeling_auto", "compression.checkpoints.loading", "tasks.runners.jobs", "tasks.runners.preload")
+STAGE = "tasks.runners.jobs:compute_stage"
+PRELOAD = (
+    "torch",
+    "transformers",
+    "transformers.models.auto.modeling_auto",
+    "compression.checkpoints.loading",
+    "tasks.runners.jobs",
+    "tasks.runners.preload",
+)
 NO_SPACE = "no space left on the disk"
 DISK_FULL = errno.ENOSPC
 """Exit status of a child whose disk is too full to write down how it ended."""

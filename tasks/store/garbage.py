@@ -16,7 +16,7 @@ from typing import Any
 from compression.errors import EdgepressError
 from tasks.store.files import size_of, write_json
 from tasks.store.identity import digest
-from tasks.store.journal import RUNS, Run, read_run, read_runs, run_names, state_now
+from tasks.store.journal import RUNS, Run, current_state, read_run, read_runs, run_names
 from tasks.store.store import Store, open_entry, open_record
 from tasks.store.summaries import summary_files
 
@@ -169,7 +169,7 @@ def collect_garbage(store: Store, outputs: Path, *, keep_last: int, dry_run: boo
     """
     with store.lock(RUNS):
         runs, pinned = read_runs(store), pins(store)
-        alive = [run for run in runs if state_now(store, run) == "Running"]
+        alive = [run for run in runs if current_state(store, run) == "Running"]
         if not runs and not pinned and store.entries():
             raise EdgepressError(
                 f"no run is recorded in {store.root}, so all of it would be garbage; run the recipes whose results you want to keep "

@@ -50,8 +50,7 @@ def identity_document(stage: Stage, inputs: Mapping[str, str], data: str | None,
     return {
         "uses": stage.uses,
         "version": stage.version,
-        # roles hold names of stages and places of models: `inputs` has their identities
-        "parameters": stage.model_dump(mode="json", exclude={*stage.other_inputs(), *stage.outside_inputs()}),
+        "parameters": _parameters(stage),
         "inputs": dict(inputs),
         "data": data,
         "seed": seed,
@@ -59,6 +58,16 @@ def identity_document(stage: Stage, inputs: Mapping[str, str], data: str | None,
         "threads": machine.threads,
         "libraries": library_versions(stage.deciding_libraries()),
     }
+
+
+def _parameters(stage: Stage) -> dict[str, Any]:
+    """What decides bytes among a stage's parameters, under the names that they first had: a new name leaves stored results valid.
+
+    Roles hold names of stages and places of models, so they are left out: `inputs` has their identities.
+    """
+    first_names = {today: former for former, today in stage.former_names.items()}
+    values = stage.model_dump(mode="json", exclude={*stage.other_inputs(), *stage.outside_inputs()})
+    return {first_names.get(name, name): value for name, value in values.items()}
 
 
 def seed_of(identity: str) -> int:

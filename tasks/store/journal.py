@@ -4,7 +4,7 @@ It says which entries the last runs need (`edgepress store gc`), which runs ther
 text, the overrides, the directory it was started in, MLflow's run. Runs are ordered by `sequence`, which only grows: a clock may jump.
 
 A run holds the lock `run-<run>` while it lives, and the kernel takes it back when it dies, however it dies. So a journal that says "Running"
-whose lock is free is that of a killed run (`state_now`).
+whose lock is free is that of a killed run (`current_state`).
 """
 
 import re
@@ -27,7 +27,7 @@ _FILE = re.compile(r"[^.].*-\d+\.json")
 State = Literal["Running", "Completed", "Failed", "Interrupted", "Crashed"]
 
 
-class Told(NamedTuple):
+class StageStatus(NamedTuple):
     """What there is to say of a stage."""
 
     state: str
@@ -109,7 +109,7 @@ class Journal:
             self.run = self.run.model_copy(update=fields)
             _write(self._store, self.run)
 
-    def stages(self, told: Mapping[str, Told]) -> None:
+    def stages(self, told: Mapping[str, StageStatus]) -> None:
         """Take down how far stages came, by name; names that are none of the plan's (the base) are left out."""
         with self._lock:
             stages = [
@@ -120,7 +120,7 @@ class Journal:
 
     def end(self, state: State, reason: str = "") -> None:
         """Take down how the run ended. A stage that still ran then was stopped."""
-        self.stages({stage.name: Told("Stopped", stage.reason) for stage in self.run.stages if stage.state == "Running"})
+        self.stages({stage.name: StageStatus("Stopped", stage.reason) for stage in self.run.stages if stage.state == "Running"})
         self.note(state=state, reason=reason, ended=time.time())
 
 
@@ -176,7 +176,7 @@ def read_runs(store: Store) -> list[Run]:
     return [read_run(store, name) for name in run_names(store)]
 
 
-def state_now(store: Store, run: Run) -> State:
+def current_state(store: Store, run: Run) -> State:
     """The state of a run; "Crashed" when its process died without a word."""
     if run.state != "Running":
         return run.state
@@ -192,18 +192,18 @@ def successors(runs: Iterable[Run]) -> dict[str, Run]:
     return {run.resumes: run for run in runs if run.resumes is not None}
 
 
-def last_of(store: Store, run: Run, say: Callable[[str], None]) -> Run:
+def latest_attempt(store: Store, run: Run, say: Callable[[str], None]) -> Run:
     """The run at the end of the chain that goes on with this one, as it is now. `say` is told of each step."""
     later = successors(read_runs(store))
     while run.run in later:
         say(f"{later[run.run].run} went on with {run.run}")
         run = later[run.run]
-    return as_it_is(store, run)
+    return refresh(store, run)
 
 
-def as_it_is(store: Store, run: Run) -> Run:
+def refresh(store: Store, run: Run) -> Run:
     """The run with its state now; what ran when it was killed has crashed too."""
-    state = state_now(store, run)
+    state = current_state(store, run)
     if state == run.state:
         return run
     if state != "Crashed":
@@ -213,7 +213,7 @@ def as_it_is(store: Store, run: Run) -> Run:
 
 
 def _check_resumable(store: Store, name: str) -> None:
-    if state_now(store, read_run(store, name)) == "Running":
+    if current_state(store, read_run(store, name)) == "Running":
         raise EdgepressError(f"{name} is still running")
     if later := successors(read_runs(store)).get(name):
         raise EdgepressError(f"{later.run} goes on with {name} already")

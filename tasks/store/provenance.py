@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compression.files import digest_file
 from compression.errors import UnusableModel
+from compression.files import digest_file
 
 CARRIED = ("edgepress.json", "README.md")  # what tasks/artifact.py writes: the only files of an artifact without a digest
 

@@ -29,7 +29,7 @@ from compression.checkpoints.checkpoint import file_digests
 from compression.errors import EdgepressError
 from compression.files import fsync
 from compression.locks import acquire, open_lock, try_acquire
-from tasks.errors import Stopped
+from tasks.errors import Cancelled
 from tasks.store.files import fsync_tree, write_json
 from tasks.store.identity import digest
 
@@ -85,14 +85,14 @@ class Store:
             ) from None
 
     @contextmanager
-    def lock(self, identity: str, given_up: Callable[[], bool] | None = None) -> Iterator[None]:
+    def lock(self, identity: str, is_cancelled: Callable[[], bool] | None = None) -> Iterator[None]:
         """Only one process computes an identity; the others wait, then find it done.
 
         given_up  asked while another one holds it; raises Stopped when it says so
         """
         with self._lock_file(identity) as handle:
-            if not acquire(handle, is_cancelled=given_up):
-                raise Stopped()
+            if not acquire(handle, is_cancelled=is_cancelled):
+                raise Cancelled()
             yield
 
     @contextmanager
@@ -288,7 +288,7 @@ def publish(entry: Path, outputs: Path, recipe: str, stage: str) -> Path:
     return link
 
 
-def withdraw(outputs: Path, recipe: str, stage: str) -> None:
+def unpublish(outputs: Path, recipe: str, stage: str) -> None:
     """Take back the link of a stage whose bounds no longer hold."""
     link = outputs / recipe / stage
     if link.is_symlink():

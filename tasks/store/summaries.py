@@ -9,7 +9,7 @@ from typing import Any
 
 from compression.errors import EdgepressError
 from tasks.store.files import write_json
-from tasks.store.journal import RUNS, read_run, state_now
+from tasks.store.journal import RUNS, current_state, read_run
 from tasks.store.store import Store
 
 SUMMARY = 1  # raise it when what an older edgepress wrote cannot be shown
@@ -31,7 +31,7 @@ def read_summary(store: Store, run: str) -> dict[str, Any]:
         reason = {
             "Running": "is still running: its summary is written at its end",
             "Crashed": "was killed before its summary was written; `edgepress resume` goes on with it",
-        }.get(state_now(store, known), "has no summary: it ended before its first stage, or an edgepress made it that kept none")
+        }.get(current_state(store, known), "has no summary: it ended before its first stage, or an edgepress made it that kept none")
         raise EdgepressError(f"{run} {reason}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise EdgepressError(f"{file} is no summary of a run: {error}; remove it, and `edgepress run` the recipe again") from None

@@ -28,15 +28,15 @@ _AT_ONCE = 4  # calls; MLflow opens 15 connections to a database, and gives up o
 Point = tuple[str, int, float, int]  # metric, step, value, Unix time in milliseconds
 
 
-class Away(Exception):
+class TrackingUnavailable(Exception):
     """MLflow does not answer, or cannot do anything now. Trying again later can help."""
 
 
-class Refused(Exception):
+class TrackingRejected(Exception):
     """MLflow answered, and will not do this: trying again does not help."""
 
 
-class Unexpected(Refused):
+class Unexpected(TrackingRejected):
     """A call failed of something that nobody foresaw, a fault of ours or of a library. It is treated as refused, and keeps its traceback."""
 
 
@@ -76,7 +76,7 @@ def prepare_mlflow() -> None:
 
 def translate(error: Exception) -> NoReturn:
     """Raise what an exception of MLflow, or of what carries artifacts, means: Away or Refused; Unexpected for anything else."""
-    if isinstance(error, Away | Refused):
+    if isinstance(error, TrackingUnavailable | TrackingRejected):
         raise error
     kind = _meaning(error)
     if kind is None:
@@ -84,7 +84,7 @@ def translate(error: Exception) -> NoReturn:
     raise kind(redacted(f"{error}".strip().splitlines()[0]) if f"{error}".strip() else type(error).__name__) from error
 
 
-def _meaning(error: BaseException | None) -> type[Away] | type[Refused] | None:
+def _meaning(error: BaseException | None) -> type[TrackingUnavailable] | type[TrackingRejected] | None:
     """What an exception says of the call, by the status of an answer where there was one; None where it is neither of MLflow nor of a carrier."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import OperationalError, SQLAlchemyError
@@ -93,15 +93,21 @@ def _meaning(error: BaseException | None) -> type[Away] | type[Refused] | None:
     if error is None:
         return None
     if status := _status(error):
-        return Refused if 400 <= status < 500 and status not in (408, 429) else Away
+        return TrackingRejected if 400 <= status < 500 and status not in (408, 429) else TrackingUnavailable
     if isinstance(error, FileNotFoundError | PermissionError | ImportError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
-        return Refused
+        return TrackingRejected
     if isinstance(error, OSError | OperationalError | NoConnection):
-        return Away
+        return TrackingUnavailable
     if isinstance(error, SQLAlchemyError):  # a file that is no database, an address that is none
-        return Refused
+        return TrackingRejected
     # the client's own words for what it met on the way, or for an address or a setting that is wrong; boto3's for what botocore was answered
-    own = Refused if isinstance(error, MlflowException) else Away if type(error).__module__.startswith(_CARRIERS) else None
+    own = (
+        TrackingRejected
+        if isinstance(error, MlflowException)
+        else TrackingUnavailable
+        if type(error).__module__.startswith(_CARRIERS)
+        else None
+    )
     return own and (_meaning(error.__cause__ or error.__context__) or own)
 
 

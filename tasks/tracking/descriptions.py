@@ -6,8 +6,8 @@ from typing import Protocol
 
 from compression.checkpoints.checkpoint import Checkpoint
 from tasks.measurement.figures import FIGURES, SANITY, Figure, Metrics, measured
-from tasks.tracking.calls import LONGEST
 from tasks.stage import Artifact, Planned
+from tasks.tracking.calls import LONGEST
 
 SENTENCE = ("accuracy", "perplexity", "kl_to_base", "top1_agreement", "size_mb", "tokens_per_second")
 _BESIDE = "accuracy_stderr"  # a column of tables; here it would be a row and a chart of its own

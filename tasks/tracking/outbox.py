@@ -27,7 +27,7 @@ from compression.errors import EdgepressError
 from compression.files import fsync
 from compression.locks import open_lock, try_acquire
 from compression.redaction import redacted
-from tasks.tracking.calls import Call, Refused, Sender, Unexpected
+from tasks.tracking.calls import Call, Sender, TrackingRejected, Unexpected
 
 _REFUSED = "refused.jsonl"
 _NAMES = "[0-9]*-*.jsonl"
@@ -79,7 +79,7 @@ class Outbox:
                 try:
                     shutil.copyfile(call.arguments["file"], kept)
                 except FileNotFoundError as gone:
-                    raise Refused(str(gone)) from gone
+                    raise TrackingRejected(str(gone)) from gone
                 fsync(kept)
                 call = Call(call.what, {**call.arguments, "file": str(kept)})
             _append(self._file, call.document())
@@ -92,7 +92,7 @@ class Outbox:
             while self._calls and not self._closed:
                 try:
                     sender.send(self._calls[0], perhaps_sent=True)
-                except Refused as refusal:
+                except TrackingRejected as refusal:
                     self.refused += 1
                     set_aside(self._file.parent, self.uri, self._calls[0], refusal, sender.ids)
                 with self._guard:
@@ -137,7 +137,7 @@ class Outbox:
         return self._file.with_suffix(suffix)
 
 
-def set_aside(folder: Path, uri: str, call: Call, refusal: Refused, ids: Mapping[str, str]) -> None:
+def set_aside(folder: Path, uri: str, call: Call, refusal: TrackingRejected, ids: Mapping[str, str]) -> None:
     """Keep a call that MLflow at `uri` refused, or that failed unexpectedly, with the reason. `ids`: MLflow's of runs that it may name by ours."""
     folder.mkdir(parents=True, exist_ok=True)
     trace = {"traceback": redacted("".join(format_exception(refusal.__cause__)))} if isinstance(refusal, Unexpected) else {}

@@ -19,10 +19,22 @@ from typing import Any
 
 from compression.errors import EdgepressError
 from compression.redaction import MASK, redacted
-from tasks.tracking.calls import KEY, OWNER, REASON, Away, Call, Point, Refused, Sender, Unexpected, prepare_mlflow, translate
+from tasks.store.owner import is_dead, owner_tag
+from tasks.tracking.calls import (
+    KEY,
+    OWNER,
+    REASON,
+    Call,
+    Point,
+    Sender,
+    TrackingRejected,
+    TrackingUnavailable,
+    Unexpected,
+    prepare_mlflow,
+    translate,
+)
 from tasks.tracking.database import make_database
 from tasks.tracking.outbox import Outbox, set_aside
-from tasks.store.owner import is_dead, owner_tag
 from tasks.tracking.runs_view import RUN, TAG, view_state
 
 EXPERIMENT = "edgepress"
@@ -38,7 +50,7 @@ def tracking_uri() -> str:
 
 
 @dataclass(frozen=True)
-class Begun:
+class OpenRun:
     """The runs of a pipeline that may be gone on with: its own, those of cells by name, those of stages by name and identity."""
 
     run: str
@@ -80,7 +92,7 @@ class Tracking:
                 self.client.set_terminated(run.info.run_id, "KILLED")
         return len(dead)
 
-    def begun(self, run: str) -> Begun | None:
+    def begun(self, run: str) -> OpenRun | None:
         """What there is of a pipeline's run and of those below it; None where the tracking server does not have it (any more).
 
         Raises EdgepressError where MLflow does not answer.
@@ -88,7 +100,7 @@ class Tracking:
         with _answering(self.uri):
             return self._begun(run)
 
-    def _begun(self, run: str) -> Begun | None:
+    def _begun(self, run: str) -> OpenRun | None:
         from mlflow.exceptions import MlflowException
 
         if run.startswith(_PENDING):
@@ -106,7 +118,7 @@ class Tracking:
         stages = [child for child in [*below, *(inner for cell in cells.values() for inner in self._children(cell))]
                   if child.data.tags.get("edgepress.kind") == "stage" and "edgepress.superseded" not in child.data.tags]  # fmt: skip
         by_identity = {(s.data.tags["edgepress.stage"], s.data.tags["edgepress.identity"]): s.info.run_id for s in stages}
-        return Begun(run, cells, by_identity, known.data.tags.get(RUN, ""))
+        return OpenRun(run, cells, by_identity, known.data.tags.get(RUN, ""))
 
     def _children(self, run: str) -> list[Any]:
         return self._search(f"tags.`mlflow.parentRunId` = '{run}'")
@@ -142,7 +154,7 @@ class Tracking:
         call = Call("create", {"key": key, "name": name, "parent": parent, "tags": said, "params": texts, "time": _now()})
         try:
             self._attempt(call)
-        except Refused as refusal:
+        except TrackingRejected as refusal:
             if parent is None:
                 raise EdgepressError(f"MLflow at {self.uri} refuses to open a run: {refusal}; nothing was run") from refusal
             self._refuse(call, refusal)
@@ -223,7 +235,7 @@ class Tracking:
         """How many calls wait in the outbox of this process."""
         return len(self._outbox) if self._outbox is not None else 0
 
-    def send_left(self) -> int:
+    def flush_leftover(self) -> int:
         """Send what dead processes left in the outbox for this MLflow; returns how many calls. Raises EdgepressError when it goes away meanwhile."""
         if self._folder is None or not self._folder.is_dir():
             return 0
@@ -259,7 +271,7 @@ class Tracking:
         call = Call(what, arguments)
         try:
             self._attempt(call)
-        except Refused as refusal:
+        except TrackingRejected as refusal:
             self._refuse(call, refusal)
             return False
         return True
@@ -272,12 +284,12 @@ class Tracking:
                 return
         try:
             self._sender.send(call)
-        except Away as away:
+        except TrackingUnavailable as away:
             if self._folder is None:
                 raise
             self._keep(call, str(away))
 
-    def _refuse(self, call: Call, refusal: Refused) -> None:
+    def _refuse(self, call: Call, refusal: TrackingRejected) -> None:
         """Keep what MLflow refused, and say so the first time: what is wrong with one call is likely wrong with the next thousand."""
         if self._folder is None:
             raise refusal
@@ -310,7 +322,7 @@ class Tracking:
             self._wake.clear()
             try:
                 self._deliver(box, self._sender)
-            except Away:
+            except TrackingUnavailable:
                 continue
             except Exception as error:  # noqa: BLE001  (the outbox itself failed, as on a full disk; this thread is the only one that sends)
                 if not warned:
@@ -370,7 +382,7 @@ def _answering(uri: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001  (sorted there)
         try:
             translate(error)
-        except (Away, Refused) as known:
+        except (TrackingUnavailable, TrackingRejected) as known:
             raise EdgepressError(
                 f"MLflow at {uri} does not answer: {known}. Start it, or set MLFLOW_TRACKING_URI to another (unset: a file mlflow.db here); "
                 "nothing was run"

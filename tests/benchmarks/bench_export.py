@@ -20,12 +20,12 @@ from typing import Any
 import gguf
 import torch
 
+from compression.checkpoints.loading import load_tokenizer
 from compression.context import Context
 from compression.evaluation.generation import generate
 from compression.evaluation.runtime import Runtime
 from compression.evaluation.scorers import evaluate_quality
 from compression.evaluation.transformers_runtime import TransformersRuntime
-from compression.checkpoints.loading import load_tokenizer
 from compression.quantization.gptq import quantize_gptq
 from export.gguf.pretokenizer import recognize
 from export.runtimes import open_runtime

@@ -16,15 +16,15 @@ from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.context import Context
 from compression.data import DataSpec, training_rows
 from compression.distillation import CacheSettings
 from compression.distillation.distill import distill
 from compression.distillation.objective import Objective
-from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.pruning.depth import prune_depth
 from compression.pruning.width import prune_width
-from compression.training import train
+from compression.training.loop import train
 from compression.training.settings import TrainingSettings
 from tasks.base import EMBEDDED
 from tasks.measurement.measure import machine_fingerprint

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flows.planning.study import Study
 from flows.cli.study import shipped_studies
+from flows.planning.study import Study
 from flows.report.study_page import markdown, svg
 from flows.report.study_results import results
 from tests.benchmarks import page

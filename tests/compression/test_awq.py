@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from compression.calibration.walk import walk
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.layouts import read_quantized_linears
+from compression.checkpoints.loading import load_model, save_model
+from compression.checkpoints.quantization_config import WeightScheme
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.checkpoints.loading import load_model, save_model
 from compression.quantization.awq import quantize_awq, search_scales
 from compression.quantization.grid import fit_grid
-from compression.checkpoints.layouts import read_quantized_linears
 from compression.quantization.scaling import scale_pairs
-from compression.checkpoints.quantization_config import Codes
-from compression.calibration.walk import walk
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 
@@ -53,7 +53,7 @@ def test_moving_scales_leaves_the_block_as_it_was(tmp_path: Path, kv_heads: int)
 
 def output_loss(weight: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> float:
     """Mean squared error of the output after rounding W·diag(s) to nearest, from the inputs themselves, in float64."""
-    grid = fit_grid(weight * scales, Codes(4, 16), symmetric=False, shrinks=(1.0,))
+    grid = fit_grid(weight * scales, WeightScheme(4, 16), symmetric=False, shrinks=(1.0,))
     rounded = grid.dequantize(grid.quantize(weight * scales)).double() / scales
     return float(((rounded - weight) @ x.T).square().sum() / len(x))
 
@@ -62,7 +62,7 @@ def test_the_search_finds_scales_that_pay_on_the_inputs_themselves() -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(500, 32, generator=generator) * torch.logspace(-1, 1, 32)[torch.randperm(32, generator=generator)]
     weight = torch.randn(24, 32, generator=generator)
-    scales = search_scales(weight, x.T @ x / len(x), Codes(4, 16), clip=False)
+    scales = search_scales(weight, x.T @ x / len(x), WeightScheme(4, 16), clip=False)
     assert scales is not None
     assert output_loss(weight, scales, x.double()) < 0.5 * output_loss(weight, torch.ones(32), x.double())
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_loses_less_than_by_rounding_and_less_with_clip(tmp_path: P
     model = load_model(source)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            grid = fit_grid(module.weight.data, Codes(4, 32), symmetric=False, shrinks=(1.0,))
+            grid = fit_grid(module.weight.data, WeightScheme(4, 32), symmetric=False, shrinks=(1.0,))
             module.weight.data = grid.dequantize(grid.quantize(module.weight.data))
     save_model(model, tmp_path / "rtn", like=source)
     with torch.no_grad():

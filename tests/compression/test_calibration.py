@@ -12,15 +12,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import compression.checkpoints.families
 from compression.calibration.calibration import Outcome, compress_blocks
+from compression.calibration.walk import Block, fill_buffers, walk
 from compression.checkpoints.checkpoint import file_digests, open_checkpoint
-from compression.context import Context
-from compression.errors import EdgepressError, Incompatible, UnusableData
 from compression.checkpoints.loading import load_model
-from compression.pruning.unstructured import prune_unstructured
-from compression.quantization.gptq import quantize_gptq
 from compression.checkpoints.shards import read_tensors
 from compression.checkpoints.skeleton import skeleton
-from compression.calibration.walk import Block, fill_buffers, walk
+from compression.context import Context
+from compression.errors import EdgepressError, Incompatible, UnusableData
+from compression.pruning.unstructured import prune_unstructured
+from compression.quantization.gptq import quantize_gptq
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 FAMILIES = {

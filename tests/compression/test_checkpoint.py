@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.errors import UnusableModel
 from compression.checkpoints.families import FAMILIES
 from compression.checkpoints.loading import load_model
 from compression.checkpoints.shards import read_tensors
+from compression.errors import UnusableModel
 from tests.tiny import tiny_checkpoint
 
 

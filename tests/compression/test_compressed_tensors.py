@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.compressed_tensors import round_inputs, round_tokens, round_weight
+from compression.checkpoints.loading import load_model
+from compression.checkpoints.schemes import Scheme
 from compression.context import Context
 from compression.errors import UnusableModel
-from compression.checkpoints.loading import load_model
-from compression.checkpoints.compressed_tensors import round_inputs, round_tokens, round_weight
 from compression.quantization.fp8 import quantize_fp8
-from compression.checkpoints.schemes import Scheme
 from compression.quantization.smoothquant import quantize_smoothquant
 from tests.tiny import tiny_checkpoint, tiny_windows
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from compression.checkpoints.loading import load_tokenizer
 from compression.data import DataSpec, calibration_windows, evaluation_windows, training_rows
 from compression.data.fill import check_calibration, check_evaluation, check_prompts, check_training
 from compression.data.plain import PlainTokenizer, plain_tokenizer
@@ -13,7 +14,6 @@ from compression.data.rows import encode_choices, prompts_of, start_token
 from compression.data.sources import questions
 from compression.data.templates import chat_template, check_template, conversation, render, special_tokens
 from compression.errors import EdgepressError, UnusableData, UnusableModel
-from compression.checkpoints.loading import load_tokenizer
 from tests.tiny import SENTENCES
 
 TEMPLATES = [

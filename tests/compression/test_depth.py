@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
-from compression.errors import Incompatible, UnusableModel
 from compression.checkpoints.families import FAMILIES
 from compression.checkpoints.loading import load_model
-from compression.checkpoints.normalization import normalize
-from compression.pruning.depth import block_influence, prune_depth, redundant_blocks
 from compression.checkpoints.masks import read_masks, write_masks
+from compression.checkpoints.normalization import normalize
+from compression.context import Context
+from compression.errors import Incompatible, UnusableModel
+from compression.pruning.depth import block_influence, prune_depth, redundant_blocks
 from compression.pruning.structure import blocks_left, depth_config
 from compression.pruning.width import prune_width
 from compression.quantization.gptq import quantize_gptq

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.kept import read_kept
+from compression.checkpoints.loading import copy_tokenizer, load_model
 from compression.context import Context
 from compression.distillation import check_vocabularies
 from compression.distillation.distill import distill
 from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, Incompatible, UnusableData
-from compression.checkpoints.loading import copy_tokenizer, load_model
 from compression.pruning.depth import prune_depth
-from compression.checkpoints.kept import read_kept
 from compression.pruning.width import prune_width
 from compression.training.settings import TrainingSettings
 from tests.compression.test_losses import reference_kl, softmax
@@ -284,7 +284,7 @@ def test_what_depth_pruning_left_alone_is_what_it_was(tmp_path: Path) -> None:
         ({"alpha": 0.0}, "nothing to minimise"),
         ({"alpha": -1.0, "beta": 1.0}, "negative"),
         ({"alpha": 1.0, "temperature": 0.0}, "above 0"),
-        ({"alpha": 1.0, "mixture": 1.0}, "mixture"),
+        ({"alpha": 1.0, "jsd_beta": 1.0}, "jsd_beta"),
     ],
 )
 def test_weights_out_of_range(checkpoint: Path, weights: dict[str, float], message: str) -> None:

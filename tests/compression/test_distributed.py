@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from compression.context import Context
-from compression.training.distributed import in_processes
 from compression.errors import EdgepressError
 from compression.finetuning.finetune import finetune
 from compression.pruning.unstructured import prune_unstructured
 from compression.training import processes
+from compression.training.distributed import in_processes
 from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_windows
 

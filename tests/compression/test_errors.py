@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from compression.training.distributed import _portable
 from compression.errors import EdgepressError, MissingExtra
+from compression.training.distributed import _portable
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = {"transient": True, "path": ("stages", 0)}  # of parameters that are not text

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from compression.checkpoints.families import FAMILIES
+from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.distillation import Feature, pair_layers
 from compression.distillation.features import look
 from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, Incompatible
-from compression.checkpoints.families import FAMILIES
-from compression.checkpoints.loading import load_model
 from compression.pruning.depth import prune_depth
 from compression.pruning.width import prune_width
 from tests.tiny import tiny_checkpoint, tiny_windows

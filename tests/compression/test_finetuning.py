@@ -11,12 +11,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from compression.finetuning.adapters import merged
-from compression.context import Context
-from compression.errors import EdgepressError, Incompatible, MissingExtra
-from compression.finetuning.finetune import finetune
 from compression.checkpoints.loading import load_model
 from compression.checkpoints.masks import read_masks, write_masks
+from compression.context import Context
+from compression.errors import EdgepressError, Incompatible, MissingExtra
+from compression.finetuning.adapters import merged
+from compression.finetuning.finetune import finetune
 from compression.pruning.unstructured import prune_unstructured
 from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_checkpoint, tiny_windows

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
-from compression.errors import Incompatible, UnusableModel
 from compression.checkpoints.loading import load_model
 from compression.checkpoints.masks import read_masks, write_masks
+from compression.context import Context
+from compression.errors import Incompatible, UnusableModel
 from compression.quantization.fp8 import quantize_fp8
 from tests.tiny import tiny_checkpoint, tiny_windows
 

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from compression.calibration.second_order import inverse_factor
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.layouts import read_quantized_linears
+from compression.checkpoints.loading import load_model, save_model
+from compression.checkpoints.quantization_config import WeightScheme
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.checkpoints.loading import load_model, save_model
 from compression.quantization.gptq import column_order, gptq, quantize_gptq
-from compression.calibration.second_order import inverse_factor
 from compression.quantization.grid import Grid, fit_grid
-from compression.checkpoints.layouts import read_quantized_linears
-from compression.checkpoints.quantization_config import Codes
 from tests.tiny import tiny_windows
 
 
@@ -47,7 +47,7 @@ def test_codes_are_those_of_the_optimal_update(
 ) -> None:
     monkeypatch.setattr("compression.quantization.gptq.COLUMNS_PER_UPDATE", columns_per_update)
     weight, gram = layer()
-    grid = fit_grid(weight, Codes(bits, 8), symmetric=True, gram=gram)
+    grid = fit_grid(weight, WeightScheme(bits, 8), symmetric=True, gram=gram)
     order = column_order(gram) if act_order else None
     factor = inverse_factor(gram, damp_percent=0.01, order=order)
     assert factor is not None
@@ -75,7 +75,7 @@ def test_a_singular_hessian_has_no_factor() -> None:
 def test_a_dead_channel_is_rounded_to_nearest_and_disturbs_no_other() -> None:
     weight, gram = layer()
     gram[5], gram[:, 5] = 0, 0
-    grid = fit_grid(weight, Codes(3, 8), symmetric=False, gram=gram)
+    grid = fit_grid(weight, WeightScheme(3, 8), symmetric=False, gram=gram)
     factor = inverse_factor(gram, damp_percent=0.01)
     assert factor is not None
     codes = gptq(weight, grid, factor)
@@ -99,7 +99,7 @@ def test_a_checkpoint_loses_less_than_by_rounding(tmp_path: Path, checkpoint: Pa
     model = load_model(checkpoint)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            grid = fit_grid(module.weight.data, Codes(bits, 32), symmetric=symmetric, shrinks=(1.0,))
+            grid = fit_grid(module.weight.data, WeightScheme(bits, 32), symmetric=symmetric, shrinks=(1.0,))
             module.weight.data = grid.dequantize(grid.quantize(module.weight.data))
     save_model(model, tmp_path / "rtn", like=checkpoint)
     assert output_error(checkpoint, tmp_path / "q", windows) < output_error(checkpoint, tmp_path / "rtn", windows)

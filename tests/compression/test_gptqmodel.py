@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
-from compression.errors import EdgepressError, Incompatible, MissingExtra, UnusableData
+from compression.checkpoints.layouts import read_quantized_linears
 from compression.checkpoints.loading import load_model
 from compression.checkpoints.masks import write_masks
+from compression.checkpoints.quantization_config import WeightScheme
+from compression.checkpoints.shards import read_tensors
+from compression.context import Context
+from compression.errors import EdgepressError, Incompatible, MissingExtra, UnusableData
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.gptqmodel_engine import quantize_with_gptqmodel, told
 from compression.quantization.grid import fit_grid
-from compression.checkpoints.layouts import read_quantized_linears
-from compression.checkpoints.quantization_config import Codes
-from compression.checkpoints.shards import read_tensors
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 needs_gptqmodel = pytest.mark.skipif(
@@ -113,7 +113,7 @@ def test_the_engine_writes_a_checkpoint_like_ours(tmp_path: Path, method: str) -
     model = load_model(source)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            grid = fit_grid(module.weight.data, Codes(4, 32), symmetric=method == "gptq", shrinks=(1.0,))
+            grid = fit_grid(module.weight.data, WeightScheme(4, 32), symmetric=method == "gptq", shrinks=(1.0,))
             module.weight.data = grid.dequantize(grid.quantize(module.weight.data))
     with torch.no_grad():
         rounded = float((model(windows).logits - load_model(source)(windows).logits).square().mean())

@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.layouts import QuantizedLinear, awq_tensors, gptq_tensors, pack, read_quantized_linears, unpack
+from compression.checkpoints.quantization_config import WeightScheme
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.grid import Grid, diagonal_blocks, fit_grid
-from compression.checkpoints.layouts import QuantizedLinear, awq_tensors, gptq_tensors, pack, read_quantized_linears, unpack
 from compression.quantization.rounding import quantized_linear
-from compression.quantization.settings import plan_codes
-from compression.checkpoints.quantization_config import Codes
+from compression.quantization.settings import plan_schemes
 from tests.tiny import tiny_windows
 
 
@@ -73,7 +73,7 @@ def test_a_grid_holds_every_weight_within_half_a_step(seed: int, bits: int, symm
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) * size
     weight[0] = 0
     weight[1] = weight[1].abs()  # one-sided groups
-    grid = fit_grid(weight, Codes(bits, 16), symmetric=symmetric, shrinks=(1.0,))
+    grid = fit_grid(weight, WeightScheme(bits, 16), symmetric=symmetric, shrinks=(1.0,))
     assert torch.equal(grid.scales, grid.scales.half().float())
     assert (grid.scales > 0).all()
     assert ((grid.zeros >= 1) & (grid.zeros <= 2**bits - 1) & (grid.zeros == grid.zeros.round())).all()
@@ -92,12 +92,12 @@ def test_shrinking_minimizes_the_output_error_of_each_group() -> None:
     x = torch.randn(100, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
     gram, weight = x.T @ x / len(x), torch.randn(8, 32, generator=generator)
     shrinks = (1.0, 0.9, 0.8, 0.7)
-    fitted = fit_grid(weight, Codes(3, 16), symmetric=False, gram=gram, shrinks=shrinks)
+    fitted = fit_grid(weight, WeightScheme(3, 16), symmetric=False, gram=gram, shrinks=shrinks)
     for row in range(8):
         for group, part in enumerate((slice(0, 16), slice(16, 32))):
             inputs = x[:, part].double()
             losses = []
-            for grid in (fitted, *(fit_grid(weight * s, Codes(3, 16), symmetric=False, shrinks=(1.0,)) for s in shrinks)):
+            for grid in (fitted, *(fit_grid(weight * s, WeightScheme(3, 16), symmetric=False, shrinks=(1.0,)) for s in shrinks)):
                 delta = (grid.dequantize(grid.quantize(weight)) - weight)[row, part].double()
                 losses.append(float((inputs @ delta).square().mean()))
             assert losses[0] == pytest.approx(min(losses[1:]), rel=1e-4), (row, group)
@@ -105,8 +105,8 @@ def test_shrinking_minimizes_the_output_error_of_each_group() -> None:
 
 def test_inputs_that_overflowed_leave_the_plain_grid() -> None:
     weight, broken = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), torch.full((32, 32), torch.nan)
-    plain = fit_grid(weight, Codes(4, 16), symmetric=True, shrinks=(1.0,))
-    assert torch.equal(fit_grid(weight, Codes(4, 16), symmetric=True, gram=broken).scales, plain.scales)
+    plain = fit_grid(weight, WeightScheme(4, 16), symmetric=True, shrinks=(1.0,))
+    assert torch.equal(fit_grid(weight, WeightScheme(4, 16), symmetric=True, gram=broken).scales, plain.scales)
 
 
 def test_diagonal_blocks() -> None:
@@ -116,17 +116,17 @@ def test_diagonal_blocks() -> None:
 
 def test_stacked_rows_come_apart() -> None:
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
-    grid: Grid = fit_grid(weight, Codes(4, 16), symmetric=True)
+    grid: Grid = fit_grid(weight, WeightScheme(4, 16), symmetric=True)
     codes = grid.quantize(weight)
     assert torch.equal(quantized_linear(codes, grid, rows=slice(3, 8)).dequantize(), grid.dequantize(codes)[3:])
 
 
 def test_group_sizes_are_checked_without_loading_anything(checkpoint: Path) -> None:
     source = open_checkpoint(checkpoint)
-    plan_codes(source, bits=4, group_size=32)
+    plan_schemes(source, bits=4, group_size=32)
     for group_size in (0, 48, 128):
         with pytest.raises(Incompatible, match=r"self_attn.q_proj, which is 64 wide; .*: 16, 32, 64") as refused:
-            plan_codes(source, bits=4, group_size=group_size)
+            plan_schemes(source, bits=4, group_size=group_size)
         assert refused.value.key == "group_size"
 
 

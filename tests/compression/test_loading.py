@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.layouts import read_quantized_linears
+from compression.checkpoints.loading import load_model, save_model
+from compression.checkpoints.shards import CheckpointWriter, read_tensors
 from compression.context import Context
 from compression.errors import EdgepressError, UnusableModel
-from compression.checkpoints.loading import load_model, save_model
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
-from compression.checkpoints.layouts import read_quantized_linears
-from compression.checkpoints.shards import CheckpointWriter, read_tensors
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 

@@ -36,14 +36,14 @@ def reference_kl(student: np.ndarray, teacher: np.ndarray, temperature: float) -
     return reference("forward", softmax(student / temperature), softmax(teacher / temperature), temperature)
 
 
-def reference(divergence: Divergence, student: np.ndarray, teacher: np.ndarray, temperature: float, mixture: float = 0.5) -> np.ndarray:
+def reference(divergence: Divergence, student: np.ndarray, teacher: np.ndarray, temperature: float, jsd_beta: float = 0.5) -> np.ndarray:
     """From probabilities, as the papers write it."""
 
     def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
         return (p * (np.log(p) - np.log(q))).sum(-1)
 
-    middle = mixture * teacher + (1 - mixture) * student
-    jensen_shannon = mixture * kl(teacher, middle) + (1 - mixture) * kl(student, middle)
+    middle = jsd_beta * teacher + (1 - jsd_beta) * student
+    jensen_shannon = jsd_beta * kl(teacher, middle) + (1 - jsd_beta) * kl(student, middle)
     return temperature**2 * {"forward": kl(teacher, student), "reverse": kl(student, teacher), "js": jensen_shannon}[divergence]
 
 
@@ -58,15 +58,15 @@ def loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float, *rest
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 1000), positions=st.integers(1, 6), vocabulary=st.integers(2, 50), temperature=st.floats(0.5, 10),
-    scale=st.floats(0.1, 8), divergence=st.sampled_from(DIVERGENCES), mixture=st.floats(0.1, 0.9),
+    scale=st.floats(0.1, 8), divergence=st.sampled_from(DIVERGENCES), jsd_beta=st.floats(0.1, 0.9),
 )  # fmt: skip
 def test_each_divergence_is_its_formula(
-    seed: int, positions: int, vocabulary: int, temperature: float, scale: float, divergence: Divergence, mixture: float
+    seed: int, positions: int, vocabulary: int, temperature: float, scale: float, divergence: Divergence, jsd_beta: float
 ) -> None:
     student, teacher = scale * normal(positions, vocabulary, seed=seed), scale * normal(positions, vocabulary, seed=seed + 1)
     p, q = softmax(student.numpy() / temperature), softmax(teacher.numpy() / temperature)
-    expected = reference(divergence, p, q, temperature, mixture)
-    rest = temperature, divergence, mixture
+    expected = reference(divergence, p, q, temperature, jsd_beta)
+    rest = temperature, divergence, jsd_beta
     np.testing.assert_allclose(loss(student, teacher, *rest).numpy(), expected, rtol=1e-9, atol=1e-11)
     np.testing.assert_allclose(loss(student.float(), teacher.float(), *rest).numpy(), expected, rtol=2e-4, atol=2e-4)
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from compression.errors import UnusableModel
 from compression.checkpoints.masks import MASKS, MaskWriter, pack_mask, read_masks, unpack_mask, write_masks
+from compression.errors import UnusableModel
 
 
 @st.composite

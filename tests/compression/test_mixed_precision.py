@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.layouts import read_quantized_linears
+from compression.checkpoints.loading import load_model
+from compression.checkpoints.quantization_config import WeightScheme, layer_scheme, linear_bits, schemes_of
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.checkpoints.loading import load_model
 from compression.quantization.gptq import quantize_gptq
-from compression.checkpoints.layouts import read_quantized_linears
 from compression.quantization.rtn import quantize_rtn
-from compression.quantization.settings import Override, gptq_config, plan_codes, plan_gptq
-from compression.checkpoints.quantization_config import Codes, codes_of, layer_codes, linear_bits
+from compression.quantization.settings import Override, gptq_config, plan_gptq, plan_schemes
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 LAYERS = {
@@ -24,14 +24,14 @@ LAYERS = {
 }  # fmt: skip
 
 
-def expected(module: str) -> Codes | None:
+def expected(module: str) -> WeightScheme | None:
     if module == "model.layers.1.mlp.down_proj":
-        return Codes(8, 32)
+        return WeightScheme(8, 32)
     if module.endswith("down_proj"):
-        return Codes(3, 64)
+        return WeightScheme(3, 64)
     if module.endswith("v_proj"):
         return None
-    return Codes(4, -1 if module.endswith("o_proj") else 32)
+    return WeightScheme(4, -1 if module.endswith("o_proj") else 32)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -45,7 +45,7 @@ def test_layers_get_the_bits_of_the_first_pattern_that_fits(tmp_path: Path, chec
     for name in open_checkpoint(checkpoint).linear_tensors():
         module = name.removesuffix(".weight")
         codes = expected(module)
-        assert layer_codes(result.config["quantization_config"], module) == codes
+        assert layer_scheme(result.config["quantization_config"], module) == codes
         if codes is None:
             assert module not in found
             assert torch.equal(model.get_parameter(name), dense.get_parameter(name))
@@ -53,7 +53,7 @@ def test_layers_get_the_bits_of_the_first_pattern_that_fits(tmp_path: Path, chec
             assert (found[module].bits, found[module].group_size) == (codes.bits, codes.width(dense.get_parameter(name).shape[1]))
             worst = (model.get_parameter(name) - dense.get_parameter(name)).abs().max() / dense.get_parameter(name).abs().max()
             assert worst < (0.01 if codes.bits == 8 else 0.5)
-    assert codes_of(result) == {Codes(8, 32), Codes(3, 64), Codes(4, 32), Codes(4, -1)}
+    assert schemes_of(result) == {WeightScheme(8, 32), WeightScheme(3, 64), WeightScheme(4, 32), WeightScheme(4, -1)}
     planned = plan_gptq(open_checkpoint(checkpoint), bits=4, group_size=32, symmetric=True, layers=LAYERS)
     stored = sum(info.numel * {"I32": 32, "F16": 16, "F32": 32}[info.dtype] for name, info in result.tensors.items()
                  if any(part in name for part in ("_proj.qweight", "_proj.qzeros", "_proj.scales", "_proj.weight")))  # fmt: skip
@@ -62,10 +62,10 @@ def test_layers_get_the_bits_of_the_first_pattern_that_fits(tmp_path: Path, chec
 
 def test_a_width_that_the_group_does_not_divide(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "in", intermediate=96)
-    with pytest.raises(Incompatible, match=r"mlp.down_proj, which is 96 wide.*misfit: smaller_group"):
-        plan_codes(open_checkpoint(source), bits=4, group_size=64)
+    with pytest.raises(Incompatible, match=r"mlp.down_proj, which is 96 wide.*on_indivisible: smaller_group"):
+        plan_schemes(open_checkpoint(source), bits=4, group_size=64)
     warnings: list[str] = []
-    settings = {"bits": 4, "group_size": 64, "misfit": "smaller_group", "context": Context(warn=warnings.append)}
+    settings = {"bits": 4, "group_size": 64, "on_indivisible": "smaller_group", "context": Context(warn=warnings.append)}
     assert quantize_rtn(source, tmp_path / "rtn", **settings) == {"fallback_layers": 2.0}
     assert quantize_gptq(source, tmp_path / "gptq", tiny_windows(), **settings)["fallback_layers"] == 2.0
     assert len(warnings) == 4
@@ -79,4 +79,4 @@ def test_a_pattern_fits_what_a_shell_would_say(pattern: str, module: str) -> Non
     from fnmatch import fnmatchcase
 
     config = gptq_config({}, bits=4, group_size=32, symmetric=True, layers={pattern: Override(bits=8)})
-    assert (layer_codes(config, module) == Codes(8, 32)) == fnmatchcase(module, pattern)
+    assert (layer_scheme(config, module) == WeightScheme(8, 32)) == fnmatchcase(module, pattern)

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from compression.checkpoints.checkpoint import UNLIMITED, open_checkpoint
-from compression.errors import UnusableModel
 from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.checkpoints.normalization import Normalized, normalize
 from compression.checkpoints.shards import read_tensors
 from compression.checkpoints.tokenizer_corpus import TEXTS
+from compression.errors import UnusableModel
 from tasks.base import EMBEDDED
 from tests.tiny import tiny_checkpoint, tiny_tokenizer, tiny_windows
 

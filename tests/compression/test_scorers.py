@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.data import encode_choices
 from compression.errors import Incompatible, UnusableData, UnusableModel
 from compression.evaluation.scorers import MultipleChoice, divergence, evaluate_quality, log_likelihoods, multiple_choice, perplexity
 from compression.evaluation.transformers_runtime import TransformersRuntime
-from compression.checkpoints.loading import load_model
 from compression.reference.world import Question
 from tests.tiny import tiny_checkpoint, tiny_tokenizer, tiny_windows
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compression.context import Context
 from compression.checkpoints.loading import load_model
+from compression.context import Context
 from compression.quantization.rtn import quantize_rtn
 from compression.quantization.sensitivity import Sensitivity, sensitivity, spend
 from tests.tiny import tiny_windows

@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.families import FAMILIES
+from compression.checkpoints.skeleton import skeleton, unclaimed_tensors
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.checkpoints.families import FAMILIES
 from compression.pruning.lottery import prune_lottery
 from compression.pruning.rigl import prune_rigl
 from compression.pruning.unstructured import prune_unstructured
 from compression.quantization.fp8 import quantize_fp8
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.rtn import quantize_rtn
-from compression.checkpoints.skeleton import skeleton, unclaimed_tensors
 from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_checkpoint, tiny_windows
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compression.calibration.walk import walk
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
-from compression.errors import UnusableModel
 from compression.checkpoints.families import FAMILIES, Family
 from compression.checkpoints.loading import load_model
 from compression.checkpoints.masks import read_masks, write_masks
+from compression.context import Context
+from compression.errors import UnusableModel
 from compression.quantization.smoothquant import quantize_smoothquant, smooth, smoothing_scales
-from compression.calibration.walk import walk
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 ABSMAX = frozenset({"absmax"})

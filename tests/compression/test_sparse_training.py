@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from compression.checkpoints.loading import load_model
+from compression.checkpoints.masks import read_masks
 from compression.context import Context
 from compression.distillation.distill import distill
 from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, Incompatible, UnusableModel
 from compression.finetuning.finetune import finetune
-from compression.checkpoints.loading import load_model
 from compression.pruning.densities import layer_sparsities
-from compression.training.held_masks import HeldMasks, held_masks, hold_masks
 from compression.pruning.lottery import prune_lottery
-from compression.checkpoints.masks import read_masks
 from compression.pruning.rigl import RigL, moved, prune_rigl
 from compression.pruning.unstructured import prune_unstructured
-from compression.training import train
+from compression.training.held_masks import HeldMasks, held_masks, hold_masks
+from compression.training.loop import train
 from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_windows
 

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from compression.checkpoints.loading import load_model, save_model
 from compression.context import Context
 from compression.evaluation.sparsity import sparsity
-from compression.checkpoints.loading import load_model, save_model
 from compression.pruning.unstructured import prune_unstructured
 from compression.quantization.rtn import quantize_rtn
 

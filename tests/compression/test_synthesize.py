@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from compression.checkpoints.checkpoint import file_digests
+from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.context import Context
 from compression.data.rows import prompts_of, start_token
 from compression.errors import EdgepressError
-from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.synthesis.settings import SynthesisSettings
 from compression.synthesis.synthesize import _seed, nucleus, sample, synthesize
 from tests.tiny import SENTENCES, tiny_checkpoint, tiny_tokenizer, tiny_windows

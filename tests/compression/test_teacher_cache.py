@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from compression.checkpoints.checkpoint import file_digests
+from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.distillation import CacheSettings, Divergence
 from compression.distillation.distill import distill
 from compression.distillation.objective import Objective
 from compression.distillation.teacher_cache import TeacherCache, open_teacher_cache
 from compression.errors import EdgepressError, Incompatible
-from compression.checkpoints.loading import load_model
 from compression.training.settings import TrainingSettings
 from tests.compression.test_losses import reference, softmax
 from tests.tiny import tiny_checkpoint, tiny_windows

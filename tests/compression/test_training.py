@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, UnusableData
-from compression.checkpoints.loading import load_model
-from compression.training import train
 from compression.training.curve import Curve
+from compression.training.loop import train
 from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_windows
 
@@ -147,7 +147,7 @@ import torch
 from compression.context import Context
 from compression.distillation.objective import Objective
 from compression.checkpoints.loading import load_model
-from compression.training import train
+from compression.training.loop import train
 from compression.training.curve import Curve
 from compression.training.settings import TrainingSettings
 from safetensors.torch import save_file

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, Incompatible
-from compression.checkpoints.loading import load_model
-from compression.training import train
 from compression.training.batches import Batches, batch_of
+from compression.training.loop import train
 from compression.training.settings import TrainingSettings
 from tests.compression.test_training import Toy, dying, some_mask, weights
 from tests.tiny import tiny_windows

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
+from compression.checkpoints.loading import load_model
 from compression.errors import EdgepressError, Incompatible
 from compression.evaluation import contention, generation
 from compression.evaluation.generation import generate
 from compression.evaluation.runtime import Runtime
 from compression.evaluation.speed import measure_speed
 from compression.evaluation.transformers_runtime import TransformersRuntime
-from compression.checkpoints.loading import load_model
 from tests.tiny import tiny_windows
 
 

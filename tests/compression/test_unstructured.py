@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
-from compression.errors import Incompatible, UnusableData, UnusableModel
 from compression.checkpoints.families import FAMILIES
 from compression.checkpoints.loading import load_model, save_model
+from compression.checkpoints.masks import read_masks
+from compression.checkpoints.shards import read_tensors
+from compression.context import Context
+from compression.errors import Incompatible, UnusableData, UnusableModel
 from compression.pruning.allocation import allocate, outlier_ratio
 from compression.pruning.gradient import WINDOWS_PER_BATCH, gradient_scores
-from compression.checkpoints.masks import read_masks
 from compression.pruning.selection import PRUNED, keep_n_of_m, keep_strongest, keep_strongest_overall
 from compression.pruning.sparsegpt import sparsegpt
 from compression.pruning.unstructured import prune_unstructured
-from compression.checkpoints.shards import read_tensors
 from tasks.kinds.prune_unstructured import PruneUnstructured
 from tests.tiny import tiny_checkpoint, tiny_windows
 

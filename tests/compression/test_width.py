@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
-from compression.errors import Incompatible
 from compression.checkpoints.families import FAMILIES
 from compression.checkpoints.loading import load_model
+from compression.checkpoints.masks import read_masks, write_masks
+from compression.context import Context
+from compression.errors import Incompatible
 from compression.pruning import pruned_width
 from compression.pruning.criteria import activation_scores, taylor_scores, unit_norms
-from compression.checkpoints.masks import read_masks, write_masks
 from compression.pruning.structure import pruned_heads, width_config
 from compression.pruning.units import strongest
 from compression.pruning.width import prune_width

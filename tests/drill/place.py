@@ -15,9 +15,9 @@ import psutil
 from mlflow import MlflowClient
 
 from compression.checkpoints.checkpoint import file_digests
-from tasks.store.journal import read_runs, state_now
-from tasks.store.store import Store
 from tasks.store.garbage import verify
+from tasks.store.journal import current_state, read_runs
+from tasks.store.store import Store
 
 ELSEWHERE = ("EDGEPRESS_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME", "PYTHONSAFEPATH")
 
@@ -78,7 +78,7 @@ def inspect(calm: Place, hurt: Place) -> Iterator[tuple[str, str, list[str]]]:
     yield "store verifies clean", f"{checked.entries} entries, {checked.records} records", [str(path) for path in checked.damaged]
     left = psutil.wait_procs(hurt.processes(), timeout=120)[1]  # the fork server ends when it sees that the command did
     yield "no process or server left", f"{len(left)} left", [" ".join(words_of(process)) for process in left]
-    runs = [(run.run, state_now(store, run)) for run in read_runs(store)]
+    runs = [(run.run, current_state(store, run)) for run in read_runs(store)]
     yield "no run open in the journal", _counted(state for _, state in runs), [name for name, state in runs if state == "Running"]
     for what, states in (("MLflow", _mlflow_states(hurt)), ("Prefect", _prefect_states(hurt))):
         open_ones = [state for state in states if state not in {"FINISHED", "FAILED", "KILLED", "COMPLETED", "CRASHED", "CANCELLED"}]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.errors import UnusableModel
-from compression.checkpoints.loading import load_model
 from export.contents import Contents, read_contents
 from export.genai import export_genai
 from export.gguf.writer import export_gguf

@@ -12,12 +12,12 @@ import pytest
 
 import export.genai
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.layouts import read_quantized_linears
+from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.checkpoints.loading import load_model
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
-from compression.checkpoints.layouts import read_quantized_linears
 from export.checks import GENAI_FAMILIES, GENAI_LACKS, check_genai
 from export.genai import export_genai
 from export.runtimes.genai_runtime import GenaiRuntime

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.errors import Incompatible, MissingExtra, UnusableModel
-from compression.checkpoints.loading import load_model
 from compression.origin import Origin
 from export.gguf.architectures import ARCHITECTURES
 from export.gguf.check import check_gguf

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
-from compression.errors import Incompatible
 from compression.checkpoints.families import FAMILIES
 from compression.checkpoints.layouts import QuantizedLinear, awq_tensors, gptq_tensors
-from compression.quantization.settings import gptq_config
 from compression.checkpoints.quantization_config import ROW, awq_config
+from compression.context import Context
+from compression.errors import Incompatible
+from compression.quantization.settings import gptq_config
 from export.gguf.carry import pack
 from export.gguf.writer import export_gguf
 from tests.export.test_gguf import divergence, types_in

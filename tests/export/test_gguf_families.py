@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
 from compression.checkpoints.families import FAMILIES
+from compression.context import Context
 from export.gguf.architectures import ARCHITECTURES
 from export.gguf.check import check_gguf
 from export.gguf.writer import export_gguf

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.checkpoints.loading import load_model
 from export.gguf.importance import gather_importance
 from export.gguf.native import encode
 from export.gguf.types import NEEDS_IMPORTANCE, TENSOR_TYPES

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
 from compression.evaluation.generation import generate
-from compression.checkpoints.loading import load_model
 from export.gguf.writer import export_gguf
 from export.runtimes import llamacpp
 from export.runtimes.llamacpp import LlamaCppRuntime

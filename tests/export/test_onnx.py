@@ -13,9 +13,9 @@ from onnx import numpy_helper
 
 import export.onnx.save
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
-from compression.checkpoints.loading import load_model, load_tokenizer
 from export.checks import check_onnx
 from export.onnx import export_onnx
 from export.onnx.save import save_graph

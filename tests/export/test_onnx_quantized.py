@@ -14,15 +14,15 @@ from onnx import numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.compressed_tensors import read_scaled_linears
+from compression.checkpoints.layouts import read_quantized_linears
+from compression.checkpoints.loading import load_model, save_model
+from compression.checkpoints.schemes import read_scheme
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
 from compression.evaluation.scorers import divergence
-from compression.checkpoints.loading import load_model, save_model
 from compression.quantization.awq import quantize_awq
-from compression.checkpoints.compressed_tensors import read_scaled_linears
 from compression.quantization.gptq import quantize_gptq
-from compression.checkpoints.layouts import read_quantized_linears
-from compression.checkpoints.schemes import read_scheme
 from compression.quantization.smoothquant import quantize_smoothquant
 from export.checks import check_onnx
 from export.onnx import export_onnx, writer

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.context import Context
 from compression.data import DataSpec
 from compression.errors import EdgepressError, Incompatible, UnusableModel
 from compression.evaluation.generation import generate
-from compression.checkpoints.loading import load_model, load_tokenizer
 from export.contents import read_contents
 from export.edge_checks import check_openvino
 from export.refusals import TRACED_FAMILIES

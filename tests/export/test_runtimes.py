@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import export.runtimes
+from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.errors import Incompatible, MissingExtra, UnusableModel
 from compression.evaluation.generation import generate
 from compression.evaluation.runtime import Runtime
-from compression.checkpoints.loading import load_model
 from export.genai import export_genai
 from export.onnx import export_onnx
 from export.runtimes import installed_runtimes, open_runtime, runtime_name

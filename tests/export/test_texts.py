@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from compression.checkpoints.loading import load_tokenizer
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
 from compression.evaluation.text import Text, stream_text
-from compression.checkpoints.loading import load_tokenizer
 from export.gguf.writer import export_gguf
 from export.runtimes import open_runtime, open_text
 from tests.tiny import SENTENCES, tiny_tokenizer

@@ -7,11 +7,11 @@ from rich.console import Console
 
 from compression.data import DataSpec
 from compression.evaluation.spec import EvaluationSpec
+from flows.cli.screen import print_comparison
 from flows.report.compare import render_comparison
 from flows.report.run_comparison import _GIVES, _OF_THE_MACHINE, RunComparison, _measurement, compare_runs
-from flows.cli.screen import print_comparison
 from tasks.measurement.figures import FIGURES
-from tasks.measurement.measurement import Asked, measurements
+from tasks.measurement.measurement import MeasurementRequest, measurements
 from tasks.stage import Artifact
 from tests.flows.summaries import Summary, row, summary
 from tests.flows.test_report import read
@@ -134,7 +134,7 @@ def test_every_figure_is_known_by_the_measurement_that_gives_it() -> None:
         suite="release", harness=("arc_easy",), question_answering="embedded", summarization="x.jsonl", energy="estimate"
     )
     data = DataSpec.model_validate({"text": "embedded", "questions": "embedded"})
-    asked = Asked(Artifact("llama.cpp", "carried", 1), ("base", "parent"), data, settings)
+    asked = MeasurementRequest(Artifact("llama.cpp", "carried", 1), ("base", "parent"), data, settings)
     for one in measurements():
         given = [f.metric for f in FIGURES if f.metric in one.metrics(asked) and f.better]
         assert [_measurement(metric) for metric in given] == [one.name] * len(given)

@@ -25,7 +25,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from compression.errors import EdgepressError
 from flows.run.deployment import _begun, run_recipe, summary_page
 from flows.run.pipeline import _end_orphans
-from tasks.store.journal import Run, RunBase, journal, read_run, read_runs, run_names, state_now
+from tasks.store.journal import Run, RunBase, current_state, journal, read_run, read_runs, run_names
 from tasks.store.store import Store
 from tests import waiting
 from tests.flows.recipes import edgepress
@@ -228,7 +228,7 @@ def mended(place: Deployed, refused: dict[str, Any]) -> dict[str, Any]:
 def test_a_killed_run_is_crashed(place: Deployed, crashed: dict[str, Any]) -> None:
     assert (crashed["state"]["type"], crashed["name"]) == ("CRASHED", "micro-1")
     assert {"edgepress", "attempt:1"} <= set(crashed["tags"])
-    assert state_now(Store(place.store), place.journal("micro-1")) == "Crashed"
+    assert current_state(Store(place.store), place.journal("micro-1")) == "Crashed"
 
 
 def test_a_retry_goes_on_in_the_same_flow_run_and_the_same_run_of_mlflow(place: Deployed, retried: dict[str, Any]) -> None:
@@ -306,7 +306,10 @@ def test_a_deployment_needs_a_server(
 
 def test_a_run_that_died_with_its_worker_is_found_and_a_retry_that_begins_is_not_taken_for_it(place: Deployed, deployed: str) -> None:
     gone = subprocess.run(
-        [sys.executable, "-P", "-c", "from tasks.store.owner import owner_tag; print(owner_tag())"], text=True, capture_output=True, check=True
+        [sys.executable, "-P", "-c", "from tasks.store.owner import owner_tag; print(owner_tag())"],
+        text=True,
+        capture_output=True,
+        check=True,
     )
     flow_runs = []
     for attempt in (1, 0):

@@ -13,10 +13,10 @@ import pytest
 
 from flows.planning.plan import make_plan
 from flows.planning.recipe import load_recipe
-from tasks.store.journal import read_runs, state_now
 from tasks.runners.machine import machine_lock
-from tasks.store.store import Store
 from tasks.store.garbage import collect_garbage, verify
+from tasks.store.journal import current_state, read_runs
+from tasks.store.store import Store
 from tests.flows.recipes import recipe
 from tests.flows.test_pipeline import Finished, Workshop
 from tests.kinds import installed
@@ -133,7 +133,7 @@ def test_of_two_flows_one_computes_and_the_other_waits(pair: tuple[Lab, list[Fin
     assert {run.info.status for run in lab.runs()} == {"FINISHED"}
     assert {state for _, state, _ in lab.prefect_states("task_run")} == {"COMPLETED"}
     store = Store(lab.store)
-    assert [state_now(store, run) for run in read_runs(store)] == ["Completed", "Completed"]
+    assert [current_state(store, run) for run in read_runs(store)] == ["Completed", "Completed"]
 
 
 def test_ctrl_c_ends_a_run_that_waits_for_the_stage_of_another(tmp_path: Path, checkpoint: Path) -> None:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from compression.errors import EdgepressError
+from flows.cli.screen import plan_table
 from flows.planning.matrix import Cell, Matrix, cells_of, key_of
 from flows.planning.plan import Plan, estimate, make_plan
 from flows.planning.recipe import ParsedRecipe, json_schema, load_recipe
-from flows.cli.screen import plan_table
-from flows.planning.source_map import Located
+from flows.planning.source_map import SourceMap
 from tasks.store.store import Store
 from tests.flows.recipes import recipe
 
@@ -60,7 +60,7 @@ def chosen(parsed: ParsedRecipe) -> list[dict[str, Any]]:
 
 
 def cells(matrix: dict[str, Any], *stages: str) -> list[Cell]:
-    return cells_of(Matrix.model_validate(matrix), stages or ("a", "b"), Located(Path("r.yaml"), {}, {}))
+    return cells_of(Matrix.model_validate(matrix), stages or ("a", "b"), SourceMap(Path("r.yaml"), {}, {}))
 
 
 def values(matrix: dict[str, Any], *stages: str) -> list[dict[str, Any]]:

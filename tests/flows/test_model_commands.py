@@ -13,9 +13,9 @@ from compression.checkpoints.checkpoint import file_digests, open_checkpoint
 from compression.context import Context
 from export.gguf.writer import export_gguf
 from tasks.artifact import complete_artifact
-from tasks.planned_stage import Result
 from tasks.base import Base
 from tasks.execution import _compare_speed
+from tasks.planned_stage import Result
 from tasks.stage import Artifact
 from tasks.store.store import Store
 from tests.flows.recipes import edgepress

@@ -20,9 +20,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from compression.checkpoints.checkpoint import file_digests
-from tasks.store.journal import read_runs, state_now
-from tasks.store.store import Store
 from tasks.store.garbage import collect_garbage, verify
+from tasks.store.journal import current_state, read_runs
+from tasks.store.store import Store
 from tasks.store.summaries import read_summary
 from tests.flows.recipes import recipe
 from tests.waiting import PATIENCE, until
@@ -431,7 +431,7 @@ def test_no_run_stays_running(disturbed: Workshop, finished: Finished) -> None:
     assert flows[0] == "CRASHED" and flows[2] == "COMPLETED" and flows[1] in {"CRASHED", "CANCELLED", "FAILED"}
     assert {state for _, state, _ in disturbed.prefect_states("task_run")}.isdisjoint({"RUNNING", "PENDING"})
     store = Store(disturbed.folder / ".edgepress")
-    assert [state_now(store, run) for run in read_runs(store)] == ["Crashed", "Interrupted", "Completed"]
+    assert [current_state(store, run) for run in read_runs(store)] == ["Crashed", "Interrupted", "Completed"]
     assert {stage.state for run in read_runs(store)[1:] for stage in run.stages}.isdisjoint({"Running"})
     assert verify(store).damaged == ()
     assert disturbed.processes() == []

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tasks.store.garbage import collect_garbage
 from tasks.store.journal import journal
 from tasks.store.store import Store
-from tasks.store.garbage import collect_garbage
 from tasks.store.summaries import SUMMARY, read_summary, summary_files, write_summary
 from tests.flows.recipes import edgepress
 from tests.flows.summaries import row, summary

@@ -3,9 +3,9 @@
 import pytest
 from rich.console import Console
 
-from flows.report.comparison import compare
-from flows.report import render_report
 from flows.cli.screen import print_summary
+from flows.report import render_report
+from flows.report.comparison import compare
 from tests.flows.summaries import sweep
 
 

@@ -14,12 +14,12 @@ import pytest
 from mlflow import MlflowClient
 
 from compression.errors import EdgepressError
-from flows.run.pipeline import withdraw_descendants
 from flows.planning.plan import Plan, check_disk, make_plan, select
 from flows.planning.recipe import load_recipe
-from tasks.planned_stage import Result
+from flows.run.pipeline import withdraw_descendants
 from tasks.measurement.gates import Verdict
-from tasks.store.journal import Run, RunBase, RunStage, journal, read_run, read_runs, state_now
+from tasks.planned_stage import Result
+from tasks.store.journal import Run, RunBase, RunStage, current_state, journal, read_run, read_runs
 from tasks.store.store import Store, publish
 from tests.flows.recipes import STAGES, edgepress, recipe
 from tests.flows.test_pipeline import SAFE, Finished, Interrupted, Workshop
@@ -372,7 +372,7 @@ def test_a_run_is_resumed_to_its_end(shop: Workshop, finished: Finished) -> None
     assert finished.states()["distilled"] == "Cached" and len(shop.contents()) == len(STAGE_NAMES)
     store = Store(shop.folder / ".edgepress")
     runs = read_runs(store)
-    assert [(run.run, state_now(store, run), run.resumes) for run in runs] == [
+    assert [(run.run, current_state(store, run), run.resumes) for run in runs] == [
         ("micro-1", "Crashed", None), ("micro-2", "Interrupted", "micro-1"), ("micro-3", "Completed", "micro-2"),
     ]  # fmt: skip
     assert len({(run.text, run.file, run.directory, run.outputs, run.tracking_uri, run.tracking_run) for run in runs}) == 1

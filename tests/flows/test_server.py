@@ -135,4 +135,6 @@ def test_what_a_dead_server_brought_down_names_it(tmp_path: Path, monkeypatch: p
 
 
 def _is_server(child: psutil.Process) -> bool:
-    return child.status() != psutil.STATUS_ZOMBIE and "flows.run.prefect_server" in child.cmdline()  # of a zombie nobody can ask its command
+    return (
+        child.status() != psutil.STATUS_ZOMBIE and "flows.run.prefect_server" in child.cmdline()
+    )  # of a zombie nobody can ask its command

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError
-from flows.run.pipeline import _begun
 from flows.planning.plan import Plan, make_plan, select
 from flows.planning.recipe import load_recipe
+from flows.run.pipeline import _begun
 from flows.run.registering import register_results
 from flows.run.summary import summarize
 from flows.run.tracked import end_cells, git_commit, helpers, known_stages, leaves, lock, planned_stages, series
-from tasks.planned_stage import Result
 from tasks.measurement.gates import Verdict
+from tasks.planned_stage import Result
 from tasks.store.store import Store
-from tasks.tracking.tracking import Begun
+from tasks.tracking.tracking import OpenRun
 from tests.flows.recipes import STAGES, recipe
 
 LINEAR = "  pruned: {uses: prune.width, keep: 0.5}\n  gguf: {uses: export.gguf}\n"
@@ -90,7 +90,7 @@ def test_a_cell_has_the_roads_to_its_leaves_and_helpers(plan: Callable[..., Plan
 def test_stages_go_on_with_their_runs_unless_they_are_others_now(plan: Callable[..., Plan]) -> None:
     made = plan(LINEAR)
     same = made.by_name["pruned"].identity
-    begun = Begun("top", {}, {("pruned", same): "1", ("gguf", "another"): "2", ("gone", "3"): "3"})
+    begun = OpenRun("top", {}, {("pruned", same): "1", ("gguf", "another"): "2", ("gone", "3"): "3"})
     assert known_stages(made, begun) == ({"pruned": "1"}, {"gguf": "2"})
     assert known_stages(made, None) == ({}, {})
 

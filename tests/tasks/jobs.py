@@ -13,7 +13,7 @@ from compression.context import Context
 from compression.data import DataSpec
 from compression.errors import Incompatible
 from tasks.runners import worker
-from tasks.runners.jobs import run_stage
+from tasks.runners.jobs import compute_stage
 from tasks.stage import Inputs, Workplace, stage_kinds
 
 
@@ -69,7 +69,7 @@ def fail_on_full_disk(*, threads: int, context: Context) -> dict[str, float]:
 
 
 def run_filling_stage(*, into: str, **arguments: Any) -> dict[str, float]:
-    """`run_stage` of a stage that keeps a checkpoint, then fills the disk."""
+    """`compute_stage` of a stage that keeps a checkpoint, then fills the disk."""
 
     def run(_: Any, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
         (place.work / "checkpoint").write_text("kept")
@@ -78,7 +78,7 @@ def run_filling_stage(*, into: str, **arguments: Any) -> dict[str, float]:
                 half.write(bytes(4096))
 
     setattr(stage_kinds()[arguments["stage"]["uses"]], "run", run)  # noqa: B010  (of this process alone)
-    return run_stage(**arguments)
+    return compute_stage(**arguments)
 
 
 def linger(*, folder: str, threads: int, context: Context) -> dict[str, float]:

@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from compression.errors import EdgepressError
-from tasks.runners.executor import Children, Job
 from tasks.errors import JobFailed
 from tasks.runners import local
 from tasks.runners.budget import Budget
-from tasks.runners.local import LocalChildren
+from tasks.runners.executor import Executor, Job
+from tasks.runners.local import LocalExecutor
 from tasks.runners.machine import machine_lock
 from tests.drill.place import words_of
 from tests.waiting import PATIENCE, until
@@ -35,8 +35,8 @@ def own_machine_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def children() -> Iterator[Children]:
-    made = LocalChildren(Budget(cores=2))
+def children() -> Iterator[Executor]:
+    made = LocalExecutor(Budget(cores=2))
     made.preload()
     yield made
     made.close()
@@ -67,7 +67,7 @@ def pids_written(folder: Path) -> list[int]:
     return [int(pid) for pid in (folder / "pids").read_text().split()]
 
 
-def test_metrics_events_and_prints_come_back(children: Children, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_metrics_events_and_prints_come_back(children: Executor, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     events: list[dict[str, Any]] = []
     metrics = children.run(job("succeed", folder=str(tmp_path)), tmp_path, events.append).metrics
     assert metrics == {"threads": 1, "asked": 1, "seed": 5, "leader": 1}
@@ -76,7 +76,7 @@ def test_metrics_events_and_prints_come_back(children: Children, tmp_path: Path,
     assert capfd.readouterr().out == ""
 
 
-def test_a_mistake_of_the_user_keeps_its_message_and_key(children: Children, tmp_path: Path) -> None:
+def test_a_mistake_of_the_user_keeps_its_message_and_key(children: Executor, tmp_path: Path) -> None:
     with pytest.raises(EdgepressError, match="7 does not divide 64") as caught:
         children.run(job("mistake"), tmp_path, silent)
     assert caught.value.key == "group_size"
@@ -93,7 +93,7 @@ def test_a_mistake_of_the_user_keeps_its_message_and_key(children: Children, tmp
         ("leave", "exit status 7", True),
     ],
 )
-def test_a_lost_process_is_told_from_a_wrong_one(children: Children, tmp_path: Path, name: str, message: str, transient: bool) -> None:
+def test_a_lost_process_is_told_from_a_wrong_one(children: Executor, tmp_path: Path, name: str, message: str, transient: bool) -> None:
     with pytest.raises(JobFailed, match=message) as caught:
         children.run(job(name), tmp_path, silent)
     assert caught.value.transient is transient
@@ -101,7 +101,7 @@ def test_a_lost_process_is_told_from_a_wrong_one(children: Children, tmp_path: P
 
 
 def test_a_fork_server_that_is_killed_while_it_begins_a_job_can_be_tried_again(
-    children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    children: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     children.run(job("succeed", folder=str(tmp_path)), tmp_path, silent)  # it has loaded what it preloads
     (server,) = (p for p in psutil.Process().children() if any("multiprocessing.forkserver" in word for word in words_of(p)))
@@ -124,21 +124,21 @@ def test_a_temporary_directory_too_deep_for_a_socket(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 100)
     deep.mkdir()
     code = (
-        "import tempfile; from tasks.runners.budget import Budget; from tasks.runners.local import LocalChildren\n"
-        "LocalChildren(Budget(cores=1)).preload(); print(tempfile.gettempdir())"
+        "import tempfile; from tasks.runners.budget import Budget; from tasks.runners.local import LocalExecutor\n"
+        "LocalExecutor(Budget(cores=1)).preload(); print(tempfile.gettempdir())"
     )
     environment = {**os.environ, "TMPDIR": str(deep)}
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, text=True, capture_output=True, check=True)
     assert done.stdout.strip() == str(deep)
 
 
-def test_the_result_of_a_run_before_is_never_taken_for_this_one(children: Children, tmp_path: Path) -> None:
+def test_the_result_of_a_run_before_is_never_taken_for_this_one(children: Executor, tmp_path: Path) -> None:
     children.run(job("succeed", folder=str(tmp_path)), tmp_path, silent)
     with pytest.raises(JobFailed, match="SIGKILL"):
         children.run(job("killed"), tmp_path, silent)
 
 
-def test_a_timeout_ends_the_whole_group(children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timeout_ends_the_whole_group(children: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passed = [0.0]
     monkeypatch.setattr(local, "time", SimpleNamespace(monotonic=lambda: passed[0]))
     caught: list[BaseException] = []
@@ -159,7 +159,7 @@ def test_a_timeout_ends_the_whole_group(children: Children, tmp_path: Path, monk
     assert gone(*pids)
 
 
-def test_a_timeout_that_strikes_before_the_child_has_its_group(children: Children, tmp_path: Path) -> None:
+def test_a_timeout_that_strikes_before_the_child_has_its_group(children: Executor, tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(JobFailed, match="timeout") as caught:
         children.run(job("linger", timeout=1e-6, folder=str(tmp_path)), tmp_path, silent)
@@ -167,7 +167,7 @@ def test_a_timeout_that_strikes_before_the_child_has_its_group(children: Childre
     assert time.monotonic() - started < 500  # the child sleeps for ten minutes
 
 
-def test_close_ends_what_runs_and_starts_nothing_more(children: Children, tmp_path: Path) -> None:
+def test_close_ends_what_runs_and_starts_nothing_more(children: Executor, tmp_path: Path) -> None:
     caught: list[BaseException] = []
 
     def run() -> None:
@@ -189,7 +189,7 @@ def test_close_ends_what_runs_and_starts_nothing_more(children: Children, tmp_pa
 
 
 def test_close_frees_a_thread_that_waits_for_the_machine_and_says_so(
-    children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    children: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tasks.runners.local.PATIENCE", 0.2)
     holder = hold_machine(tmp_path)
@@ -265,8 +265,8 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script.write_text(
         f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\nimport sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
         "from pathlib import Path\nfrom tasks.runners.executor import Job\n"
-        "from tasks.runners.budget import Budget\nfrom tasks.runners.local import LocalChildren\n"
-        "if __name__ == '__main__':\n    children = LocalChildren(Budget(2))\n    children.preload()\n"
+        "from tasks.runners.budget import Budget\nfrom tasks.runners.local import LocalExecutor\n"
+        "if __name__ == '__main__':\n    children = LocalExecutor(Budget(2))\n    children.preload()\n"
         f"    children.run(Job('tests.tasks.jobs:linger', {{'folder': {str(tmp_path)!r}}}, 1), Path({str(tmp_path / 'job')!r}), print)\n"
     )
     parent = subprocess.Popen([sys.executable, "-P", str(script)])
@@ -282,7 +282,7 @@ def test_the_fork_server_leaves_ctrl_c_to_the_flow(tmp_path: Path) -> None:
     """A terminal sends it to all of its processes, also to the server while it imports torch."""
     code = (
         f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\nimport signal, sys\n"
-        "from tasks.runners.budget import Budget\nfrom tasks.runners.local import LocalChildren\n"
+        "from tasks.runners.budget import Budget\nfrom tasks.runners.local import LocalExecutor\n"
         "signal.signal(signal.SIGINT, lambda *_: print('heard', flush=True))\nLocalChildren(Budget(2)).preload()\n"
         "print('importing', flush=True)\nsys.stdin.read()"
     )

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
-from compression.data import DataSpec
-from compression.errors import Incompatible, MissingExtra, UnusableModel
 from compression.checkpoints.families import FAMILIES
 from compression.checkpoints.loading import load_model
 from compression.checkpoints.masks import read_masks
+from compression.context import Context
+from compression.data import DataSpec
+from compression.errors import Incompatible, MissingExtra, UnusableModel
 from tasks.stage import Inputs, Stage, Workplace, check_accepts, stage_kinds
 from tests.tiny import tiny_checkpoint, tiny_windows
 

@@ -1,8 +1,8 @@
 """What runs in MLflow say of themselves, in what a tag holds."""
 
-from tasks.tracking.descriptions import describe_stage, fitted, results_table, steps_table
 from tasks.measurement.gates import Verdict
 from tasks.tracking.calls import LONGEST
+from tasks.tracking.descriptions import describe_stage, fitted, results_table, steps_table
 
 METRICS = {"accuracy": 0.9, "perplexity": 4.0, "kl_to_base": 0.1, "size_mb": 3.0, "tokens_per_second": 480.0, "peak_memory_mb": 41.0}
 

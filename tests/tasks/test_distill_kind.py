@@ -12,9 +12,9 @@ from compression.context import Context
 from compression.errors import EdgepressError
 from flows.planning.plan import Plan, estimate, make_plan
 from flows.planning.recipe import load_recipe
-from tasks.planned_stage import Result
-from tasks.runners.jobs import run_stage
 from tasks.execution import _compute
+from tasks.planned_stage import Result
+from tasks.runners.jobs import compute_stage
 from tasks.store.store import Store
 from tests.flows.recipes import recipe
 from tests.tiny import tiny_checkpoint
@@ -83,8 +83,8 @@ class Here:
 
     closed = False
 
-    def run(self, job: Any, home: Path, sink: Any) -> Any:
-        metrics = run_stage(**job.arguments, threads=job.threads, context=Context(seed=job.seed, device=job.device))
+    def run(self, job: Any, home: Path, on_event: Any) -> Any:
+        metrics = compute_stage(**job.arguments, threads=job.threads, context=Context(seed=job.seed, device=job.device))
         return SimpleNamespace(metrics=metrics, seconds=0.0)
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from tasks.measurement.figures import FIGURES, crowded, measured, most_crowded, noise, noise_text, within_noise
+from tasks.measurement.figures import FIGURES, contended, measured, most_contended, noise, noise_text, within_noise
 
 ACCURACY = next(figure for figure in FIGURES if figure.metric == "accuracy")
 
@@ -58,5 +58,5 @@ def test_a_figure_that_says_the_same_plain_thing_of_all_has_no_column() -> None:
 
 def test_timings_are_doubtful_where_their_threads_waited_for_cores() -> None:
     busy = {"cpu_wait_share": 0.4, "latency_cpu_wait_share": 0.02}
-    assert crowded(busy, "tokens_per_second") and not crowded(busy, "token_seconds_p95") and not crowded(busy, "size_mb")
-    assert most_crowded(busy) == 0.4 and most_crowded({"cpu_wait_share": 0.05}) == 0.0
+    assert contended(busy, "tokens_per_second") and not contended(busy, "token_seconds_p95") and not contended(busy, "size_mb")
+    assert most_contended(busy) == 0.4 and most_contended({"cpu_wait_share": 0.05}) == 0.0

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError
-from tasks.runners.executor import Done, Job
-from tasks.errors import JobFailed, Stopped
+from tasks.errors import Cancelled, JobFailed
 from tasks.runners.budget import Budget
-from tasks.runners.local import LocalChildren
+from tasks.runners.executor import Job, JobResult
+from tasks.runners.local import LocalExecutor
 from tasks.store.store import Store
 from tests.tasks.entries import commit, identity_of
 from tests.tasks.test_lost_inputs import Child, compute
@@ -22,12 +22,12 @@ class Filling(Child):
 
     def __init__(self, into: str):
         super().__init__(lambda: None)
-        self.into, self.local = into, LocalChildren(Budget(cores=1))
+        self.into, self.local = into, LocalExecutor(Budget(cores=1))
         self.local.preload()
 
-    def run(self, job: Job, folder: Path, sink: Any) -> Done:
+    def run(self, job: Job, folder: Path, on_event: Any) -> JobResult:
         filling = replace(job, call="tests.tasks.jobs:run_filling_stage", arguments={**job.arguments, "into": self.into})
-        return self.local.run(filling, folder, sink)
+        return self.local.run(filling, folder, on_event)
 
 
 @pytest.fixture(params=["out", "work"])
@@ -51,7 +51,7 @@ def test_a_disk_that_is_really_full_is_named_and_what_is_of_no_use_is_off_it(sma
         store.put_record("k", {"text": "x" * 100_000})
 
 
-@pytest.mark.parametrize("failure", [JobFailed("killed", transient=True), EdgepressError("too narrow"), Stopped()])
+@pytest.mark.parametrize("failure", [JobFailed("killed", transient=True), EdgepressError("too narrow"), Cancelled()])
 def test_of_a_stage_that_failed_or_was_killed_its_checkpoints_stay(tmp_path: Path, failure: Exception) -> None:
     store = Store(tmp_path / "store")
     parent = commit(store)

@@ -100,8 +100,8 @@ def test_what_is_not_finite_passes_no_bound(bound: Bound) -> None:
         assert outcomes(bound, figure) == ["FAIL"]
         if bound.relative:
             assert outcomes(bound, 1.0, others={"base": Figures({"perplexity": figure})}) == ["FAIL"]
-    crowded = Figures({"tokens_per_second": math.nan, "cpu_wait_share": 0.6})
-    assert outcomes(Bound(min=1), crowded, "tokens_per_second") == ["FAIL"]
+    contended = Figures({"tokens_per_second": math.nan, "cpu_wait_share": 0.6})
+    assert outcomes(Bound(min=1), contended, "tokens_per_second") == ["FAIL"]
 
 
 def test_a_standard_error_is_noise_too() -> None:

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compression.data import DataSpec
-from tasks.store.identity import Machine, digest, identity_document, library_versions, seed_of
 from tasks.stage import Stage, stage_kinds
+from tasks.store.identity import Machine, digest, identity_document, library_versions, seed_of
 
 DATA = DataSpec.model_validate({"text": "embedded", "questions": "embedded"})
 REQUIRED: dict[str, dict[str, Any]] = {  # parameters without a default
@@ -111,7 +111,9 @@ def test_the_version_of_a_library_changes_it(monkeypatch: pytest.MonkeyPatch) ->
     made = stage("quantize.gptq")
     before = identity(made)
     for changed in type(made).libraries:
-        monkeypatch.setattr("tasks.store.identity.library_versions", lambda names, c=changed: {n: "2.0" if n == c else "1.0" for n in names})
+        monkeypatch.setattr(
+            "tasks.store.identity.library_versions", lambda names, c=changed: {n: "2.0" if n == c else "1.0" for n in names}
+        )
         assert identity(made) != before
 
 

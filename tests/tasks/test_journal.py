@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compression.errors import EdgepressError
-from tasks.store.journal import Told, journal, read_run, read_runs, run_names, state_now
+from tasks.store.journal import StageStatus, current_state, journal, read_run, read_runs, run_names
 from tasks.store.store import Store
 from tests.tasks.entries import a_run
 
@@ -21,10 +21,12 @@ def test_a_run_is_written_down_from_its_beginning_to_its_end(store: Store) -> No
     with journal(store, a_run("demo", ["1", "2"], overrides=("seed=1",))) as opened:
         assert opened.run.run == "demo-1" and opened.run.sequence == 1
         begun = read_run(store, "demo-1")
-        assert begun == opened.run and state_now(store, begun) == "Running"
+        assert begun == opened.run and current_state(store, begun) == "Running"
         assert [stage.state for stage in begun.stages] == ["Pending", "Pending"] and begun.overrides == ("seed=1",)
         opened.note(tracking_run="abc")
-        opened.stages({"base": Told("Cached"), "s0": Told("Completed", seconds=2.5), "s1": Told("Failed", "too narrow")})
+        opened.stages(
+            {"base": StageStatus("Cached"), "s0": StageStatus("Completed", seconds=2.5), "s1": StageStatus("Failed", "too narrow")}
+        )
         opened.end("Failed")
     ended = read_run(store, "demo-1")
     assert (ended.state, ended.tracking_run) == ("Failed", "abc") and ended.ended is not None
@@ -42,7 +44,7 @@ def test_runs_are_numbered_and_ordered_whatever_the_clock_says(store: Store) -> 
 @pytest.mark.parametrize(("error", "state", "reason"), [(KeyboardInterrupt(), "Interrupted", ""), (OSError("disk"), "Failed", "disk")])
 def test_a_run_that_is_broken_off_says_so_and_what_ran_was_stopped(store: Store, error: BaseException, state: str, reason: str) -> None:
     with pytest.raises(type(error)), journal(store, a_run("demo", ["1"])) as opened:
-        opened.stages({"s0": Told("Running")})
+        opened.stages({"s0": StageStatus("Running")})
         raise error
     run = read_run(store, "demo-1")
     assert (run.state, run.reason, run.stages[0].state) == (state, reason, "Stopped")
@@ -61,11 +63,11 @@ def test_a_killed_run_is_a_crashed_one(store: Store) -> None:
     ours = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen([sys.executable, "-c", code, store.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ours)
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
-    assert state_now(store, read_run(store, "demo-1")) == "Running"
+    assert current_state(store, read_run(store, "demo-1")) == "Running"
     process.kill()
     process.wait()
     run = read_run(store, "demo-1")
-    assert run.state == "Running" and state_now(store, run) == "Crashed"
+    assert run.state == "Running" and current_state(store, run) == "Crashed"
 
 
 def test_a_journal_of_a_later_version_is_read_and_a_damaged_one_is_told(store: Store) -> None:

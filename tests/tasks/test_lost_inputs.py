@@ -10,13 +10,13 @@ import pytest
 
 from compression.data import DataSpec, fingerprint
 from compression.errors import EdgepressError
-from tasks.planned_stage import Assignment, Result
 from tasks.base import Base, open_base
-from tasks.runners.executor import Done
-from tasks.errors import JobFailed, Stopped
-from tasks.store.identity import Machine, digest
-from tasks.execution import Pipeline, _run_child
+from tasks.errors import Cancelled, JobFailed
+from tasks.execution import RunContext, _run_child
+from tasks.planned_stage import PlannedStage, Result
+from tasks.runners.executor import JobResult
 from tasks.stage import Stage, stage_kinds
+from tasks.store.identity import Machine, digest
 from tasks.store.store import Entry, Store
 from tests.tasks.entries import commit, document_of
 
@@ -27,11 +27,11 @@ class Child:
     def __init__(self, work: Callable[[], None]):
         self.work, self.calls, self.closed = work, 0, False
 
-    def run(self, job: Any, folder: Path, sink: Any) -> Done:
+    def run(self, job: Any, folder: Path, on_event: Any) -> JobResult:
         self.calls += 1
         self.work()
         (folder / "out" / "model.safetensors").write_text("made")
-        return Done({}, 1.0)
+        return JobResult({}, 1.0)
 
 
 @pytest.fixture
@@ -49,12 +49,12 @@ def compute(store: Store, parent: Entry, child: Child, data: Path | None = None,
         document["data"] = fingerprint(spec, "training")
     before = Result("pruned", "prune.width", ["base"], "Completed", parent.identity, path=str(parent.path), content=parent.content)
     identity = digest(document)
-    task = Assignment(
+    task = PlannedStage(
         "again", 2, stage, identity, document,
         {"parent": "pruned"}, ("base", "pruned"), cast(Any, SimpleNamespace()), outside={"teacher": outside} if outside else {},
     )  # fmt: skip
     pipeline = cast(
-        Pipeline,
+        RunContext,
         SimpleNamespace(
             store=store, children=child, tracking=SimpleNamespace(log_curve=lambda *_: None), base=SimpleNamespace(identity="base"), progress=None,
             data=spec, machine=Machine(), results={"pruned": before}, documents={},
@@ -99,7 +99,7 @@ def test_an_input_lost_under_the_stage_is_told_as_the_reason(store: Store, failu
         compute(store, parent, Child(lose))
 
 
-@pytest.mark.parametrize("failure", [JobFailed("killed", transient=True), EdgepressError("too narrow"), Stopped()])
+@pytest.mark.parametrize("failure", [JobFailed("killed", transient=True), EdgepressError("too narrow"), Cancelled()])
 def test_another_failure_keeps_its_reason(store: Store, failure: Exception) -> None:
     parent = commit(store)
 

@@ -11,15 +11,15 @@ from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.data import DataSpec
 from compression.evaluation.findings import Items, Transform
-from tasks.measurement import measure as module
-from tasks.planned_stage import Result
-from tasks.runners.executor import Done, Job
-from tasks.store.identity import Machine
-from tasks.runners.jobs import measure_quality
-from tasks.measurement.measure import Measured, compare, known_metrics, measure
-from tasks.measurement.measurement import Asked, Measurement, Reference, Subject, measurements
 from tasks.execution import _compare_speed
+from tasks.measurement import measure as module
+from tasks.measurement.measure import Measured, compare, known_metrics, measure
+from tasks.measurement.measurement import Measurement, MeasurementRequest, Reference, Subject, measurements
+from tasks.planned_stage import Result
+from tasks.runners.executor import Job, JobResult
+from tasks.runners.jobs import measure_quality
 from tasks.stage import Artifact, Planned
+from tasks.store.identity import Machine
 from tasks.store.store import Store
 
 SPEC = DataSpec.model_validate(
@@ -34,10 +34,10 @@ class Graded(Measurement):
     name: ClassVar[str] = "graded"
     version: ClassVar[int] = 1
 
-    def applies(self, asked: Asked) -> bool:
+    def applies(self, asked: MeasurementRequest) -> bool:
         return asked.settings == "graded"
 
-    def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
+    def metrics(self, asked: MeasurementRequest) -> Mapping[str, Transform | None]:
         return {"grade": "mean", "grade.*": None}
 
     def document(self, subject: Subject) -> dict[str, Any]:
@@ -52,15 +52,15 @@ class Timed(Graded):
     alone: ClassVar[bool] = True
 
 
-class FakeChildren:
+class FakeExecutor:
     """Answers every job alike and remembers them."""
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
 
-    def run(self, job: Job, folder: Path, sink: Any) -> Done:
+    def run(self, job: Job, folder: Path, on_event: Any) -> JobResult:
         self.jobs.append(job)
-        return Done({"grade": 0.75}, 2.0, {"grade": RIGHT}, {"texts": ["hello"]})
+        return JobResult({"grade": 0.75}, 2.0, {"grade": RIGHT}, {"texts": ["hello"]})
 
 
 @pytest.fixture
@@ -72,18 +72,18 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[Measurement]:
 
 @pytest.fixture
 def subject(checkpoint: Path) -> Subject:
-    asked = Asked(open_checkpoint(checkpoint), (), SPEC, "graded")
+    asked = MeasurementRequest(open_checkpoint(checkpoint), (), SPEC, "graded")
     return Subject(asked, Reference(checkpoint, "c" * 64), {}, checkpoint, Machine())
 
 
-def take(subject: Subject, children: FakeChildren, tmp_path: Path) -> Measured:
+def take(subject: Subject, children: FakeExecutor, tmp_path: Path) -> Measured:
     return measure(subject, Store(tmp_path / "store"), children, lambda event: None)  # type: ignore[arg-type]
 
 
 def test_a_record_is_made_once_and_keeps_metrics_intervals_items_and_details(
     found: list[Measurement], subject: Subject, tmp_path: Path
 ) -> None:
-    children = FakeChildren()
+    children = FakeExecutor()
     first, again = take(subject, children, tmp_path), take(subject, children, tmp_path)
     assert len(children.jobs) == 1 and (first.seconds, again.seconds) == (2.0, 0.0)
     assert dataclasses.replace(first, seconds=0.0) == again
@@ -102,7 +102,7 @@ def test_a_record_is_made_once_and_keeps_metrics_intervals_items_and_details(
     ],
 )
 def test_other_bytes_device_or_threads_are_measured_anew(found: list[Measurement], subject: Subject, tmp_path: Path, change: Any) -> None:
-    children = FakeChildren()
+    children = FakeExecutor()
     take(subject, children, tmp_path)
     take(dataclasses.replace(subject, **change(subject)), children, tmp_path)
     assert len(children.jobs) == 2
@@ -111,7 +111,7 @@ def test_other_bytes_device_or_threads_are_measured_anew(found: list[Measurement
 def test_another_torch_is_another_runtime(
     found: list[Measurement], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    children = FakeChildren()
+    children = FakeExecutor()
     take(subject, children, tmp_path)
     monkeypatch.setattr(module, "version", lambda package: f"another {package}")
     take(subject, children, tmp_path)
@@ -122,10 +122,10 @@ def test_two_measurements_of_one_target_do_not_meet_in_one_folder(found: list[Me
     """Two runs at once may ask for the same base with other settings."""
     folders: list[Path] = []
 
-    class Folders(FakeChildren):
-        def run(self, job: Job, folder: Path, sink: Any) -> Done:
+    class Folders(FakeExecutor):
+        def run(self, job: Job, folder: Path, on_event: Any) -> JobResult:
             folders.append(folder)
-            return super().run(job, folder, sink)
+            return super().run(job, folder, on_event)
 
     for threads in (1, 2):
         take(dataclasses.replace(subject, machine=Machine("cpu", threads)), Folders(), tmp_path)
@@ -136,10 +136,10 @@ def test_two_measurements_of_one_target_do_not_meet_in_one_folder(found: list[Me
 class Parted(Graded):
     name: ClassVar[str] = "parted"
 
-    def parts(self, asked: Asked) -> Mapping[str, Asked]:
+    def parts(self, asked: MeasurementRequest) -> Mapping[str, MeasurementRequest]:
         return {f"parted {part}": dataclasses.replace(asked, settings=part) for part in asked.settings}
 
-    def applies(self, asked: Asked) -> bool:
+    def applies(self, asked: MeasurementRequest) -> bool:
         return True
 
     def document(self, subject: Subject) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Parted(Graded):
 
 def test_one_more_part_computes_only_that(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
     found[:] = [Parted()]
-    children = FakeChildren()
+    children = FakeExecutor()
     take(dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings="ab")), children, tmp_path)
     keys = take(dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings="cab")), children, tmp_path).keys
     assert len(children.jobs) == 3 and list(keys) == ["parted c", "parted a", "parted b"]
@@ -158,7 +158,7 @@ def test_only_what_is_taken_alone_depends_on_the_machine(
     found: list[Measurement], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found.append(Timed())
-    children = FakeChildren()
+    children = FakeExecutor()
     take(subject, children, tmp_path)
     monkeypatch.setattr(module, "machine_fingerprint", lambda: {"host": "another"})
     take(subject, children, tmp_path)
@@ -167,7 +167,7 @@ def test_only_what_is_taken_alone_depends_on_the_machine(
 
 def test_timings_are_taken_again_when_asked_and_nothing_else(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
     found.append(Timed())
-    store, children = Store(tmp_path / "store"), FakeChildren()
+    store, children = Store(tmp_path / "store"), FakeExecutor()
     for again in (False, True, False):
         measure(subject, store, children, lambda event: None, again=again)  # type: ignore[arg-type]
     assert [job.name for job in children.jobs] == ["graded", "timed", "timed"]
@@ -176,7 +176,7 @@ def test_timings_are_taken_again_when_asked_and_nothing_else(found: list[Measure
 
 def test_what_does_not_apply_is_not_measured(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
     other = dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings=None))
-    children = FakeChildren()
+    children = FakeExecutor()
     assert take(other, children, tmp_path) == Measured() and children.jobs == []
     assert list(known_metrics(other.asked)) == []
 
@@ -205,7 +205,7 @@ def test_a_record_made_again_is_compared_again(tmp_path: Path) -> None:
 
 def test_every_metric_of_a_real_measurement_is_known_while_planning(checkpoint: Path) -> None:
     planned = open_checkpoint(checkpoint)
-    asked = Asked(planned, ("base",), SPEC, None)
+    asked = MeasurementRequest(planned, ("base",), SPEC, None)
     found = measure_quality(
         target=str(checkpoint), references={"base": str(checkpoint)}, tokenizer=str(checkpoint), data=SPEC.model_dump(mode="json"), threads=1,
         context=Context(),
@@ -221,8 +221,8 @@ def test_every_metric_of_a_real_measurement_is_known_while_planning(checkpoint: 
 @pytest.mark.parametrize(("layout", "timed"), [("dense", True), ("gptq", False), ("awq", False), ("w8a8", False)])
 def test_a_checkpoint_without_a_fast_kernel_has_no_speed(checkpoint: Path, layout: Any, timed: bool) -> None:
     planned: Planned = dataclasses.replace(open_checkpoint(checkpoint), layout=layout)
-    assert ("tokens_per_second" in known_metrics(Asked(planned, ("base",), SPEC, None))) == timed
-    assert "tokens_per_second" in known_metrics(Asked(Artifact("llama.cpp", "carried", 1), ("base", "parent"), SPEC, None))
+    assert ("tokens_per_second" in known_metrics(MeasurementRequest(planned, ("base",), SPEC, None))) == timed
+    assert "tokens_per_second" in known_metrics(MeasurementRequest(Artifact("llama.cpp", "carried", 1), ("base", "parent"), SPEC, None))
 
 
 def test_measurements_have_names_of_their_own() -> None:

@@ -16,8 +16,8 @@ from compression.context import Context
 from compression.data import DataSpec
 from compression.evaluation.findings import Findings
 from compression.evaluation.spec import EvaluationSpec
+from tasks.measurement.measurement import Measurement, MeasurementRequest, Reference, Subject, measurements
 from tasks.store.identity import Machine
-from tasks.measurement.measurement import Asked, Measurement, Reference, Subject, measurements
 
 OPTIONAL = {"samples", "question_answering", "summarization", "red_team", "harness", "latency", "energy"}
 DATA = DataSpec.model_validate(
@@ -25,15 +25,15 @@ DATA = DataSpec.model_validate(
 )
 
 
-def asked(checkpoint: Path, **settings: Any) -> Asked:
-    return Asked(open_checkpoint(checkpoint), ("base",), DATA, EvaluationSpec.model_validate(settings))
+def asked(checkpoint: Path, **settings: Any) -> MeasurementRequest:
+    return MeasurementRequest(open_checkpoint(checkpoint), ("base",), DATA, EvaluationSpec.model_validate(settings))
 
 
 def subject(checkpoint: Path, **settings: Any) -> Subject:
     return Subject(asked(checkpoint, **settings), Reference(checkpoint, "0" * 64), {}, checkpoint, Machine("cpu", 1))
 
 
-def applying(of: Asked) -> set[str]:
+def applying(of: MeasurementRequest) -> set[str]:
     return {m.name for m in measurements() if m.applies(of)} & OPTIONAL
 
 
@@ -41,7 +41,7 @@ def by_name(name: str) -> Measurement:
     return next(m for m in measurements() if m.name == name)
 
 
-def perform(measurement: Measurement, of: Subject) -> Findings:
+def run_stage(measurement: Measurement, of: Subject) -> Findings:
     call, arguments = measurement.job(of)
     module, _, function = call.partition(":")
     found = getattr(importlib.import_module(module), function)(**json.loads(json.dumps(arguments)), threads=1, context=Context())
@@ -77,7 +77,7 @@ def test_each_setting_turns_on_its_measurement(checkpoint: Path, files: dict[str
     assert applying(asked(checkpoint, samples=0, harness=[files["harness"]])) == {"harness"}
     assert applying(asked(checkpoint, samples=0, suite="release")) == {"samples", "red_team", "latency", "energy"}
     assert applying(asked(checkpoint, samples=0, suite="release", energy="off")) == {"samples", "red_team", "latency"}
-    assert applying(Asked(open_checkpoint(checkpoint), (), DATA, None)) == set()
+    assert applying(MeasurementRequest(open_checkpoint(checkpoint), (), DATA, None)) == set()
 
 
 def test_energy_is_measured_where_the_machine_tells(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_energy_is_measured_where_the_machine_tells(checkpoint: Path, monkeypatc
 
 def test_quantized_checkpoints_have_no_latency_and_no_energy(checkpoint: Path) -> None:
     quantized = replace(open_checkpoint(checkpoint), layout="gptq")
-    of = Asked(quantized, ("base",), DATA, EvaluationSpec(suite="release"))
+    of = MeasurementRequest(quantized, ("base",), DATA, EvaluationSpec(suite="release"))
     assert applying(of) == {"samples", "red_team"}
 
 
@@ -113,7 +113,7 @@ def test_a_job_gives_the_metrics_that_its_measurement_announces(
     assert measurement.applies(of.asked)
     json.dumps(measurement.document(of))
     announced = measurement.metrics(of.asked)
-    found = perform(measurement, of)
+    found = run_stage(measurement, of)
     assert found.metrics
     for metric in found.metrics:
         assert any(fnmatchcase(metric, pattern) for pattern in announced)

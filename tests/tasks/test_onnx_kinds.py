@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from compression.checkpoints.checkpoint import Checkpoint, Layout, open_checkpoint
+from compression.checkpoints.quantization_config import awq_config
+from compression.checkpoints.schemes import Scheme
 from compression.data import DataSpec
 from compression.errors import Incompatible
-from compression.checkpoints.schemes import Scheme
 from compression.quantization.settings import plan_gptq
-from compression.checkpoints.quantization_config import awq_config
 from tasks.kinds.export_genai import ExportGenai
 from tasks.kinds.export_onnx import ExportOnnx
 from tasks.stage import Artifact

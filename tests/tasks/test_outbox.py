@@ -21,7 +21,7 @@ from sqlalchemy.exc import OperationalError
 from compression.errors import EdgepressError
 from compression.locks import is_locked
 from tasks.tracking import tracking as tracking_module
-from tasks.tracking.calls import Away, Call, Refused, Sender, Unexpected, translate
+from tasks.tracking.calls import Call, Sender, TrackingRejected, TrackingUnavailable, Unexpected, translate
 from tasks.tracking.outbox import Outbox, _append, addresses, waiting
 from tasks.tracking.tracking import EXPERIMENT, Tracking
 from tests.waiting import PATIENCE
@@ -165,10 +165,10 @@ def test_what_a_process_left_is_sent_by_the_next_from_where_it_stopped(uri: str,
 
     assert addresses(tmp_path / "outbox") == [uri] and waiting(tmp_path / "outbox") == 8
     other, _, _ = connect()
-    assert other.send_left() == 8 and waiting(tmp_path / "outbox") == 0
+    assert other.flush_leftover() == 8 and waiting(tmp_path / "outbox") == 0
     check_stage(uri, sender.ids[run], parent, ended)
     assert other.begun(run) is not None  # found by our name too
-    assert other.send_left() == 0 and list((tmp_path / "outbox").iterdir()) == []
+    assert other.flush_leftover() == 0 and list((tmp_path / "outbox").iterdir()) == []
 
 
 def test_what_mlflow_refuses_is_set_aside_and_holds_nothing_up(uri: str, connect: Any, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def of_module(module: str, **attributes: object) -> Exception:
     ids=repr,
 )  # fmt: skip
 def test_what_can_never_succeed_is_refused(error: Exception) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(TrackingRejected):
         translate(error)
 
 
@@ -267,7 +267,7 @@ def test_what_can_never_succeed_is_refused(error: Exception) -> None:
     ids=repr,
 )  # fmt: skip
 def test_what_may_succeed_later_waits(error: Exception) -> None:
-    with pytest.raises(Away):
+    with pytest.raises(TrackingUnavailable):
         translate(error)
 
 
@@ -344,7 +344,7 @@ def test_without_an_outbox_nothing_is_taken_that_cannot_be_sent(uri: str) -> Non
     run = tracking.open_run("micro")
     flaky = Flaky(tracking.client)
     tracking._sender.client, flaky.away = flaky, True
-    with pytest.raises(Away):
+    with pytest.raises(TrackingUnavailable):
         tracking.log(run, {"perplexity": 3.5})
 
 

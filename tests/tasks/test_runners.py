@@ -23,15 +23,15 @@ from prefect.states import Pending
 from compression.errors import EdgepressError, Incompatible
 from flows.planning.plan import make_plan
 from flows.planning.recipe import load_recipe
-from tasks.runners.executor import Job
-from tasks.errors import Stopped
-from tasks.runners.remote import WorkerLost, asked, environment, problem, serve
+from tasks.errors import Cancelled
 from tasks.runners.budget import Budget
+from tasks.runners.executor import Job
 from tasks.runners.folder import EventReader
 from tasks.runners.host import Host
-from tasks.runners.local import LocalChildren
-from tasks.runners.machine import default_device, devices_taken, visible_devices, why_no_cuda
-from tasks.runners.prefect_pool import PrefectChildren, _Watch
+from tasks.runners.local import LocalExecutor
+from tasks.runners.machine import acquire_devices, default_device, visible_devices, why_no_cuda
+from tasks.runners.prefect_pool import PrefectExecutor, _Watch
+from tasks.runners.remote import WorkerLost, asked, environment, problem, serve
 from tasks.store.store import Store
 from tests.flows.recipes import recipe
 from tests.tasks.test_children import job, pids_written, silent
@@ -44,8 +44,8 @@ def own_machine_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def children() -> Iterator[LocalChildren]:
-    made = LocalChildren(Budget(2))
+def children() -> Iterator[LocalExecutor]:
+    made = LocalExecutor(Budget(2))
     made.preload()
     yield made
     made.close()
@@ -120,7 +120,7 @@ def test_who_gives_up_lets_the_next_go() -> None:
     with budget.taken(claim(), silent, never), ThreadPoolExecutor(1) as thread:
 
         def stopped() -> None:
-            with pytest.raises(Stopped), budget.taken(claim(alone=True), silent, gives_up.is_set):
+            with pytest.raises(Cancelled), budget.taken(claim(alone=True), silent, gives_up.is_set):
                 pass
 
         first = thread.submit(stopped)
@@ -136,7 +136,7 @@ def test_who_gives_up_lets_the_next_go() -> None:
 
 def test_who_waits_for_a_budget_can_give_up() -> None:
     budget = Budget(cores=1)
-    with budget.taken(claim(), silent, never), pytest.raises(Stopped), budget.taken(claim(), silent, lambda: True):
+    with budget.taken(claim(), silent, never), pytest.raises(Cancelled), budget.taken(claim(), silent, lambda: True):
         pass
 
 
@@ -202,14 +202,14 @@ def test_the_gpus_that_cuda_sees_end_at_the_first_name_that_is_none(gpus: Callab
 def test_each_gpu_is_held_by_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-ab")
     assert visible_devices("cpu") == visible_devices("mps") == []
-    with devices_taken("cuda", 1) as first, devices_taken("cuda:0", 1) as second:
+    with acquire_devices("cuda", 1) as first, acquire_devices("cuda:0", 1) as second:
         assert (first, second) == (["2"], ["GPU-ab"])
-        third = taken_by_another(lambda: devices_taken("cuda", 1))
+        third = taken_by_another(lambda: acquire_devices("cuda", 1))
         assert not third.wait(0.5)
     assert third.wait(PATIENCE)
-    with devices_taken("cuda", 3) as every:
+    with acquire_devices("cuda", 3) as every:
         assert every == ["2", "GPU-ab"]
-    with devices_taken("cpu", 1) as none:
+    with acquire_devices("cpu", 1) as none:
         assert none == []
 
 
@@ -223,7 +223,7 @@ def test_the_plans_estimate_is_what_a_stage_claims(tmp_path: Path, checkpoint: P
 # --- what travels ---
 
 
-def test_a_job_is_done_from_what_stands_in_its_folder(children: LocalChildren, tmp_path: Path) -> None:
+def test_a_job_is_done_from_what_stands_in_its_folder(children: LocalExecutor, tmp_path: Path) -> None:
     with asked(tmp_path / "job", [tmp_path], job("succeed", folder=str(tmp_path))) as attempt:
         answer = serve(tmp_path / "job", attempt, children)
     assert answer["done"]["metrics"]["seed"] == 5
@@ -231,7 +231,7 @@ def test_a_job_is_done_from_what_stands_in_its_folder(children: LocalChildren, t
         assert serve(tmp_path / "job", attempt, children)["mistake"] == {"message": "7 does not divide 64", "key": "group_size"}
 
 
-def test_nothing_is_done_that_nobody_waits_for(children: LocalChildren, tmp_path: Path) -> None:
+def test_nothing_is_done_that_nobody_waits_for(children: LocalExecutor, tmp_path: Path) -> None:
     with asked(tmp_path / "job", [tmp_path], job("succeed", folder=str(tmp_path))) as first:
         pass
     assert serve(tmp_path / "job", first, children)["stopped"]  # the flow was killed before a worker came to it
@@ -240,7 +240,7 @@ def test_nothing_is_done_that_nobody_waits_for(children: LocalChildren, tmp_path
     assert not (tmp_path / "job" / "result.json").exists()
 
 
-def test_whatever_goes_wrong_on_a_worker_is_answered(children: LocalChildren, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_goes_wrong_on_a_worker_is_answered(children: LocalExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -328,7 +328,7 @@ def test_neither_runner_nor_job_variables_belong_to_an_identity(tmp_path: Path, 
 def test_prefect_needs_a_server_that_workers_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with pytest.raises(Incompatible, match="PREFECT_API_URL must name the server"):
-        PrefectChildren(LocalChildren(Budget(1)), [tmp_path], "edge")
+        PrefectExecutor(LocalExecutor(Budget(1)), [tmp_path], "edge")
 
 
 def test_a_prefect_server_that_is_away_ends_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

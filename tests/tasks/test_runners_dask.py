@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError, Incompatible
-from tasks.errors import JobFailed, Stopped
+from tasks.errors import Cancelled, JobFailed
 from tasks.runners.budget import Budget
-from tasks.runners.dask import DaskChildren
-from tasks.runners.local import LocalChildren
+from tasks.runners.dask import DaskExecutor
+from tasks.runners.local import LocalExecutor
 from tests.tasks.cluster import DaskCluster
 from tests.tasks.test_children import REPOSITORY, alive, gone, job, pids_written, silent
 from tests.waiting import PATIENCE
@@ -28,14 +28,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaskCluster]:
 
 
 @pytest.fixture
-def children(cluster: DaskCluster, tmp_path: Path) -> Iterator[DaskChildren]:
-    made = DaskChildren(LocalChildren(Budget(2)), [tmp_path], cluster.address)
+def children(cluster: DaskCluster, tmp_path: Path) -> Iterator[DaskExecutor]:
+    made = DaskExecutor(LocalExecutor(Budget(2)), [tmp_path], cluster.address)
     made.preload()
     yield made
     made.close()
 
 
-def test_a_job_comes_back_from_a_worker_as_from_here(children: DaskChildren, tmp_path: Path) -> None:
+def test_a_job_comes_back_from_a_worker_as_from_here(children: DaskExecutor, tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     done = children.run(job("succeed", folder=str(tmp_path)), tmp_path / "job", events.append)
     assert done.metrics == {"threads": 1, "asked": 1, "seed": 5, "leader": 1}
@@ -43,7 +43,7 @@ def test_a_job_comes_back_from_a_worker_as_from_here(children: DaskChildren, tmp
     assert "belongs into the log" in (tmp_path / "job" / "log.txt").read_text()
 
 
-def test_what_fails_there_fails_here_and_the_worker_lives_on(children: DaskChildren, tmp_path: Path) -> None:
+def test_what_fails_there_fails_here_and_the_worker_lives_on(children: DaskExecutor, tmp_path: Path) -> None:
     with pytest.raises(EdgepressError, match="7 does not divide 64") as mistake:
         children.run(job("mistake"), tmp_path / "a", silent)
     assert mistake.value.key == "group_size"
@@ -56,7 +56,7 @@ def test_what_fails_there_fails_here_and_the_worker_lives_on(children: DaskChild
         assert gone(*pids_written(tmp_path))
 
 
-def test_close_ends_the_child_on_the_worker(children: DaskChildren, tmp_path: Path) -> None:
+def test_close_ends_the_child_on_the_worker(children: DaskExecutor, tmp_path: Path) -> None:
     caught: list[BaseException] = []
 
     def run() -> None:
@@ -71,7 +71,7 @@ def test_close_ends_the_child_on_the_worker(children: DaskChildren, tmp_path: Pa
     assert all(alive(pid) for pid in pids)
     children.close()
     thread.join(PATIENCE)
-    assert isinstance(caught[0], Stopped)
+    assert isinstance(caught[0], Cancelled)
     assert gone(*pids)
 
 
@@ -79,8 +79,8 @@ def test_the_child_on_the_worker_ends_when_its_flow_is_killed(cluster: DaskClust
     script = tmp_path / "flow.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\nfrom pathlib import Path\nfrom tests.tasks.test_children import job\n"
-        "from tasks.runners.budget import Budget\nfrom tasks.runners.dask import DaskChildren\nfrom tasks.runners.local import LocalChildren\n"
-        f"if __name__ == '__main__':\n    children = DaskChildren(LocalChildren(Budget(2)), [Path({str(tmp_path)!r})], {cluster.address!r})\n"
+        "from tasks.runners.budget import Budget\nfrom tasks.runners.dask import DaskExecutor\nfrom tasks.runners.local import LocalExecutor\n"
+        f"if __name__ == '__main__':\n    children = DaskExecutor(LocalExecutor(Budget(2)), [Path({str(tmp_path)!r})], {cluster.address!r})\n"
         f"    children.connect()\n    children.run(job('linger', folder={str(tmp_path)!r}), Path({str(tmp_path / 'job')!r}), print)\n"
     )
     flow = subprocess.Popen([sys.executable, "-P", str(script)])
@@ -91,7 +91,7 @@ def test_the_child_on_the_worker_ends_when_its_flow_is_killed(cluster: DaskClust
 
 
 def test_a_job_whose_worker_is_killed_is_done_by_another(cluster: DaskCluster, tmp_path: Path) -> None:
-    children = DaskChildren(LocalChildren(Budget(2)), [tmp_path], cluster.address)
+    children = DaskExecutor(LocalExecutor(Budget(2)), [tmp_path], cluster.address)
     children.connect()
     events: list[dict[str, Any]] = []
 
@@ -112,7 +112,7 @@ def test_a_job_whose_worker_is_killed_is_done_by_another(cluster: DaskCluster, t
 
 def test_what_cannot_work_is_told_before_any_job(cluster: DaskCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(*paths: Path, address: str = cluster.address) -> None:
-        children = DaskChildren(LocalChildren(Budget(2)), [tmp_path, *paths], address)
+        children = DaskExecutor(LocalExecutor(Budget(2)), [tmp_path, *paths], address)
         try:
             children.connect()
         finally:

@@ -7,7 +7,7 @@ import pytest
 
 from compression.context import Context
 from compression.data import DataSpec
-from tasks.runners.jobs import run_stage
+from tasks.runners.jobs import compute_stage
 from tasks.stage import stage_kinds
 
 DATA = {"text": "embedded", "length": 32, "train_documents": 40, "calibration_windows": 2}
@@ -18,7 +18,7 @@ def run(
     checkpoint: Path, tmp_path: Path, uses: str, parameters: dict[str, Any], data: dict[str, Any] = DATA
 ) -> tuple[set[str], list[str]]:  # fmt: skip
     said: list[str] = []
-    metrics = run_stage(
+    metrics = compute_stage(
         stage={"uses": uses, **parameters}, parent=str(checkpoint), others={"teacher": str(checkpoint)}, out=str(tmp_path / "out"),
         work=str(tmp_path / "work"), data=DataSpec.model_validate(data).model_dump(mode="json"), threads=1, context=Context(seed=1, warn=said.append),
     )  # fmt: skip

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError
-from tasks.errors import Stopped
+from tasks.errors import Cancelled
 from tasks.store.files import write_json
-from tasks.store.store import Entry, Store, check_links, publish, withdraw
+from tasks.store.store import Entry, Store, check_links, publish, unpublish
 from tests.tasks.entries import KNOWN, commit, document_of, identity_of
 from tests.waiting import PATIENCE
 
@@ -179,14 +179,14 @@ def test_the_lock_excludes_other_processes_and_dies_with_its_owner(store: Store)
 
 def test_who_waits_for_the_lock_of_another_process_can_give_up(store: Store) -> None:
     code = "import sys\nfrom pathlib import Path\nfrom tasks.store.store import Store\nwith Store(Path(sys.argv[1])).lock('x'):\n    print('held', flush=True); sys.stdin.read()"
-    given_up, entered = threading.Event(), threading.Event()
+    is_cancelled, entered = threading.Event(), threading.Event()
     caught: list[BaseException] = []
 
     def enter() -> None:
         try:
-            with store.lock("x", given_up.is_set):
+            with store.lock("x", is_cancelled.is_set):
                 entered.set()
-        except Stopped as error:
+        except Cancelled as error:
             caught.append(error)
 
     with subprocess.Popen(
@@ -197,10 +197,10 @@ def test_who_waits_for_the_lock_of_another_process_can_give_up(store: Store) -> 
         thread.start()
         thread.join(0.5)
         assert thread.is_alive() and not entered.is_set()
-        given_up.set()
+        is_cancelled.set()
         thread.join(PATIENCE)
         assert not thread.is_alive() and len(caught) == 1 and not entered.is_set()
-    with store.lock("x", given_up.is_set):  # free, so there is nothing to give up
+    with store.lock("x", is_cancelled.is_set):  # free, so there is nothing to give up
         pass
 
 
@@ -256,7 +256,7 @@ def test_a_disk_that_is_really_full_leaves_the_store_whole(small_disk: Path) -> 
 
 
 def test_of_two_processes_one_computes_and_the_other_waits_and_finds_it(store: Store, tmp_path: Path) -> None:
-    """As `perform` does it: lock, look, compute, commit."""
+    """As `compute_stage` does it: lock, look, compute, commit."""
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom tasks.store.store import Store\nfrom tests.tasks.entries import commit, identity_of\n"
         "store = Store(Path(sys.argv[1]))\n"
@@ -361,6 +361,6 @@ def test_a_withdrawn_link_is_gone_and_its_content_stays(tmp_path: Path) -> None:
     content = tmp_path / "content"
     content.mkdir()
     link = publish(content, tmp_path / "outputs", "recipe", "stage")
-    withdraw(tmp_path / "outputs", "recipe", "stage")
-    withdraw(tmp_path / "outputs", "recipe", "never-published")
+    unpublish(tmp_path / "outputs", "recipe", "stage")
+    unpublish(tmp_path / "outputs", "recipe", "never-published")
     assert not link.is_symlink() and content.is_dir()

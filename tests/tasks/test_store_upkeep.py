@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compression.errors import EdgepressError
+from tasks.store.garbage import collect_garbage, find, list_entries, pin, pins, unpin, verify, with_ancestors
 from tasks.store.journal import journal, run_names
 from tasks.store.store import Store, publish
-from tasks.store.garbage import collect_garbage, find, list_entries, pin, pins, unpin, verify, with_ancestors
 from tests.tasks.entries import BASE_CONTENT, a_run, commit, identity_of, put_record
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from compression.checkpoints.loading import load_tokenizer
 from compression.context import Context
 from compression.data import DataSpec
 from compression.data.rows import encode_document, pack
 from compression.errors import EdgepressError
-from compression.checkpoints.loading import load_tokenizer
+from flows.cli.screen import plan_table
 from flows.planning.plan import Plan, check_disk, estimate, make_plan
 from flows.planning.recipe import load_recipe
-from flows.cli.screen import plan_table
 from tasks.kinds._training import TrainingStage
 from tasks.kinds.synthesize import Synthesize
 from tasks.stage import Corpus, Inputs, Workplace, stage_kinds

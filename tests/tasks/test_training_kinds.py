@@ -7,10 +7,10 @@ import pytest
 from pydantic import ValidationError
 
 from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compression.checkpoints.masks import read_masks
 from compression.context import Context
 from compression.data import DataSpec
 from compression.errors import EdgepressError, MissingExtra
-from compression.checkpoints.masks import read_masks
 from tasks.kinds._training import TrainingStage
 from tasks.stage import Inputs, Stage, Workplace, stage_kinds
 from tests.tiny import tiny_checkpoint

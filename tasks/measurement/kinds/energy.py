@@ -8,7 +8,7 @@ from compression.checkpoints.checkpoint import Checkpoint
 from compression.data import fingerprint
 from compression.evaluation.energy import NAMES, readable
 from compression.evaluation.findings import Transform
-from tasks.measurement.measurement import Asked, Measurement, Subject
+from tasks.measurement.measurement import Measurement, MeasurementRequest, Subject
 
 
 class Energy(Measurement):
@@ -18,13 +18,13 @@ class Energy(Measurement):
     version: ClassVar[int] = 2
     alone: ClassVar[bool] = True
 
-    def applies(self, asked: Asked) -> bool:
+    def applies(self, asked: MeasurementRequest) -> bool:
         if asked.settings is None or (isinstance(asked.planned, Checkpoint) and asked.planned.layout != "dense"):
             return False
         source = asked.settings.energy_source
         return source == "estimate" or (source == "counters" and bool(readable()))
 
-    def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
+    def metrics(self, asked: MeasurementRequest) -> Mapping[str, Transform | None]:
         names = dict.fromkeys(NAMES)
         return names if asked.settings.energy_source != "estimate" else {**names, **dict.fromkeys(f"{name}_estimated" for name in NAMES)}
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from compression.evaluation.findings import Transform
 from compression.evaluation.harness_tasks import find_tasks, fingerprint_task, task_metrics
-from tasks.measurement.measurement import Asked, Measurement, Subject
+from tasks.measurement.measurement import Measurement, MeasurementRequest, Subject
 
 
 class Harness(Measurement):
@@ -16,14 +16,14 @@ class Harness(Measurement):
     name: ClassVar[str] = "harness"
     version: ClassVar[int] = 3
 
-    def applies(self, asked: Asked) -> bool:
+    def applies(self, asked: MeasurementRequest) -> bool:
         return asked.settings is not None and len(asked.settings.harness) > 0
 
-    def parts(self, asked: Asked) -> Mapping[str, Asked]:
+    def parts(self, asked: MeasurementRequest) -> Mapping[str, MeasurementRequest]:
         named = {f"{self.name}.{find_tasks((task,))[0].name}": task for task in asked.settings.harness}
         return {name: replace(asked, settings=asked.settings.model_copy(update={"harness": (task,)})) for name, task in named.items()}
 
-    def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
+    def metrics(self, asked: MeasurementRequest) -> Mapping[str, Transform | None]:
         return {metric: transform for task in asked.settings.harness for metric, transform in task_metrics(task).items()}
 
     def document(self, subject: Subject) -> dict[str, Any]:

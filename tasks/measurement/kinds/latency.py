@@ -7,7 +7,7 @@ from compression.checkpoints.checkpoint import Checkpoint
 from compression.data import fingerprint
 from compression.evaluation.findings import Transform
 from compression.evaluation.latency import NAMES, WAITED
-from tasks.measurement.measurement import Asked, Measurement, Subject
+from tasks.measurement.measurement import Measurement, MeasurementRequest, Subject
 
 
 class Latency(Measurement):
@@ -17,11 +17,11 @@ class Latency(Measurement):
     version: ClassVar[int] = 2
     alone: ClassVar[bool] = True
 
-    def applies(self, asked: Asked) -> bool:
+    def applies(self, asked: MeasurementRequest) -> bool:
         dense = not isinstance(asked.planned, Checkpoint) or asked.planned.layout == "dense"
         return dense and asked.settings is not None and asked.settings.suite == "release"
 
-    def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
+    def metrics(self, asked: MeasurementRequest) -> Mapping[str, Transform | None]:
         return dict.fromkeys((*NAMES, WAITED))
 
     def document(self, subject: Subject) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from compression.checkpoints.checkpoint import Checkpoint
 from compression.data import fingerprint
 from compression.evaluation import QUALITY_VERSION
 from compression.evaluation.findings import Transform
-from tasks.measurement.measurement import Asked, Measurement, Subject
+from tasks.measurement.measurement import Measurement, MeasurementRequest, Subject
 
 
 class Quality(Measurement):
@@ -16,7 +16,7 @@ class Quality(Measurement):
     name: ClassVar[str] = "quality"
     version: ClassVar[int] = QUALITY_VERSION
 
-    def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
+    def metrics(self, asked: MeasurementRequest) -> Mapping[str, Transform | None]:
         found: dict[str, Transform | None] = {"perplexity": "exp", "perplexity_count": None}
         if asked.data.questions is not None:
             found |= {"accuracy": "mean", "accuracy_stderr": None, "accuracy_count": None}

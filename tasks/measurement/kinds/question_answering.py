@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from compression.evaluation.answers import open_questions
 from compression.evaluation.findings import Transform
+from tasks.measurement.measurement import Measurement, MeasurementRequest, Subject
 from tasks.store.identity import digest
-from tasks.measurement.measurement import Asked, Measurement, Subject
 
 
 class QuestionAnswering(Measurement):
@@ -16,10 +16,10 @@ class QuestionAnswering(Measurement):
     name: ClassVar[str] = "question_answering"
     version: ClassVar[int] = 2
 
-    def applies(self, asked: Asked) -> bool:
+    def applies(self, asked: MeasurementRequest) -> bool:
         return asked.settings is not None and asked.settings.question_answering is not None
 
-    def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
+    def metrics(self, asked: MeasurementRequest) -> Mapping[str, Transform | None]:
         return {"exact_match": "mean", "f1": "mean", "question_answering_count": None}
 
     def document(self, subject: Subject) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from compression.evaluation.findings import Transform
 from compression.evaluation.red_team import metric_names, probes
+from tasks.measurement.measurement import Measurement, MeasurementRequest, Subject
 from tasks.store.identity import digest
-from tasks.measurement.measurement import Asked, Measurement, Subject
 
 
 class RedTeam(Measurement):
@@ -16,10 +16,10 @@ class RedTeam(Measurement):
     name: ClassVar[str] = "red_team"
     version: ClassVar[int] = 2
 
-    def applies(self, asked: Asked) -> bool:
+    def applies(self, asked: MeasurementRequest) -> bool:
         return asked.settings is not None and asked.settings.red_team_set is not None
 
-    def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
+    def metrics(self, asked: MeasurementRequest) -> Mapping[str, Transform | None]:
         names: dict[str, Transform | None] = dict.fromkeys(metric_names(list(probes(asked.settings.red_team_set))), "mean")
         return {**names, "red_team_count": None}
 

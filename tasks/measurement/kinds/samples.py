@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from compression.data import fingerprint
 from compression.evaluation.findings import Transform
-from tasks.measurement.measurement import Asked, Measurement, Subject
+from tasks.measurement.measurement import Measurement, MeasurementRequest, Subject
 
 
 class Samples(Measurement):
@@ -14,10 +14,10 @@ class Samples(Measurement):
     name: ClassVar[str] = "samples"
     version: ClassVar[int] = 2
 
-    def applies(self, asked: Asked) -> bool:
+    def applies(self, asked: MeasurementRequest) -> bool:
         return asked.settings is not None and asked.settings.generations > 0
 
-    def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
+    def metrics(self, asked: MeasurementRequest) -> Mapping[str, Transform | None]:
         return {"repetition_rate": "mean", "empty_rate": "mean", "invalid_utf8_rate": "mean", "generations_count": None}
 
     def document(self, subject: Subject) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from compression.checkpoints.checkpoint import Checkpoint
 from compression.data import fingerprint
 from compression.evaluation import SPEED_VERSION
 from compression.evaluation.findings import Transform
-from tasks.measurement.measurement import Asked, Measurement, Subject
+from tasks.measurement.measurement import Measurement, MeasurementRequest, Subject
 
 _NAMES = (
     "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high",
@@ -23,11 +23,11 @@ class Speed(Measurement):
     version: ClassVar[int] = SPEED_VERSION
     alone: ClassVar[bool] = True
 
-    def applies(self, asked: Asked) -> bool:
+    def applies(self, asked: MeasurementRequest) -> bool:
         """Quantized checkpoints run dequantized, which tells their quality but not their speed."""
         return not isinstance(asked.planned, Checkpoint) or asked.planned.layout == "dense"
 
-    def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
+    def metrics(self, asked: MeasurementRequest) -> Mapping[str, Transform | None]:
         return dict.fromkeys(_NAMES)
 
     def document(self, subject: Subject) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from compression.evaluation.findings import Transform
 from compression.evaluation.summaries import articles
+from tasks.measurement.measurement import Measurement, MeasurementRequest, Subject
 from tasks.store.identity import digest
-from tasks.measurement.measurement import Asked, Measurement, Subject
 
 
 class Summarization(Measurement):
@@ -17,10 +17,10 @@ class Summarization(Measurement):
     name: ClassVar[str] = "summarization"
     version: ClassVar[int] = 2
 
-    def applies(self, asked: Asked) -> bool:
+    def applies(self, asked: MeasurementRequest) -> bool:
         return asked.settings is not None and asked.settings.summarization is not None
 
-    def metrics(self, asked: Asked) -> Mapping[str, Transform | None]:
+    def metrics(self, asked: MeasurementRequest) -> Mapping[str, Transform | None]:
         return {"rouge_l": "mean", "summarization_count": None}
 
     def document(self, subject: Subject) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import torch
 from child import read_job, read_windows
 from torch import nn
 
-from compression.checkpoints.loading import load_model
 from compression.calibration.walk import TOKENS_PER_BATCH
+from compression.checkpoints.loading import load_model
 
 SIDE, SECONDS = 2048, 2.0  # of the product, and for how long it is measured
 

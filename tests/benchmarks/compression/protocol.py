@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from compression.data import DataSpec, calibration_windows, evaluation_windows
 from compression.checkpoints.loading import load_tokenizer
+from compression.data import DataSpec, calibration_windows, evaluation_windows
 
 CALIBRATION_WINDOWS, LENGTH = 64, 256
 SCORED_WINDOWS = {"bench": 256, "reference": 64}

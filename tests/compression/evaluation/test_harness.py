@@ -13,6 +13,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.context import Context
 from compression.data import encode_choices, prompt
 from compression.errors import Incompatible, UnusableData
@@ -22,7 +23,6 @@ from compression.evaluation.harness_tasks import Task, check_tasks, find_tasks, 
 from compression.evaluation.likelihood import continuation_likelihoods
 from compression.evaluation.scorers import multiple_choice
 from compression.evaluation.transformers_runtime import TransformersRuntime
-from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.reference.world import Question
 from export.runtimes import open_text
 from tests.tiny import tiny_tokenizer

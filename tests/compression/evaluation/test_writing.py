@@ -37,7 +37,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning() -> None:
 
 
 def test_after_nothing_a_model_goes_on_as_after_the_end_of_a_text() -> None:
-    assert Writer(Scripted(lambda _: "x"), Bytes(), 8).go_on([]).text == "x"
+    assert Writer(Scripted(lambda _: "x"), Bytes(), 8).continue_from([]).text == "x"
 
 
 @pytest.mark.parametrize(

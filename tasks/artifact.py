@@ -82,7 +82,7 @@ def _card(out: Path, planned: Artifact, document: dict[str, Any], base: Base, st
     revision = f" at revision `{base.revision}`" if base.revision else ""
     source = _source(base)
     made = [*(step["document"] for step in steps), document]
-    road = "\n".join(f"{number}. {_step(step)}" for number, step in enumerate(made, 1))
+    lineage = "\n".join(f"{number}. {_step(step)}" for number, step in enumerate(made, 1))
     bound = KL_TO_PARENT[planned.change]
     return f"""---
 license: {base.license}
@@ -101,7 +101,7 @@ Base model: {source}{revision}, licence `{base.license}`. Made by edgepress: {si
 
 ## What was done
 
-{road}
+{lineage}
 
 ## How far to trust it
 

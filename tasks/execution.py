@@ -19,7 +19,7 @@ from tasks.kinds._training import TrainingStage
 from tasks.measurement.figures import most_contended
 from tasks.measurement.gates import Bound, Figures, judge
 from tasks.measurement.measure import Measured, compare, measure
-from tasks.measurement.measurement import MeasurementRequest, Reference, Subject
+from tasks.measurement.measurement import MeasurementRequest, ReferenceModel, Subject
 from tasks.planned_stage import PlannedStage, Result
 from tasks.runners.executor import Executor, Job
 from tasks.stage import Artifact, Corpus, Planned, Stage
@@ -42,7 +42,7 @@ class RunContext:
 
     name: str
     store: Store
-    children: Executor
+    executor: Executor
     tracking: Tracking
     run: str  # the parent run in MLflow
     data: DataSpec
@@ -64,99 +64,99 @@ class RunContext:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def run_stage(pipeline: RunContext, task: PlannedStage) -> Result:
+def run_stage(context: RunContext, task: PlannedStage) -> Result:
     """Bring a stage to its end and return its result. Raises what made it fail, after logging the reason."""
-    result, before = _register(pipeline, task)
+    result, before = _register(context, task)
     try:
-        _open_run(pipeline, task, result, before)
+        _open_run(context, task, result, before)
         if task.stage is None:
-            entry = Reference(pipeline.base.path, pipeline.base.content)
+            entry = ReferenceModel(context.base.path, context.base.content)
             result.state, result.path, result.content = "Cached", str(entry.path), entry.content
-            result.warnings += pipeline.base.warnings
+            result.warnings += context.base.warnings
         else:
-            _compute(pipeline, task, task.stage, result, again=task.again and not (before and before.path))
-        _measure(pipeline, task, result)
-        _judge(pipeline, task, result)
+            _compute(context, task, task.stage, result, again=task.again and not (before and before.path))
+        _measure(context, task, result)
+        _judge(context, task, result)
         if task.stage is not None:
-            publish(Path(result.path), pipeline.outputs, pipeline.name, task.name)
+            publish(Path(result.path), context.outputs, context.name, task.name)
     except BaseException as error:
         stopped = isinstance(error, Cancelled)
         result.state, result.reason = "Stopped" if stopped else "Failed", redacted(str(error)) or type(error).__name__
         if isinstance(error, GateFailed):
-            unpublish(pipeline.outputs, pipeline.name, task.name)
-            _log_series(pipeline, task, result)  # where quality went is asked most of what failed
+            unpublish(context.outputs, context.name, task.name)
+            _log_series(context, task, result)  # where quality went is asked most of what failed
         if result.run:
-            pipeline.tracking.log(result.run, result.metrics, tags={"edgepress.state": result.state, **_place_tags(result)})
-            pipeline.tracking.describe(result.run, _description(pipeline, task, result))
-            pipeline.tracking.end(result.run, "KILLED" if stopped else "FAILED", "interrupted" if stopped else result.reason)
+            context.tracking.log(result.run, result.metrics, tags={"edgepress.state": result.state, **_place_tags(result)})
+            context.tracking.describe(result.run, _description(context, task, result))
+            context.tracking.end(result.run, "KILLED" if stopped else "FAILED", "interrupted" if stopped else result.reason)
         raise
     finally:
-        pipeline.progress(task.name, {"ended": result.state})
-    _log(pipeline, task, result)
+        context.progress(task.name, {"ended": result.state})
+    _log(context, task, result)
     return result
 
 
-def _register(pipeline: RunContext, task: PlannedStage) -> tuple[Result, Result | None]:
+def _register(context: RunContext, task: PlannedStage) -> tuple[Result, Result | None]:
     """The stage's result, from now on among the pipeline's, and that of the attempt before."""
     uses = task.stage.uses if task.stage else "base"
     result = Result(task.name, uses, list(dict.fromkeys(task.inputs.values())), "Running", identity=task.identity)
-    with pipeline.lock:
-        before = pipeline.results.get(task.name)
-        pipeline.results[task.name] = result
+    with context.lock:
+        before = context.results.get(task.name)
+        context.results[task.name] = result
     return result, before
 
 
-def _open_run(pipeline: RunContext, task: PlannedStage, result: Result, before: Result | None) -> None:
+def _open_run(context: RunContext, task: PlannedStage, result: Result, before: Result | None) -> None:
     """Open the stage's MLflow run; a stage that is tried again, or was begun by the run that is resumed, continues its run."""
     if before is not None and before.run:
         result.run = before.run
-        pipeline.tracking.reopen(result.run)
+        context.tracking.reopen(result.run)
     else:
         tags = {
             "edgepress.kind": "stage",
             "edgepress.stage": task.name,
             "edgepress.uses": result.uses,
             "edgepress.identity": task.identity,
-            "edgepress.recipe": pipeline.name,
-            RUN: pipeline.run_name,
-            "edgepress.leaf": str(task.name in pipeline.leaves).lower(),
-            **properties(task.planned, pipeline.base.checkpoint.model_type),
+            "edgepress.recipe": context.name,
+            RUN: context.run_name,
+            "edgepress.leaf": str(task.name in context.leaves).lower(),
+            **properties(task.planned, context.base.checkpoint.model_type),
         }
         params = {
             "uses": result.uses,
             **(task.stage.model_dump(mode="json", exclude={"uses"}) if task.stage else {}),
             "seed": task.document.get("seed"),
         }
-        result.run = pipeline.tracking.open_run(
+        result.run = context.tracking.open_run(
             task.name,
-            parent=pipeline.cells.get(task.cell, pipeline.run),
+            parent=context.cells.get(task.cell, context.run),
             tags=tags,
             params=params,
-            known=pipeline.known_runs.get(task.name),
+            known=context.known_runs.get(task.name),
         )
-        if old := pipeline.superseded.get(task.name):
-            pipeline.tracking.supersede(old, by=result.run)
+        if old := context.superseded.get(task.name):
+            context.tracking.supersede(old, by=result.run)
         if task.document.get("data"):
-            pipeline.tracking.log_data(
+            context.tracking.log_data(
                 result.run,
                 "recipe data",
                 task.document["data"],
-                pipeline.data.model_dump_json(),
+                context.data.model_dump_json(),
                 task.stage.data_read() if task.stage else "evaluation",
             )
 
 
-def _compute(pipeline: RunContext, task: PlannedStage, stage: Stage, result: Result, again: bool) -> None:
+def _compute(context: RunContext, task: PlannedStage, stage: Stage, result: Result, again: bool) -> None:
     """The stage's content: from the store, or computed in a child and committed. `again`: computed whatever the store has."""
-    store = pipeline.store
-    with store.lock(task.identity, _waiting(pipeline, task)):
+    store = context.store
+    with store.lock(task.identity, _waiting(context, task)):
         found = store.get(task.identity)
         entry = None if again else found
         cached = entry is not None
         if entry is None:
             result.computed = True
-            entry = _run_child(pipeline, task, stage, result)
-            pipeline.tracking.log(result.run, {}, tags={COMPUTED: "true"})  # so it stays, whatever comes of measuring and of gates
+            entry = _run_child(context, task, stage, result)
+            context.tracking.log(result.run, {}, tags={COMPUTED: "true"})  # so it stays, whatever comes of measuring and of gates
     result.state = "Cached" if cached else "Completed"  # not before: the journal of a run that is killed says how far it came
     result.path, result.content = str(entry.path), entry.content
     result.metrics |= entry.manifest["metrics"] | {"seconds": entry.manifest["seconds"]}
@@ -166,7 +166,7 @@ def _compute(pipeline: RunContext, task: PlannedStage, stage: Stage, result: Res
     result.curves = [(step, values) for step, values in entry.manifest["curves"]]
     result.seconds = entry.manifest["seconds"]
     if cached:
-        pipeline.tracking.log_curve(result.run, result.curves)
+        context.tracking.log_curve(result.run, result.curves)
 
 
 def _other_bytes(task: PlannedStage, old: Entry, new: Entry) -> str:
@@ -183,7 +183,7 @@ def _other_bytes(task: PlannedStage, old: Entry, new: Entry) -> str:
     )
 
 
-def _waiting(pipeline: RunContext, task: PlannedStage) -> Callable[[], bool]:
+def _waiting(context: RunContext, task: PlannedStage) -> Callable[[], bool]:
     """What is asked while another run holds the stage: whether this one was stopped. Says once that it waits."""
     said = False
 
@@ -191,26 +191,26 @@ def _waiting(pipeline: RunContext, task: PlannedStage) -> Callable[[], bool]:
         nonlocal said
         if not said:
             said = True
-            pipeline.progress(task.name, {"warning": "waits for another run, which computes it"})
-        return pipeline.children.closed
+            context.progress(task.name, {"warning": "waits for another run, which computes it"})
+        return context.executor.closed
 
     return is_cancelled
 
 
-def _run_child(pipeline: RunContext, task: PlannedStage, stage: Stage, result: Result) -> Entry:
-    paths = {role: pipeline.results[name].path for role, name in task.inputs.items()}
+def _run_child(context: RunContext, task: PlannedStage, stage: Stage, result: Result) -> Entry:
+    paths = {role: context.results[name].path for role, name in task.inputs.items()}
     paths |= {role: str(model.path) for role, model in task.outside.items()}
-    home = pipeline.store.workplace(task.identity)
+    home = context.store.workplace(task.identity)
     arguments = {
         "stage": stage.model_dump(mode="json"), "parent": paths.pop("parent"), "others": paths, "out": str(home / "out"),
-        "work": str(home / "work"), "data": pipeline.data.model_dump(mode="json"),
-        "shared": str(pipeline.store.root / "shared"),
+        "work": str(home / "work"), "data": context.data.model_dump(mode="json"),
+        "shared": str(context.store.root / "shared"),
     }  # fmt: skip
     if isinstance(task.planned, Artifact):
-        arguments["origin"] = asdict(origin_of(pipeline.base))
+        arguments["origin"] = asdict(origin_of(context.base))
     devices = stage.distributed.processes if isinstance(stage, TrainingStage) and stage.distributed else 1
     job = Job(
-        "tasks.runners.jobs:compute_stage", arguments, pipeline.machine.threads, seed_of(task.identity), pipeline.machine.device, task.timeout,
+        "tasks.runners.jobs:compute_stage", arguments, context.machine.threads, seed_of(task.identity), context.machine.device, task.timeout,
         name=task.name, memory=task.memory, devices=devices, variables=task.job_variables, order=task.index,
     )  # fmt: skip
     curves: list[tuple[int, dict[str, float]]] = []
@@ -220,44 +220,44 @@ def _run_child(pipeline: RunContext, task: PlannedStage, stage: Stage, result: R
             result.warnings.append(redacted(event["warning"]))
         elif "metrics" in event:
             curves.append((event["step"], event["metrics"]))
-            pipeline.tracking.log_live(result.run, event["step"], event["metrics"])
+            context.tracking.log_live(result.run, event["step"], event["metrics"])
         elif "system" in event:
-            pipeline.tracking.log_system(result.run, event["system"], event["time"])
+            context.tracking.log_system(result.run, event["system"], event["time"])
         elif "again" in event:
             result.warnings.clear()
             curves.clear()
-            pipeline.progress(task.name, {"warning": event["again"]})
+            context.progress(task.name, {"warning": event["again"]})
         elif "note" in event:
-            pipeline.progress(task.name, {"warning": event["note"]})
+            context.progress(task.name, {"warning": event["note"]})
         else:
-            pipeline.progress(task.name, event)
+            context.progress(task.name, event)
 
-    _require_inputs(pipeline, task)
+    _require_inputs(context, task)
     try:
-        done = pipeline.children.run(job, home, on_event)
+        done = context.executor.run(job, home, on_event)
     except Exception as error:
-        pipeline.store.workplace(task.identity)  # its `out` empty again: the disk may be full of it, and the journal must go on
+        context.store.workplace(task.identity)  # its `out` empty again: the disk may be full of it, and the journal must go on
         if not isinstance(error, Cancelled):
-            _require_inputs(pipeline, task)  # where one is lost, that is the reason
+            _require_inputs(context, task)  # where one is lost, that is the reason
         raise
-    _require_sources(pipeline, task, stage)
+    _require_sources(context, task, stage)
     if isinstance(task.planned, Artifact):
-        ancestors = [pipeline.documents[name] for name in task.ancestors[1:]]  # after the base
-        complete_artifact(home / "out", task.planned, task.document, task.identity, ancestors, pipeline.base)
-    pipeline.tracking.log_curve(result.run, curves)
-    return pipeline.store.commit(
+        ancestors = [context.documents[name] for name in task.ancestors[1:]]  # after the base
+        complete_artifact(home / "out", task.planned, task.document, task.identity, ancestors, context.base)
+    context.tracking.log_curve(result.run, curves)
+    return context.store.commit(
         task.identity, task.document, metrics=done.metrics, seconds=done.seconds, warnings=result.warnings, curves=curves
     )
 
 
-def _require_inputs(pipeline: RunContext, task: PlannedStage) -> None:
+def _require_inputs(context: RunContext, task: PlannedStage) -> None:
     """Raises EdgepressError when an input was removed or damaged since its own stage ended: what is made of it would not be of this identity."""
     for name in dict.fromkeys(task.inputs.values()):
-        identity = pipeline.results[name].identity
-        if identity == pipeline.base.identity:
+        identity = context.results[name].identity
+        if identity == context.base.identity:
             continue  # not in the store: `_require_sources` looks at it
-        with pipeline.store.lock(identity, lambda: pipeline.children.closed):
-            lost = pipeline.store.get(identity) is None
+        with context.store.lock(identity, lambda: context.executor.closed):
+            lost = context.store.get(identity) is None
         if lost:
             raise EdgepressError(
                 f"the result of {name} ({identity[:12]}) was removed from the store, or damaged and set aside, while this run was going on; "
@@ -265,55 +265,55 @@ def _require_inputs(pipeline: RunContext, task: PlannedStage) -> None:
             )
 
 
-def _require_sources(pipeline: RunContext, task: PlannedStage, stage: Stage) -> None:
+def _require_sources(context: RunContext, task: PlannedStage, stage: Stage) -> None:
     """Raises EdgepressError when what the stage read outside of the store is no longer what was planned with: its result may be of either."""
-    models = [*task.outside.values(), *([pipeline.base] if pipeline.base.identity in task.document["inputs"].values() else [])]
-    changed = [f"the model {model.source}" for model in models if not is_unchanged(model, pipeline.store.root)]
+    models = [*task.outside.values(), *([context.base] if context.base.identity in task.document["inputs"].values() else [])]
+    changed = [f"the model {model.source}" for model in models if not is_unchanged(model, context.store.root)]
     read = stage.data_read()
-    if read != "nothing" and fingerprint(pipeline.data, read) != task.document["data"]:
+    if read != "nothing" and fingerprint(context.data, read) != task.document["data"]:
         changed.append("the recipe's data")
     if changed:
-        shutil.rmtree(pipeline.store.workplace(task.identity), ignore_errors=True)  # what it would go on from is of other bytes too
+        shutil.rmtree(context.store.workplace(task.identity), ignore_errors=True)  # what it would go on from is of other bytes too
         raise EdgepressError(f"{' and '.join(changed)} changed while this run was going on; the same command plans with what is there now")
 
 
-def _measure(pipeline: RunContext, task: PlannedStage, result: Result) -> None:
+def _measure(context: RunContext, task: PlannedStage, result: Result) -> None:
     """Quality, speed and size; of a corpus, which no runtime opens, the size."""
     if isinstance(task.planned, Corpus):
         result.metrics |= _static(result.path, task.planned)
         return
     result.runtime = runtime_name(Path(result.path))
     parent = task.inputs.get("parent", "")
-    compared = {role: pipeline.results["base" if role == "base" else parent] for role in task.roles}
-    references = {role: Reference(Path(other.path), other.content) for role, other in compared.items()}
+    compared = {role: context.results["base" if role == "base" else parent] for role in task.roles}
+    references = {role: ReferenceModel(Path(other.path), other.content) for role, other in compared.items()}
 
     def on_event(event: dict[str, Any]) -> None:
         if "warning" in event:
             result.warnings.append(redacted(event["warning"]))
         elif told := event.get("again") or event.get("note"):
-            pipeline.progress(task.name, {"warning": told})
+            context.progress(task.name, {"warning": told})
         elif "progress" in event:
-            pipeline.progress(task.name, event)
+            context.progress(task.name, event)
 
-    asked = MeasurementRequest(task.planned, task.roles, pipeline.data, pipeline.evaluation)
-    subject = Subject(asked, Reference(Path(result.path), result.content), references, pipeline.base.path, pipeline.machine)
-    measured = measure(subject, pipeline.store, pipeline.children, on_event, again=pipeline.remeasure, order=task.index)
-    pipeline.measured[task.name] = measured
+    asked = MeasurementRequest(task.planned, task.roles, context.data, context.evaluation)
+    subject = Subject(asked, ReferenceModel(Path(result.path), result.content), references, context.base.path, context.machine)
+    measured = measure(subject, context.store, context.executor, on_event, again=context.remeasure, order=task.index)
+    context.measured[task.name] = measured
     result.metrics |= measured.metrics | _static(result.path, task.planned)
     result.details = measured.details
     result.measure_seconds = measured.seconds
     if task.stage is not None:
-        result.metrics |= compare(measured, pipeline.measured["base"], result.content, pipeline.store)
+        result.metrics |= compare(measured, context.measured["base"], result.content, context.store)
     elif measured.seconds:
         result.state = "Completed"
-        pipeline.tracking.log(result.run, {}, tags={COMPUTED: "true"})
+        context.tracking.log(result.run, {}, tags={COMPUTED: "true"})
     if share := most_contended(measured.metrics):
         result.warnings.append(
             f"timed while other programs had the cores (it waited for one {share:.1f} times as long as it was timed): it may be faster than this says; "
             "`edgepress run --remeasure` takes all timings again"
         )
     if parent:
-        _compare_speed(result, pipeline.results[parent])
+        _compare_speed(result, context.results[parent])
 
 
 def _static(path: str, planned: Planned) -> dict[str, float]:
@@ -337,9 +337,9 @@ def _compare_speed(result: Result, parent: Result) -> None:
         )
 
 
-def _judge(pipeline: RunContext, task: PlannedStage, result: Result) -> None:
+def _judge(context: RunContext, task: PlannedStage, result: Result) -> None:
     """Judge the bounds of an export's proof and the recipe's gates; raises GateFailed for what does not hold."""
-    others = {name: _figures(pipeline, name) for name in (*task.ancestors, task.name)}
+    others = {name: _figures(context, name) for name in (*task.ancestors, task.name)}
     if "parent" in task.inputs:
         others["parent"] = others[task.inputs["parent"]]
     result.verdicts = [verdict for bounds in (task.bounds, task.gates) for verdict in judge(bounds, others[task.name], others)]
@@ -348,34 +348,34 @@ def _judge(pipeline: RunContext, task: PlannedStage, result: Result) -> None:
         raise GateFailed("; ".join(broken))
 
 
-def _figures(pipeline: RunContext, name: str) -> Figures:
-    measured = pipeline.measured.get(name)  # nothing is measured of a corpus
-    return Figures(pipeline.results[name].metrics, measured.items if measured else {})
+def _figures(context: RunContext, name: str) -> Figures:
+    measured = context.measured.get(name)  # nothing is measured of a corpus
+    return Figures(context.results[name].metrics, measured.items if measured else {})
 
 
-def _log(pipeline: RunContext, task: PlannedStage, result: Result) -> None:
+def _log(context: RunContext, task: PlannedStage, result: Result) -> None:
     """Metrics on the stage's run, and on the parent with step = the stage's index, one series for each path to a leaf; then end the run."""
     passed = all(verdict.outcome == "PASS" for verdict in result.verdicts)
     tags = {
         "edgepress.state": result.state, "edgepress.cached": str(result.state == "Cached").lower(), **_place_tags(result),
-        "edgepress.final": str(task.name in pipeline.leaves and passed).lower(),
+        "edgepress.final": str(task.name in context.leaves and passed).lower(),
     }  # fmt: skip
-    tracking = pipeline.tracking
+    tracking = context.tracking
     tracking.log(result.run, result.metrics, tags=tags)
-    _log_series(pipeline, task, result)
+    _log_series(context, task, result)
     if isinstance(task.planned, Artifact):
         for file in CARRIED:
             tracking.log_file(result.run, Path(result.path) / file)
-    tracking.describe(result.run, _description(pipeline, task, result), cached_identity=task.identity if result.state == "Cached" else None)
+    tracking.describe(result.run, _description(context, task, result), cached_identity=task.identity if result.state == "Cached" else None)
     tracking.end(result.run, "FINISHED")
 
 
-def _log_series(pipeline: RunContext, task: PlannedStage, result: Result) -> None:
+def _log_series(context: RunContext, task: PlannedStage, result: Result) -> None:
     """The stage's place in the charts of the pipeline's run."""
-    suffixes = pipeline.series.get(task.name, ())
+    suffixes = context.series.get(task.name, ())
     series = {metric + suffix: value for metric, value in charted(result.metrics).items() for suffix in suffixes}
     if series:  # what a stage of another identity left at this step is not true any more
-        pipeline.tracking.log(pipeline.run, series, step=task.index, again=task.name in pipeline.superseded)
+        context.tracking.log(context.run, series, step=task.index, again=task.name in context.superseded)
 
 
 def _place_tags(result: Result) -> dict[str, str]:
@@ -383,12 +383,12 @@ def _place_tags(result: Result) -> dict[str, str]:
     return {"edgepress.path": result.path, "edgepress.content": result.content} if result.path else {}
 
 
-def _description(pipeline: RunContext, task: PlannedStage, result: Result) -> str:
+def _description(context: RunContext, task: PlannedStage, result: Result) -> str:
     parent = task.inputs.get("parent", "base")
-    others = [name for name in dict.fromkeys((parent, "base")) if name != task.name and name in pipeline.results]
+    others = [name for name in dict.fromkeys((parent, "base")) if name != task.name and name in context.results]
     return describe_stage(
         uses=result.uses, needs=result.needs, state=result.state, reason=result.reason, seconds=result.seconds, runtime=result.runtime,
-        columns={task.name: result.metrics, **{name: pipeline.results[name].metrics for name in others}},
+        columns={task.name: result.metrics, **{name: context.results[name].metrics for name in others}},
         warnings=result.warnings, verdicts=result.verdicts,
     )  # fmt: skip
 

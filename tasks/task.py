@@ -18,15 +18,15 @@ async def _retry_condition(_: Any, __: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, BaseException) and is_transient(error)
 
 
-def stage_task(pipeline: RunContext, assignment: PlannedStage) -> Task[[], State[Any]]:
+def stage_task(context: RunContext, stage: PlannedStage) -> Task[[], State[Any]]:
     """The Prefect task of one stage, under the stage's own name."""
 
     @task(
-        name=assignment.stage.uses if assignment.stage else "base", task_run_name=assignment.name, cache_policy=NO_CACHE, persist_result=False,
-        retries=assignment.retries, retry_delay_seconds=1, retry_condition_fn=_retry_condition, tags=["edgepress"],
+        name=stage.stage.uses if stage.stage else "base", task_run_name=stage.name, cache_policy=NO_CACHE, persist_result=False,
+        retries=stage.retries, retry_delay_seconds=1, retry_condition_fn=_retry_condition, tags=["edgepress"],
     )  # fmt: skip
     def run() -> State[Any]:
-        result = run_stage(pipeline, assignment)
+        result = run_stage(context, stage)
         manifest = {"stage": result.name, "identity": result.identity, "content": result.content, "path": result.path}
         return Completed(name=result.state, message=f"{result.uses}: {result.state.lower()}", data=manifest)
 

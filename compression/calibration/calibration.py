@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compression.calibration.hidden_states import HiddenStates
-from compression.calibration.walk import GRAM, Block, Collect, Walk
+from compression.calibration.walk import HESSIAN, Block, Collect, Walk
 from compression.checkpoints.checkpoint import Checkpoint, file_digests, open_checkpoint
 from compression.checkpoints.kept import copy_kept
 from compression.checkpoints.loading import copy_tokenizer
@@ -26,7 +26,7 @@ REPORT = "layers.json"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CompressedBlock:
     """What a method made of a block.
 
     tensors   stand in the new checkpoint for the weight of the same module: "mlp.up_proj.qweight" for "mlp.up_proj.weight";
@@ -44,7 +44,7 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)
 
 
-Compress = Callable[[Block], Outcome]
+Compress = Callable[[Block], CompressedBlock]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class _Report:
     replaced: list[str] = field(default_factory=list)
     instead: list[str] = field(default_factory=list)
 
-    def add(self, block: Block, outcome: Outcome) -> None:
+    def add(self, block: Block, outcome: CompressedBlock) -> None:
         for name, count in outcome.counts.items():
             self.counts[name] = self.counts.get(name, 0.0) + count
         self.layers |= {f"{block.name}.{path}": dict(figures) for path, figures in outcome.layers.items()}
@@ -69,7 +69,7 @@ class _Report:
         self.instead += [f"{block.name}.{path}" for path in outcome.tensors]
 
 
-def _replaced(outcome: Outcome) -> set[str]:
+def _replaced(outcome: CompressedBlock) -> set[str]:
     """The weights for which an outcome gives other tensors, by path in the block."""
     return {f"{path.rpartition('.')[0]}.weight" for path in outcome.tensors}
 
@@ -82,14 +82,14 @@ def compress_blocks(
     *,
     settings: Mapping[str, Any],
     config: Mapping[str, Any] | None = None,
-    collect: Collect = GRAM,
+    collect: Collect = HESSIAN,
     work: Path | None = None,
     context: Context,
 ) -> dict[str, float]:
     """Walk over a dense checkpoint and write what `compress` makes of it to the new directory `out`; returns the sums of its counts.
 
     windows   token ids, int64 [count, length]
-    compress  changes a block's weights in place, or gives other tensors for them (`Outcome`)
+    compress  changes a block's weights in place, or gives other tensors for them (`CompressedBlock`)
     settings  the name of the method and all that decides what `compress` does, as JSON: no walk is continued under others
     config    entries added to config.json
     collect   the statistics of the layers' inputs that `compress` needs

@@ -10,21 +10,21 @@ def stacked(block: Block, paths: tuple[str, ...]) -> torch.Tensor:
     return torch.cat([block.linear(path).weight.float() for path in paths])
 
 
-def output_power(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+def output_power(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """E(w·x)² of each row: diag(W·H·Wᵀ), float32 [out]."""
-    return ((weight @ gram) * weight).sum(1)
+    return ((weight @ hessian) * weight).sum(1)
 
 
-def inverse_factor(gram: torch.Tensor, *, damp_percent: float, order: torch.Tensor | None = None) -> torch.Tensor | None:
+def inverse_factor(hessian: torch.Tensor, *, damp_percent: float, order: torch.Tensor | None = None) -> torch.Tensor | None:
     """The upper triangular U with H⁻¹ = UᵀU for the damped H, columns in `order`; None where H has no inverse.
 
-    gram  [in, in], mean of x xᵀ. A channel that is always zero (nothing to make up for, nothing to make up with) gets the mean
+    hessian  [in, in], mean of x xᵀ. A channel that is always zero (nothing to make up for, nothing to make up with) gets the mean
           of the diagonal, which leaves it out of every update.
     H = VVᵀ with V upper triangular is the Cholesky factor of H read backwards, and U = V⁻¹: one factorization and one triangular inverse.
     """
-    backwards = torch.arange(len(gram), device=gram.device) if order is None else order
+    backwards = torch.arange(len(hessian), device=hessian.device) if order is None else order
     backwards = backwards.flip(0)
-    h = gram[backwards[:, None], backwards]
+    h = hessian[backwards[:, None], backwards]
     diagonal = h.diagonal()
     mean = diagonal.mean()
     diagonal[diagonal == 0] = mean

@@ -25,9 +25,9 @@ from compression.errors import Incompatible, UnusableData, UnusableModel
 TOKENS_PER_BATCH = 4096
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, beside the hidden states
-Statistic = Literal["gram", "mean_square", "absmax"]
+Statistic = Literal["hessian", "mean_square", "absmax"]
 Collect = frozenset[Statistic]
-GRAM: Collect = frozenset({"gram"})
+HESSIAN: Collect = frozenset({"hessian"})
 
 
 @dataclass
@@ -36,33 +36,33 @@ class SharedInput:
 
     layers       module paths in the block
     tokens       how many tokens were seen
-    gram         [in, in], the mean of x xᵀ over all tokens, float32
-    mean_square  [in], the mean of x² (the diagonal of the gram where that was asked for)
+    hessian      [in, in], the mean of x xᵀ over all tokens, float32: half the Hessian of the squared error of the layers' outputs
+    mean_square  [in], the mean of x² (the diagonal of `hessian` where that is collected)
     absmax       [in], the largest |x|
     """
 
     layers: tuple[str, ...]
     tokens: int = 0
-    gram: torch.Tensor | None = None
+    hessian: torch.Tensor | None = None
     mean_square: torch.Tensor | None = None
     absmax: torch.Tensor | None = None
 
     @property
     def second_moment(self) -> torch.Tensor:
-        """The gram, of a walk that collects it."""
-        assert self.gram is not None, "this walk collects no gram"
-        return self.gram
+        """`hessian`, of a walk that collects it."""
+        assert self.hessian is not None, "this walk collects no hessian"
+        return self.hessian
 
     def add(self, x: torch.Tensor, collect: Collect) -> None:
         """Count in inputs [..., in]."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         width, before = x.shape[-1], self.tokens
         self.tokens += len(x)
-        if "gram" in collect:
-            if self.gram is None:
-                self.gram = torch.zeros(width, width, device=x.device)
-            self.gram.addmm_(x.T, x, beta=before / self.tokens, alpha=1 / self.tokens)
-            self.mean_square = self.gram.diagonal()
+        if "hessian" in collect:
+            if self.hessian is None:
+                self.hessian = torch.zeros(width, width, device=x.device)
+            self.hessian.addmm_(x.T, x, beta=before / self.tokens, alpha=1 / self.tokens)
+            self.mean_square = self.hessian.diagonal()
         elif "mean_square" in collect:
             batch = x.square().mean(0)
             self.mean_square = batch if self.mean_square is None else self.mean_square.lerp_(batch, len(x) / self.tokens)
@@ -108,7 +108,7 @@ class Block:
         for shared in self.inputs:
             self._walk.tell(self, shared.layers)
             yield shared
-            shared.gram = shared.mean_square = shared.absmax = None
+            shared.hessian = shared.mean_square = shared.absmax = None
 
     def passes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The windows' hidden states before the block and behind it as it is now, [windows, length, hidden] each, batch by batch."""
@@ -132,7 +132,7 @@ class Walk:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, windows: torch.Tensor, *, collect: Collect = GRAM, context: Context,
+        self, checkpoint: Checkpoint, windows: torch.Tensor, *, collect: Collect = HESSIAN, context: Context,
         first: int = 0, states: HiddenStates | None = None, passed: "Callable[[Block], None] | None" = None,
     ):  # fmt: skip
         check_windows(checkpoint, windows)
@@ -376,6 +376,6 @@ def _gather(block: Block, walk: Walk) -> None:
         )
 
 
-def walk(checkpoint: Checkpoint, windows: torch.Tensor, *, collect: Collect = GRAM, context: Context) -> Iterator[Block]:
+def walk(checkpoint: Checkpoint, windows: torch.Tensor, *, collect: Collect = HESSIAN, context: Context) -> Iterator[Block]:
     """The blocks of a `Walk` from the first to the last."""
     yield from Walk(checkpoint, windows, collect=collect, context=context)

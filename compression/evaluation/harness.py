@@ -150,7 +150,7 @@ def evaluate_tasks(
     random.seed(DEFAULT_RANDOM_SEED)  # as lm_eval.simple_evaluate: some tasks shuffle their choices with these
     np.random.seed(DEFAULT_OTHER_SEED)
     set_torch_seed(DEFAULT_OTHER_SEED)
-    with _told():
+    with _harness_errors():
         loaded = manager.load([str(task.file) if task.file else task.name for task in tasks])
         for task in loaded["tasks"].values():
             _set_fewshot(task, num_fewshot)
@@ -177,7 +177,7 @@ def _set_fewshot(task: Any, wanted: int | None) -> None:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _harness_errors() -> Iterator[None]:
     """What the harness and the hub raise for a task that cannot run, as our errors; and no pool of processes within a child."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError

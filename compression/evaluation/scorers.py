@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class DistributionDistance:
     """How far a candidate's next-token distributions are from a reference's; every field has one value per position.
 
     kl                KL(reference || candidate) = sum p_ref (log p_ref - log p_candidate), in nats
@@ -38,8 +38,8 @@ class Divergence:
     logit_difference: np.ndarray
 
     @staticmethod
-    def join(parts: Sequence["Divergence"]) -> "Divergence":
-        return Divergence(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("kl", "agrees", "logit_difference")))
+    def join(parts: Sequence["DistributionDistance"]) -> "DistributionDistance":
+        return DistributionDistance(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("kl", "agrees", "logit_difference")))
 
     def items(self, name: str, windows: int) -> dict[str, Items]:
         """Those of kl_to_{name} and top1_agreement_to_{name}, by window; the positions are those of `windows` windows of equal length."""
@@ -57,7 +57,7 @@ class Divergence:
         }
 
 
-def divergence(reference: np.ndarray, candidate: np.ndarray) -> Divergence:
+def divergence(reference: np.ndarray, candidate: np.ndarray) -> DistributionDistance:
     """Compare float32 logits [..., vocabulary] of two models at the same positions.
 
     Raises Incompatible when the vocabularies differ.
@@ -71,13 +71,13 @@ def divergence(reference: np.ndarray, candidate: np.ndarray) -> Divergence:
     for p, q in zip(chunks(reference), chunks(candidate), strict=True):
         log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
         parts.append(
-            Divergence(
+            DistributionDistance(
                 kl=(log_p.exp() * (log_p - log_q)).sum(-1).numpy(),
                 agrees=(p.argmax(-1) == q.argmax(-1)).numpy(),
                 logit_difference=(p - q).abs().amax(-1).numpy(),
             )
         )
-    return Divergence.join(parts)
+    return DistributionDistance.join(parts)
 
 
 def perplexity(runtime: Runtime, windows: torch.Tensor, context: Context) -> float:
@@ -150,7 +150,7 @@ def evaluate_quality(
     """
     distinct = list({id(r): r for r in references.values()}.values())
     scores: list[np.ndarray] = []
-    parts: dict[str, list[Divergence]] = {name: [] for name in references}
+    parts: dict[str, list[DistributionDistance]] = {name: [] for name in references}
     for rows, outputs in _windows([runtime, *distinct], windows, context):
         scores.append(_window_scores(outputs[0], rows))
         compared = {id(r): divergence(o[:, :-1], outputs[0][:, :-1]) for r, o in zip(distinct, outputs[1:], strict=True)}
@@ -160,7 +160,7 @@ def evaluate_quality(
     figures = {"perplexity": exponential(-scored.mean()), "perplexity_count": float(scored.size)}
     items = {"perplexity": _items(-scored.reshape(len(windows), -1), "exp")}
     for name, found in parts.items():
-        whole = Divergence.join(found)
+        whole = DistributionDistance.join(found)
         figures |= whole.figures(name)
         items |= whole.items(name, len(windows))
     if "base" in references:

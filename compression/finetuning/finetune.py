@@ -13,7 +13,7 @@ from compression.checkpoints.masks import read_masks
 from compression.context import Context
 from compression.distillation.objective import Objective
 from compression.finetuning.adapters import adapt, copy_adapters, mask_updates, merged, open_in_4_bits, save_adapters
-from compression.finetuning.methods import Method, check_method
+from compression.finetuning.methods import FinetuningMethod, check_method
 from compression.training import processes
 from compression.training.loop import seeded, train
 from compression.training.settings import TrainingSettings
@@ -23,7 +23,7 @@ from compression.training.validation import HeldOut
 
 def finetune(
     model: Path, out: Path, rows: torch.Tensor, *, mask: torch.Tensor | None = None, validation: HeldOut | None = None,
-    method: Method = "lora", rank: int = 16, alpha: int = 32, dropout: float = 0.0, target_modules: str | list[str] = "all-linear",
+    method: FinetuningMethod = "lora", rank: int = 16, alpha: int = 32, dropout: float = 0.0, target_modules: str | list[str] = "all-linear",
     rank_pattern: Mapping[str, int] | None = None, settings: TrainingSettings, workdir: Path, context: Context,
     adapter_out: Path | None = None,
 ) -> dict[str, float]:  # fmt: skip

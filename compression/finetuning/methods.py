@@ -8,14 +8,14 @@ from compression.checkpoints.checkpoint import Checkpoint
 from compression.checkpoints.families import FAMILIES
 from compression.errors import Incompatible, MissingExtra
 
-Method = Literal["full", "lora", "dora", "qlora"]
+FinetuningMethod = Literal["full", "lora", "dora", "qlora"]
 TIED = (
     "target_modules names {}, and the embedding and the output head of this model are one matrix (tie_word_embeddings): an adapter acts at "
     "one end, and merged it would act at both; leave it out, or take method: full"
 )
 
 
-def check_method(checkpoint: Checkpoint, method: Method, target_modules: str | list[str] = "all-linear") -> None:
+def check_method(checkpoint: Checkpoint, method: FinetuningMethod, target_modules: str | list[str] = "all-linear") -> None:
     """Raises Incompatible (dora of a sparse checkpoint, adapters on a tied embedding or head), MissingExtra (qlora without bitsandbytes)."""
     if method != "full" and checkpoint.tied and (tied := _ends(checkpoint, target_modules)):
         raise Incompatible(TIED.format(tied[0]), key="target_modules")

@@ -6,7 +6,7 @@ from typing import Literal
 from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import Incompatible
 
-Method = Literal["magnitude", "gradient", "wanda", "sparsegpt"]
+PruningMethod = Literal["magnitude", "gradient", "wanda", "sparsegpt"]
 Scope = Literal["layer", "global"]
 Pattern = Literal["unstructured", "2:4", "4:8"]
 Allocation = Literal["uniform", "sensitivity"]
@@ -34,7 +34,7 @@ def kept_of_group(pattern: Pattern) -> tuple[int, int] | None:
 
 
 def check_unstructured(
-    checkpoint: Checkpoint, *, method: Method, scope: Scope, sparsity: float, pattern: Pattern, allocation: Allocation
+    checkpoint: Checkpoint, *, method: PruningMethod, scope: Scope, sparsity: float, pattern: Pattern, allocation: Allocation
 ) -> None:
     """Refuse settings of unstructured pruning that contradict each other or do not fit the widths of the checkpoint's linear layers.
 

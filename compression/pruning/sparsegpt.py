@@ -12,7 +12,7 @@ COLUMNS_PER_SELECTION = 128  # the columns among which the weights to prune are 
 
 def sparsegpt(
     weight: torch.Tensor,
-    gram: torch.Tensor,
+    hessian: torch.Tensor,
     *,
     rows: Sequence[int],
     sparsity: float,
@@ -23,7 +23,7 @@ def sparsegpt(
     """Prune layers that share an input; None where their Hessian cannot be inverted.
 
     weight  float32 [out, in]: the layers' weights, stacked
-    gram    float32 [in, in]: the mean of x xᵀ over their inputs
+    hessian    float32 [in, in]: the mean of x xᵀ over their inputs
     rows    output channels of each layer; the weights to prune are chosen layer by layer
     group   keep n of each m neighbours of a row, instead of `sparsity` of a layer's run of `COLUMNS_PER_SELECTION` columns
     kept    bool [out, in]; what it prunes stays pruned
@@ -34,11 +34,11 @@ def sparsegpt(
     times U_j,j+1…, is taken off the columns that follow: at once within the run, in one product for the rest. The weights of
     an input that is always zero cost nothing and go first.
     """
-    factor = inverse_factor(gram, damp_percent=damp_percent)
+    factor = inverse_factor(hessian, damp_percent=damp_percent)
     if factor is None:
         return None
     diagonal = factor.diagonal()
-    cost_scale = torch.where(gram.diagonal() > 0, diagonal.reciprocal().square(), 0).unsqueeze(1)
+    cost_scale = torch.where(hessian.diagonal() > 0, diagonal.reciprocal().square(), 0).unsqueeze(1)
     columns = weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]: a column is contiguous
     keep = torch.ones_like(columns, dtype=torch.bool) if kept is None else kept.T.clone(memory_format=torch.contiguous_format)
     run = COLUMNS_PER_SELECTION if group is None else COLUMNS_PER_SELECTION // group[1] * group[1]

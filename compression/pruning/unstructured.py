@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from compression.calibration.calibration import Outcome, compress_blocks
+from compression.calibration.calibration import CompressedBlock, compress_blocks
 from compression.calibration.second_order import output_power, stacked
 from compression.calibration.walk import Block, Collect, SharedInput, Walk
 from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -17,7 +17,7 @@ from compression.checkpoints.shards import CheckpointWriter, read_tensors
 from compression.checkpoints.skeleton import linear_layers, skeleton
 from compression.context import Context
 from compression.errors import Incompatible, UnusableData, UnusableModel
-from compression.pruning import Allocation, Method, Pattern, Scope, check_unstructured, kept_of_group
+from compression.pruning import Allocation, Pattern, PruningMethod, Scope, check_unstructured, kept_of_group
 from compression.pruning.allocation import allocate, outlier_ratio
 from compression.pruning.gradient import gradient_scores
 from compression.pruning.selection import PRUNED, keep_n_of_m, keep_strongest, keep_strongest_overall
@@ -33,7 +33,7 @@ def prune_unstructured(
     out: Path,
     windows: torch.Tensor | None = None,
     *,
-    method: Method = "sparsegpt",
+    method: PruningMethod = "sparsegpt",
     sparsity: float = 0.5,
     pattern: Pattern = "unstructured",
     scope: Scope = "layer",
@@ -185,7 +185,7 @@ def _prune_on_the_walk(
 ) -> dict[str, float]:  # fmt: skip
     """SparseGPT where weights `compensate`, Wanda where they do not."""
 
-    def compress(block: Block) -> Outcome:
+    def compress(block: Block) -> CompressedBlock:
         masks: dict[str, torch.Tensor] = {}
         figures: dict[str, dict[str, float]] = {}
         fallbacks: list[str] = []
@@ -194,8 +194,8 @@ def _prune_on_the_walk(
             rows = [block.linear(path).out_features for path in shared.layers]
             pruned = None
             if compensate:
-                gram = shared.second_moment
-                pruned = sparsegpt(weight, gram, rows=rows, sparsity=sparsity, group=group, kept=kept, damp_percent=damp_percent)
+                hessian = shared.second_moment
+                pruned = sparsegpt(weight, hessian, rows=rows, sparsity=sparsity, group=group, kept=kept, damp_percent=damp_percent)
                 fallbacks += shared.layers if pruned is None else ()
             after, mask = pruned or wanda(weight, _mean_square(shared), sparsity=sparsity, group=group, kept=kept)
             parts = zip(shared.layers, weight.split(rows), after.split(rows), mask.split(rows), strict=True)
@@ -203,17 +203,17 @@ def _prune_on_the_walk(
                 block.linear(path).weight.copy_(new)
                 masks[f"{path}.weight"] = keep
                 figures[path] = {"sparsity": 1 - int(keep.sum()) / keep.numel()}
-                if shared.gram is not None:
-                    figures[path]["relative_error"] = _relative_error(old, new, shared.gram)
+                if shared.hessian is not None:
+                    figures[path]["relative_error"] = _relative_error(old, new, shared.hessian)
         counts = {
             "kept": float(sum(int(mask.sum()) for mask in masks.values())),
             "weights": float(sum(mask.numel() for mask in masks.values())),
             "fallback_layers": float(len(fallbacks)),
         }
         warnings = [f"{block.name}: {path}: the Hessian cannot be inverted; pruned as by Wanda, nothing made up for" for path in fallbacks]
-        return Outcome(masks=masks, counts=counts, layers=figures, warnings=warnings)
+        return CompressedBlock(masks=masks, counts=counts, layers=figures, warnings=warnings)
 
-    collect: Collect = frozenset({"gram"}) if compensate else MEAN_SQUARE
+    collect: Collect = frozenset({"hessian"}) if compensate else MEAN_SQUARE
     settings = {
         "method": "sparsegpt" if compensate else "wanda",
         "sparsities": dict(sparsities),
@@ -229,7 +229,7 @@ def _mean_square(shared: SharedInput) -> torch.Tensor:
     return shared.mean_square
 
 
-def _relative_error(before: torch.Tensor, after: torch.Tensor, gram: torch.Tensor) -> float:
+def _relative_error(before: torch.Tensor, after: torch.Tensor, hessian: torch.Tensor) -> float:
     """E‖(W' - W)x‖² / E‖Wx‖²; 0 where a layer gives nothing."""
-    power = output_power(before, gram).sum()
-    return float(output_power(after - before, gram).sum() / power) if power > 0 else 0.0
+    power = output_power(before, hessian).sum()
+    return float(output_power(after - before, hessian).sum() / power) if power > 0 else 0.0

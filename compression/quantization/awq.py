@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from compression.calibration.calibration import Outcome, compress_blocks
+from compression.calibration.calibration import CompressedBlock, compress_blocks
 from compression.calibration.second_order import output_power, stacked
 from compression.calibration.walk import Block
 from compression.checkpoints.checkpoint import open_checkpoint
@@ -18,7 +18,7 @@ from compression.checkpoints.quantization_config import WeightScheme, awq_config
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.quantization.grid import NO_SHRINK, SHRINKS, fit_grid
-from compression.quantization.rounding import RoundedLayers, alike
+from compression.quantization.rounding import RoundedLayers, group_by_scheme
 from compression.quantization.scaling import scale_pairs
 from compression.quantization.settings import plan_schemes
 
@@ -55,23 +55,23 @@ def quantize_awq(
     codes = WeightScheme(bits, group_size)
     planned = plan_schemes(source, bits=bits, group_size=group_size)
 
-    def compress(block: Block) -> Outcome:
+    def compress(block: Block) -> CompressedBlock:
         grams = {path: shared.second_moment for shared in block.inputs for path in shared.layers}
         scaled = 0
         for pair in scale_pairs(block, source.family):
-            gram = grams[pair.consumers[0]]
+            hessian = grams[pair.consumers[0]]
             weight = torch.cat([layer.weight for layer in pair.layers])
-            scales = search_scales(weight, gram, codes, clip=clip)
+            scales = search_scales(weight, hessian, codes, clip=clip)
             if scales is not None:
                 pair.fold(scales)
-                grams |= dict.fromkeys(pair.consumers, gram / torch.outer(scales, scales))
+                grams |= dict.fromkeys(pair.consumers, hessian / torch.outer(scales, scales))
                 scaled += 1
         rounded = RoundedLayers(block, layout=awq_tensors)
         for shared in block.each_input():
-            for paths, _ in alike(block, shared.layers, planned):
-                weight, gram = stacked(block, paths), grams[paths[0]]
-                grid = fit_grid(weight, codes, symmetric=False, gram=gram, shrinks=SHRINKS if clip else NO_SHRINK)
-                rounded.add(paths, weight, grid.quantize(weight, block.mask(paths)), grid, gram)
+            for paths, _ in group_by_scheme(block, shared.layers, planned):
+                weight, hessian = stacked(block, paths), grams[paths[0]]
+                grid = fit_grid(weight, codes, symmetric=False, hessian=hessian, shrinks=SHRINKS if clip else NO_SHRINK)
+                rounded.add(paths, weight, grid.quantize(weight, block.mask(paths)), grid, hessian)
         outcome = rounded.outcome()
         return replace(outcome, counts={**outcome.counts, "scaled_pairs": float(scaled)})
 
@@ -80,36 +80,36 @@ def quantize_awq(
     return compress_blocks(checkpoint, out, windows, compress, settings=settings, config=config, work=work, context=context)
 
 
-def search_scales(weight: torch.Tensor, gram: torch.Tensor, codes: WeightScheme, *, clip: bool = True) -> torch.Tensor | None:
+def search_scales(weight: torch.Tensor, hessian: torch.Tensor, codes: WeightScheme, *, clip: bool = True) -> torch.Tensor | None:
     """The scale of each input channel under which rounding costs least, float32 [in]; None where none is better.
 
     weight  [out, in]; rows of layers that share the input are stacked
-    gram    [in, in], mean of x xᵀ
+    hessian    [in, in], mean of x xᵀ
     clip    whether the grids will be clipped: candidates are then scored on clipped grids
     Candidates are s = a^α / m^(1−α), normalized to √(max·min) = 1, for α in `EXPONENTS`: a is the root mean square of a
     channel's input, m the mean of its weights relative to their group's largest (as in AutoAWQ); and s = a^α.
     """
-    activation = gram.diagonal().sqrt()
+    activation = hessian.diagonal().sqrt()
     groups = weight.abs().unflatten(1, (-1, codes.width(weight.shape[1])))
     magnitude = (groups / groups.amax(2, keepdim=True).clamp_min(1e-12)).flatten(1).mean(0)
     shrinks = COARSE_CLIP if clip else NO_SHRINK
-    best, best_scales = _rounding_loss(weight, torch.ones_like(activation), gram, codes, shrinks), None
+    best, best_scales = _rounding_loss(weight, torch.ones_like(activation), hessian, codes, shrinks), None
     for exponent in EXPONENTS:
         for candidate in (activation**exponent, activation**exponent / magnitude.clamp_min(1e-4) ** (1 - exponent)):
             bounded = candidate.clamp_min(1e-4)
             scales = bounded / (bounded.max() * bounded.min()).sqrt()
-            loss = _rounding_loss(weight, scales, gram, codes, shrinks)
+            loss = _rounding_loss(weight, scales, hessian, codes, shrinks)
             if loss < best:
                 best, best_scales = loss, scales
     return best_scales
 
 
 def _rounding_loss(
-    weight: torch.Tensor, scales: torch.Tensor, gram: torch.Tensor, codes: WeightScheme, shrinks: tuple[float, ...]
+    weight: torch.Tensor, scales: torch.Tensor, hessian: torch.Tensor, codes: WeightScheme, shrinks: tuple[float, ...]
 ) -> float:
     """tr(ΔW·H·ΔWᵀ) of rounding W·diag(s) to nearest on a grid clipped as it will be, only more coarsely."""
     scaled = weight * scales
-    moved = gram / torch.outer(scales, scales)
-    grid = fit_grid(scaled, codes, symmetric=False, gram=moved, shrinks=shrinks)
+    moved = hessian / torch.outer(scales, scales)
+    grid = fit_grid(scaled, codes, symmetric=False, hessian=moved, shrinks=shrinks)
     delta = grid.dequantize(grid.quantize(scaled)).sub_(scaled)
     return float(output_power(delta, moved).sum())

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import torch
 
-from compression.calibration.calibration import Outcome, compress_blocks
+from compression.calibration.calibration import CompressedBlock, compress_blocks
 from compression.calibration.second_order import inverse_factor, stacked
 from compression.calibration.walk import Block
 from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.quantization.grid import NO_SHRINK, SHRINKS, Grid, fit_grid, round_to_codes
-from compression.quantization.rounding import RoundedLayers, alike
+from compression.quantization.rounding import RoundedLayers, group_by_scheme
 from compression.quantization.settings import OnIndivisible, Overrides, gptq_config, plan_schemes
 
 COLUMNS_PER_UPDATE = 64  # columns whose errors reach the rest of the matrix in one product
@@ -54,14 +54,14 @@ def quantize_gptq(
         raise Incompatible(f"GPTQ has 2, 3, 4 or 8 bits, not {bits}", key="bits")
     planned = plan_schemes(source, bits=bits, group_size=group_size, layers=layers, on_indivisible=on_indivisible)
 
-    def compress(block: Block) -> Outcome:
+    def compress(block: Block) -> CompressedBlock:
         rounded = RoundedLayers(block)
         for shared in block.each_input():
-            gram = shared.second_moment
-            order = column_order(gram) if act_order else None
-            factor = inverse_factor(gram, damp_percent=damp_percent, order=order)
-            dead = int((gram.diagonal() == 0).sum())
-            for paths, codes in alike(block, shared.layers, planned):
+            hessian = shared.second_moment
+            order = column_order(hessian) if act_order else None
+            factor = inverse_factor(hessian, damp_percent=damp_percent, order=order)
+            dead = int((hessian.diagonal() == 0).sum())
+            for paths, codes in group_by_scheme(block, shared.layers, planned):
                 if factor is None:
                     rounded.fall_back(paths, "the Hessian cannot be inverted; rounded to nearest")
                 elif dead:
@@ -69,9 +69,9 @@ def quantize_gptq(
                 if codes.shrunk:
                     rounded.fall_back(paths, f"its width takes groups of {codes.group_size}, not {group_size}")
                 weight, mask = stacked(block, paths), block.mask(paths)
-                grid = fit_grid(weight, codes, symmetric=symmetric, gram=gram, shrinks=SHRINKS if mse else NO_SHRINK)
+                grid = fit_grid(weight, codes, symmetric=symmetric, hessian=hessian, shrinks=SHRINKS if mse else NO_SHRINK)
                 quantized = grid.quantize(weight, mask) if factor is None else gptq(weight, grid, factor, order=order, mask=mask)
-                rounded.add(paths, weight, quantized, grid, gram)
+                rounded.add(paths, weight, quantized, grid, hessian)
         return rounded.outcome()
 
     config = gptq_config(planned, bits=bits, group_size=group_size, symmetric=symmetric, layers=layers, damp_percent=damp_percent)
@@ -82,9 +82,9 @@ def quantize_gptq(
     )
 
 
-def column_order(gram: torch.Tensor) -> torch.Tensor:
+def column_order(hessian: torch.Tensor) -> torch.Tensor:
     """Input channels by falling second moment, int64 [in] (act-order)."""
-    return gram.diagonal().argsort(descending=True, stable=True)
+    return hessian.diagonal().argsort(descending=True, stable=True)
 
 
 def gptq(

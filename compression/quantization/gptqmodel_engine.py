@@ -18,7 +18,7 @@ from compression.checkpoints.shards import CheckpointWriter, read_tensors
 from compression.checkpoints.skeleton import linear_layers, skeleton
 from compression.context import Context
 from compression.errors import EdgepressError, MissingExtra, UnusableData
-from compression.quantization.gptqmodel_limits import Method, check_gptqmodel
+from compression.quantization.gptqmodel_limits import EngineMethod, check_gptqmodel
 from compression.quantization.settings import gptq_config, plan_schemes
 
 SHORTEST_WINDOW = 10  # GPTQModel drops shorter calibration rows
@@ -31,7 +31,7 @@ def quantize_with_gptqmodel(
     out: Path,
     windows: torch.Tensor,
     *,
-    method: Method = "gptq",
+    method: EngineMethod = "gptq",
     bits: int = 4,
     group_size: int = 128,
     symmetric: bool = True,
@@ -92,7 +92,7 @@ def told(log: list[dict[str, Any]], damp_percent: float, context: Context) -> di
     return {"fallback_layers": float(len(rounded)), "damped_layers": float(len(damped))}
 
 
-def _dtype(source: Checkpoint, method: Method, device: str) -> str:
+def _dtype(source: Checkpoint, method: EngineMethod, device: str) -> str:
     """The checkpoint's, but float32 for GPTQ on the CPU, and half precision for AWQ, which takes no other."""
     if method == "awq":
         return "float16" if source.dtype == "float32" else source.dtype

@@ -6,18 +6,18 @@ from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import Incompatible
 from compression.quantization.settings import plan_schemes
 
-Method = Literal["gptq", "awq"]
-BITS: dict[Method, tuple[int, ...]] = {"gptq": (2, 3, 4, 8), "awq": (4,)}
+EngineMethod = Literal["gptq", "awq"]
+BITS: dict[EngineMethod, tuple[int, ...]] = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 AWQ_ROWS = 64  # in which it searches clips
 SPLIT = "it takes the fused layers apart, and its checkpoint no longer opens as this architecture"
-REFUSED: dict[tuple[str, Method], str] = {
+REFUSED: dict[tuple[str, EngineMethod], str] = {
     ("phi3", "gptq"): SPLIT,
     ("phi3", "awq"): SPLIT,
     ("gemma3_text", "awq"): "its AWQ does not pass Gemma 3's rotary embedding the type of the layer, and fails",
 }
 
 
-def check_gptqmodel(source: Checkpoint, *, method: Method, bits: int, group_size: int) -> None:
+def check_gptqmodel(source: Checkpoint, *, method: EngineMethod, bits: int, group_size: int) -> None:
     """Raises Incompatible(key="engine") where only our own engine fits; for bits, a group size or a layout that fit neither, under those keys."""
     if source.layout != "dense":
         raise Incompatible(f"{source.path} is quantized already ({source.layout}); GPTQModel takes a dense checkpoint", key="model")

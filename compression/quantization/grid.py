@@ -54,13 +54,13 @@ def fit_grid(
     codes: WeightScheme,
     *,
     symmetric: bool,
-    gram: torch.Tensor | None = None,
+    hessian: torch.Tensor | None = None,
     shrinks: tuple[float, ...] = SHRINKS,
 ) -> Grid:
     """The grid of each group that loses least, among the min/max range shrunk by each of `shrinks`.
 
     weight   [out, in], `in` a multiple of the group size
-    gram     [in, in], mean of x xᵀ over the layer's inputs; the loss of a group is then Δ·H_group·Δᵀ, the mean squared
+    hessian     [in, in], mean of x xᵀ over the layer's inputs; the loss of a group is then Δ·H_group·Δᵀ, the mean squared
              error of the output it causes, where H_group is its diagonal block (only the diagonal of it in groups wider than
              `WIDEST_BLOCK`). Without it H is the identity.
     shrinks  (1.0,) is the plain min/max (symmetric: absolute maximum) grid; the first one holds where no loss is a finite number
@@ -74,9 +74,9 @@ def fit_grid(
         high = torch.maximum(-low, high)
         low = -high
     blocks = None
-    if gram is not None:
+    if hessian is not None:
         wide = group_size > WIDEST_BLOCK
-        blocks = gram.diagonal().unflatten(0, (-1, group_size)) if wide else diagonal_blocks(gram, group_size)
+        blocks = hessian.diagonal().unflatten(0, (-1, group_size)) if wide else diagonal_blocks(hessian, group_size)
     best_scales, best_zeros = _grid_of_range(low * shrinks[0], high * shrinks[0], bits, symmetric)
     if len(shrinks) == 1:
         return Grid(best_scales, best_zeros, bits, group_size)
@@ -109,7 +109,9 @@ def _group_losses(delta: torch.Tensor, blocks: torch.Tensor | None) -> torch.Ten
     return (torch.bmm(delta.transpose(0, 1), blocks).transpose(0, 1) * delta).sum(2)
 
 
-def diagonal_blocks(gram: torch.Tensor, group_size: int) -> torch.Tensor:
+def diagonal_blocks(hessian: torch.Tensor, group_size: int) -> torch.Tensor:
     """[in, in] -> the blocks on the diagonal, [in / group_size, group_size, group_size]."""
-    count = gram.shape[0] // group_size
-    return gram.unflatten(1, (count, group_size)).unflatten(0, (count, group_size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    count = hessian.shape[0] // group_size
+    return (
+        hessian.unflatten(1, (count, group_size)).unflatten(0, (count, group_size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from compression.calibration.calibration import Outcome
+from compression.calibration.calibration import CompressedBlock
 from compression.calibration.second_order import output_power
 from compression.calibration.walk import Block
 from compression.checkpoints.layouts import QuantizedLinear, gptq_tensors
@@ -12,7 +12,7 @@ from compression.checkpoints.quantization_config import WeightScheme
 from compression.quantization.grid import Grid
 
 
-def alike(
+def group_by_scheme(
     block: Block, layers: tuple[str, ...], planned: Mapping[str, WeightScheme | None]
 ) -> Iterator[tuple[tuple[str, ...], WeightScheme]]:
     """Of layers that share an input, those with the same codes together; those that stay as they are left out."""
@@ -38,8 +38,8 @@ class RoundedLayers:
         self._report: dict[str, dict[str, float]] = {}
         self._fallbacks: list[tuple[tuple[str, ...], str]] = []
 
-    def add(self, paths: tuple[str, ...], weight: torch.Tensor, codes: torch.Tensor, grid: Grid, gram: torch.Tensor) -> None:
-        """Take the codes [out, in] of layers whose stacked weights [out, in] read inputs of second moment `gram`."""
+    def add(self, paths: tuple[str, ...], weight: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor) -> None:
+        """Take the codes [out, in] of layers whose stacked weights [out, in] read inputs of second moment `hessian`."""
         start = 0
         for path in paths:
             layer = self._block.linear(path)
@@ -47,8 +47,8 @@ class RoundedLayers:
             start = rows.stop
             rounded = quantized_linear(codes, grid, rows)
             layer.weight.copy_(rounded.dequantize())
-            power = output_power(weight[rows], gram).sum()
-            error = output_power(layer.weight.float() - weight[rows], gram).sum()
+            power = output_power(weight[rows], hessian).sum()
+            error = output_power(layer.weight.float() - weight[rows], hessian).sum()
             self._report[path] = {
                 "relative_error": float(error / power) if power > 0 else 0.0,
                 "bits": rounded.bits, "group_size": rounded.group_size, "weights": layer.weight.numel(),
@@ -59,8 +59,8 @@ class RoundedLayers:
         """Count layers that could not be treated as the others."""
         self._fallbacks.append((paths, reason))
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> CompressedBlock:
         """What became of the block."""
         counts = {"fallback_layers": float(len({path for paths, _ in self._fallbacks for path in paths}))}
         warnings = [f"{', '.join(f'{self._block.name}.{path}' for path in paths)}: {reason}" for paths, reason in self._fallbacks]
-        return Outcome(self._tensors, counts=counts, layers=self._report, warnings=warnings)
+        return CompressedBlock(self._tensors, counts=counts, layers=self._report, warnings=warnings)

@@ -11,7 +11,7 @@ from compression.calibration.walk import walk
 from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
 from compression.quantization.grid import NO_SHRINK, fit_grid
-from compression.quantization.rounding import alike
+from compression.quantization.rounding import group_by_scheme
 from compression.quantization.settings import plan_schemes
 
 WIDTHS = (2, 3, 4, 8)
@@ -48,17 +48,17 @@ def sensitivity(
     found: dict[str, Sensitivity] = {}
     for block in walk(source, windows, context=context):
         for shared in block.each_input():
-            gram = shared.second_moment
-            for paths, _ in alike(block, shared.layers, plans[widths[0]]):
+            hessian = shared.second_moment
+            for paths, _ in group_by_scheme(block, shared.layers, plans[widths[0]]):
                 weight = stacked(block, paths)
                 rows = [block.linear(path).out_features for path in paths]
-                powers = [float(part.sum()) for part in output_power(weight, gram).split(rows)]
+                powers = [float(part.sum()) for part in output_power(weight, hessian).split(rows)]
                 errors: dict[str, dict[int, float]] = {path: {} for path in paths}
                 for bits, plan in plans.items():
                     codes = plan[f"{block.name}.{paths[0]}"]
                     assert codes is not None
                     grid = fit_grid(weight, codes, symmetric=symmetric, shrinks=NO_SHRINK)
-                    lost = output_power(grid.dequantize(grid.quantize(weight)) - weight, gram).split(rows)
+                    lost = output_power(grid.dequantize(grid.quantize(weight)) - weight, hessian).split(rows)
                     for path, power, loss in zip(paths, powers, lost, strict=True):
                         errors[path][bits] = float(loss.sum()) / power if power > 0 else 0.0
                 for path in paths:

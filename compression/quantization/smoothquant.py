@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from compression.calibration.calibration import Outcome, compress_blocks
+from compression.calibration.calibration import CompressedBlock, compress_blocks
 from compression.calibration.walk import Block
 from compression.checkpoints.checkpoint import open_checkpoint
 from compression.checkpoints.compressed_tensors import round_inputs, round_weight
@@ -41,7 +41,7 @@ def quantize_smoothquant(
     family = None if alpha is None else source.family
     scheme = Scheme("int")
 
-    def compress(block: Block) -> Outcome:
+    def compress(block: Block) -> CompressedBlock:
         moved = 0 if alpha is None or family is None else smooth(block, family, alpha)
         tensors: dict[str, torch.Tensor] = {}
         for path in (path for shared in block.each_input() for path in shared.layers):
@@ -51,7 +51,7 @@ def quantize_smoothquant(
             layer.weight.copy_(rounded.dequantize())
             round_inputs(layer, scheme)  # the blocks behind see what will run
             tensors |= {f"{path}.{suffix}": tensor for suffix, tensor in rounded.tensors().items()}
-        return Outcome(tensors, counts={"scaled_pairs": float(moved)})
+        return CompressedBlock(tensors, counts={"scaled_pairs": float(moved)})
 
     config = {"quantization_config": scheme.config(layers_outside(source))}
     return compress_blocks(

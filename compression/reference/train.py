@@ -149,13 +149,13 @@ def _look_back(shared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return query, key
 
 
-Row = tuple[list[int], list[float]]  # tokens, and the weight of each as a target
+WeightedTokens = tuple[list[int], list[float]]  # tokens, and the weight of each as a target
 
 
 class Rows(IterableDataset[dict[str, torch.Tensor]]):
     """Rows as the trainer takes them."""
 
-    def __init__(self, rows: Iterator[Row]):
+    def __init__(self, rows: Iterator[WeightedTokens]):
         self.rows = rows
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -163,7 +163,7 @@ class Rows(IterableDataset[dict[str, torch.Tensor]]):
             yield {"input_ids": torch.tensor(tokens), "weights": torch.tensor(weights)}
 
 
-def packed(tokenizer: PreTrainedTokenizerFast, documents: Iterator[str], length: int) -> Iterator[Row]:
+def packed(tokenizer: PreTrainedTokenizerFast, documents: Iterator[str], length: int) -> Iterator[WeightedTokens]:
     """Whole documents one after the other, each between <s> and </s>; the last one of a row is cut."""
     while True:
         tokens: list[int] = []
@@ -177,7 +177,7 @@ def packed(tokenizer: PreTrainedTokenizerFast, documents: Iterator[str], length:
         yield tokens[:length], weights[:length]
 
 
-def repetitions() -> Iterator[Row]:
+def repetitions() -> Iterator[WeightedTokens]:
     """Random sequences over few or many tokens, each told two or three times; only the repetitions are targets."""
     rng = random.Random(SEED)
     while True:
@@ -208,7 +208,7 @@ class WeightedTrainer(Trainer):
         return (losses * weights).sum() / weights.sum()
 
 
-def train(model: LlamaForCausalLM, rows: Iterator[Row], length: int, steps: int, learning_rate: float, work: Path) -> None:
+def train(model: LlamaForCausalLM, rows: Iterator[WeightedTokens], length: int, steps: int, learning_rate: float, work: Path) -> None:
     """Train the weights of the model that require a gradient."""
     arguments = TrainingArguments(
         output_dir=str(work), max_steps=steps, per_device_train_batch_size=TOKENS // length, learning_rate=learning_rate, lr_scheduler_type="cosine",

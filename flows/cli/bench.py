@@ -22,7 +22,7 @@ _BUSY = "timed while other programs had the cores, so it may be faster than this
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One model with one length of prompt: figures as `measure_speed` names them, or the reason why there are none."""
 
     model: str
@@ -44,7 +44,7 @@ def parse_lengths(text: str) -> list[int]:
 
 def measure_rows(
     models: Sequence[Path], prompts: Sequence[int], *, new_tokens: int, repeats: int, threads: int, starting: Callable[[str], None]
-) -> Iterator[Row]:
+) -> Iterator[BenchRow]:
     """Measure every model with every prompt length, each in a process of its own and alone on the machine; what crashes ends its row only.
 
     starting  told what is measured next
@@ -53,30 +53,30 @@ def measure_rows(
     runtimes = {model: runtime_name(model) for model in models}
     for name in runtimes.values():
         check_installed(name)
-    children = LocalExecutor(Budget(threads))
-    children.preload()
+    executor = LocalExecutor(Budget(threads))
+    executor.preload()
     try:
         for model, runtime in runtimes.items():
             for prompt in prompts:
                 starting(f"{model} in {runtime}, prompt of {prompt} (begins when no other work of edgepress runs on this machine)")
-                yield _measure(children, model, runtime, prompt, new_tokens, repeats, threads)
+                yield _measure(executor, model, runtime, prompt, new_tokens, repeats, threads)
     finally:
-        children.close()
+        executor.close()
 
 
-def _measure(children: Executor, model: Path, runtime: str, prompt: int, new_tokens: int, repeats: int, threads: int) -> Row:
+def _measure(executor: Executor, model: Path, runtime: str, prompt: int, new_tokens: int, repeats: int, threads: int) -> BenchRow:
     arguments = {"target": str(model.absolute()), "prompt": prompt, "new_tokens": new_tokens, "repeats": repeats}
-    job = Job("tasks.runners.jobs:bench", arguments, threads, alone=True)
+    job = Job("tasks.runners.jobs:bench", arguments, threads, exclusive=True)
     with tempfile.TemporaryDirectory(prefix="edgepress-bench-") as folder:
         try:
-            figures = children.run(job, Path(folder), lambda _: None).metrics
+            figures = executor.run(job, Path(folder), lambda _: None).metrics
         except (EdgepressError, JobFailed) as error:
-            return Row(str(model), runtime, prompt, new_tokens, {}, str(error), failed=True)
+            return BenchRow(str(model), runtime, prompt, new_tokens, {}, str(error), failed=True)
     reason = "" if figures else "not timed: this layout has no fast kernel here"
-    return Row(str(model), runtime, prompt, new_tokens, figures, reason)
+    return BenchRow(str(model), runtime, prompt, new_tokens, figures, reason)
 
 
-def bench_table(rows: Sequence[Row], *, threads: int, repeats: int) -> Table:
+def bench_table(rows: Sequence[BenchRow], *, threads: int, repeats: int) -> Table:
     """Rows as people read them."""
     title = f"{threads} thread{'s' * (threads > 1)}, medians of {repeats} after a warm-up (slowest–fastest)"
     table = Table(title=title)
@@ -89,7 +89,7 @@ def bench_table(rows: Sequence[Row], *, threads: int, repeats: int) -> Table:
     return table
 
 
-def reasons(rows: Sequence[Row]) -> list[str]:
+def reasons(rows: Sequence[BenchRow]) -> list[str]:
     """Why rows are empty, or doubtful, once each."""
     told = [(row, row.reason or (_BUSY if most_contended(row.figures) else "")) for row in rows]
     return list(dict.fromkeys(f"{row.model}: {reason}" for row, reason in told if reason))
@@ -104,7 +104,7 @@ def _cells(f: dict[str, float]) -> list[str]:
     return [f"{f['prefill_tokens_per_second']:.0f}", f"{1000 * f['first_token_seconds']:.1f}", decode, f"{f['load_seconds']:.2f}", memory]
 
 
-def bench_document(rows: Sequence[Row], *, threads: int, repeats: int) -> dict[str, Any]:
+def bench_document(rows: Sequence[BenchRow], *, threads: int, repeats: int) -> dict[str, Any]:
     """Rows for programs: figures in seconds, tokens/s and 10^6 bytes."""
     versions = installed_runtimes()
     found = [

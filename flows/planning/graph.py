@@ -128,7 +128,7 @@ def expand(
     known: dict[tuple[str, ...], Cell] = {}
     for cell in cells:
         entries = [_with_values(name, entry, previous, cell, parsed, source) for name, entry, previous in _with_previous(stages)]
-        ordered = _in_order(entries, source.moving(_moved(cell, cell.values)))
+        ordered = _in_order(entries, source.remap(_moved(cell, cell.values)))
         cell_seed = cell.values[SEED].value if SEED in cell.values else seed
         other = known.setdefault((str(cell_seed), *(entry.text for entry in entries)), cell)
         if other is not cell:
@@ -207,7 +207,7 @@ def _with_values(name: str, entry: Any, previous: str, cell: Cell, parsed: dict[
     paths = [path for path in cell.values if path[:2] == ("stages", name)]
     key = (name, *(f"{path} {cell.values[path].text}" for path in paths))
     if key not in parsed:
-        there = source.moving(_moved(cell, paths))
+        there = source.remap(_moved(cell, paths))
         changed = deepcopy(entry) if paths else entry
         for path in paths:
             _put(changed, path, cell.values[path].value, there)
@@ -243,7 +243,7 @@ def _parse(name: str, entry: Any, previous: str, source: SourceMap) -> _Entry:
     try:
         stage, execution = kind.model_validate(parameters), StageExecution.model_validate(settings)
     except ValidationError as error:
-        raise told(error, source, where, kind) from None
+        raise recipe_error(error, source, where, kind) from None
     parent = execution.needs or previous
     return _Entry(name=name, stage=stage, parent=parent, execution=execution, text=f"{name} {parent} {stage.model_dump_json()}")
 
@@ -279,7 +279,7 @@ def _in_order(entries: list[_Entry], source: SourceMap) -> list[_Entry]:
     return order
 
 
-def told(error: ValidationError, source: SourceMap, prefix: KeyPath, model: type[BaseModel]) -> EdgepressError:
+def recipe_error(error: ValidationError, source: SourceMap, prefix: KeyPath, model: type[BaseModel]) -> EdgepressError:
     """Pydantic's findings as lines of `file:line: key: what is wrong`."""
     found: dict[KeyPath, list[str]] = {}
     unknown: dict[KeyPath, list[KeyPath]] = {}  # keys that there are not, by the mapping that has them

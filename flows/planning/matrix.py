@@ -188,7 +188,9 @@ def _groups(matrix: Matrix, lists: dict[KeyPath, list[Value]], stages: list[str]
     for group in zipped:
         lengths = {key_of(path): len(lists[path]) for path in group}
         if len(set(lengths.values())) > 1:
-            raise source.error(("matrix", "zip"), f"lists that go side by side are of one length, and these are not: {_told(lengths)}")
+            raise source.error(
+                ("matrix", "zip"), f"lists that go side by side are of one length, and these are not: {_format_values(lengths)}"
+            )
     return [*zipped, *([path] for path in lists if path not in times)]
 
 
@@ -205,7 +207,7 @@ def _excluded(matrix: Matrix, cells: list[Choice], lists: dict[KeyPath, list[Val
         place: KeyPath = ("matrix", "exclude", number)
         unwanted = {_listed(key, (*place, key), lists, stages, source): value for key, value in entry.items()}
         if not any(_agree(cell, unwanted) for cell in cells):
-            raise source.error(place, f"no cell has {_told(entry)}")
+            raise source.error(place, f"no cell has {_format_values(entry)}")
         left = [cell for cell in left if not _agree(cell, unwanted)]
     return left
 
@@ -242,5 +244,5 @@ def _check_labels(cells: list[Choice], source: SourceMap) -> None:
             raise source.error(value.place, f"{value.text} looks like {other.text} in names; write both in one way")
 
 
-def _told(values: Mapping[str, Any]) -> str:
+def _format_values(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())

@@ -24,7 +24,7 @@ from tasks.base import Base, open_base
 from tasks.extras import require
 from tasks.kinds._training import TrainingStage
 from tasks.measurement.gates import Bound
-from tasks.measurement.measurement import MeasurementRequest, Reference, Subject, measurements
+from tasks.measurement.measurement import MeasurementRequest, ReferenceModel, Subject, measurements
 from tasks.planned_stage import PlannedStage
 from tasks.runners.machine import default_device, why_no_cuda
 from tasks.stage import Artifact, Corpus, Planned, Reads, check_accepts
@@ -174,9 +174,9 @@ def _measured_with(recipe: Recipe, tasks: Iterable[PlannedStage], machine: Machi
             continue
         asked = MeasurementRequest(task.planned, task.roles, recipe.data, recipe.evaluation)
         for one in measurements():
-            parts = one.parts(asked) if not one.alone and one.applies(asked) else {}
+            parts = one.parts(asked) if not one.exclusive and one.applies(asked) else {}
             for name in parts.keys() - found.keys():
-                anything = Subject(parts[name], Reference(Path(), ""), {}, Path(), machine)
+                anything = Subject(parts[name], ReferenceModel(Path(), ""), {}, Path(), machine)
                 found[name] = digest({"version": one.version, **one.document(anything)})[:12]
     return found
 

@@ -16,7 +16,7 @@ from compression.data import DataSpec
 from compression.errors import EdgepressError
 from compression.evaluation.spec import EvaluationSpec
 from compression.settings import Settings
-from flows.planning.graph import Branch, Node, StageExecution, expand, name_problem, told
+from flows.planning.graph import Branch, Node, StageExecution, expand, name_problem, recipe_error
 from flows.planning.matrix import Matrix, cells_of
 from flows.planning.source_map import KeyPath, SourceMap, read_value, read_yaml, shortened
 from flows.planning.study import Study, StudyError, check_study
@@ -84,7 +84,7 @@ class ParsedRecipe(BaseModel):
     def stage_error(self, node: Node, key: KeyPath, message: str) -> EdgepressError:
         """A mistake in a stage's entry, told where the recipe gives the value: for a copy this may be in the matrix."""
         copied = f" (stage {node.name})" if node.name != node.origin else ""
-        return self.source.moving(node.moved).error(("stages", node.origin, *key), message + copied)
+        return self.source.remap(node.moved).error(("stages", node.origin, *key), message + copied)
 
 
 @lru_cache(maxsize=1)
@@ -126,7 +126,7 @@ def load_recipe(file: Path, overrides: tuple[str, ...] = (), text: str | None = 
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        raise told(error, source, (), Recipe) from None
+        raise recipe_error(error, source, (), Recipe) from None
     if problem := name_problem(recipe.name):
         raise source.error(("name",), f"{shortened(recipe.name)!r} {problem}")
     cells = cells_of(recipe.matrix, recipe.stages, source)

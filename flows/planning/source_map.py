@@ -46,7 +46,7 @@ class SourceMap:
         """`file:line: key: message`, of the key as it stands in the file."""
         return EdgepressError(f"{self.where(path)}: {dotted(self._origin(path))}: {message}")
 
-    def moving(self, moved: Mapping[KeyPath, KeyPath]) -> "SourceMap":
+    def remap(self, moved: Mapping[KeyPath, KeyPath]) -> "SourceMap":
         return replace(self, moved=moved)
 
     def _origin(self, path: KeyPath) -> KeyPath:

@@ -70,7 +70,7 @@ class Published(Settings):
         return self
 
 
-class Reference(Settings):
+class Uncompressed(Settings):
     """The setting in which neither of two compressions is applied."""
 
     x: Label
@@ -86,7 +86,7 @@ class Claim(Settings):
     than: list[Label] = Field(default_factory=list, description="... of each of these places of the same axis.")
     at: list[Label] = Field(default_factory=list, description="Only at these places of the other axis. Default: at all.")
     within: float = Field(default=0.0, ge=0, description="How far `better` may be behind and the claim (`matches or exceeds`) still hold.")
-    compounds: Reference | None = Field(
+    compounds: Uncompressed | None = Field(
         default=None,
         description="Away from this setting along both axes, the logarithm of the metric rises by more than the rises along each axis add up to. "
         "Not of one that may be 0, as `kl_to_base`.",

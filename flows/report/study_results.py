@@ -61,7 +61,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedClaim:
     """A claim, and its differences. It agrees where all of them do, and disagrees where one does."""
 
     claim: Claim
@@ -80,7 +80,7 @@ class Results:
     study: Study
     settings: tuple[Setting, ...]
     beside: Mapping[str, Sequence[Metrics]]
-    judged: tuple[Judged, ...]
+    judged: tuple[JudgedClaim, ...]
 
     @property
     def xs(self) -> list[str]:
@@ -94,7 +94,7 @@ class Results:
 def results(study: Study, summary: dict[str, Any]) -> Results:
     """The results of a finished run of the whole recipe; `summary` is what flows/run/pipeline.py writes into run.json."""
     settings = _settings(study, summary)
-    judged = tuple(Judged(claim, tuple(_differences(claim, settings))) for claim in study.claims)
+    judged = tuple(JudgedClaim(claim, tuple(_differences(claim, settings))) for claim in study.claims)
     return Results(study, settings, _beside(study, summary["rows"]), judged)
 
 

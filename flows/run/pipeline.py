@@ -18,7 +18,7 @@ from flows.run.summary import summarize
 from flows.run.tracked import close_interrupted, end_cells, end_parent, known_stages, leaves, open_cells, open_parent, series, settle
 from tasks.execution import RunContext
 from tasks.planned_stage import Result
-from tasks.runners.choice import open_children
+from tasks.runners.choice import open_executor
 from tasks.runners.executor import Executor
 from tasks.store.files import write_json
 from tasks.store.journal import Run, RunBase, RunStage, StageStatus, journal
@@ -34,7 +34,7 @@ Progress = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """A finished pipeline: its name in the journal, its summary as written to `outputs/<recipe>/run.json`, and whether everything held.
 
     `state` is what its flow run ends in: Completed, which is named Cached where nothing had to be done, or Failed, with the reasons.
@@ -49,7 +49,7 @@ class Outcome:
 def run_pipeline(
     plan: Plan, store: Store, outputs: Path, progress: Progress, render: Callable[[dict[str, Any]], str], resumes: Run | None = None,
     flow_run: UUID | None = None,
-) -> Outcome:  # fmt: skip
+) -> RunOutcome:  # fmt: skip
     """Run every stage of the plan; `render` turns the summary into the report page. With `resumes` it goes on with that run, in MLflow too.
 
     `flow_run` is Prefect's flow run in which this is called; without one, a server is started where none is known, and a flow run made.
@@ -67,7 +67,7 @@ def run_pipeline(
         shown("MLflow", {"warning": message})
 
     with (
-        _ready(plan, store, resumes, flow_run, warn) as (children, tracking, blamed),
+        _ready(plan, store, resumes, flow_run, warn) as (executor, tracking, blamed),
         journal(store, _described(plan, outputs, resumes, flow_run)) as journaled, blamed(),
     ):  # fmt: skip
         begun = _begun(tracking, resumes, shown) if resumes else None
@@ -82,37 +82,37 @@ def run_pipeline(
             shown(stage, event)
             if "ended" in event or stage not in heard:
                 heard.add(stage)
-                with pipeline.lock:  # until it is written, or an older state could come after a newer one
-                    journaled.stages({name: StageStatus(r.state, r.reason, r.seconds) for name, r in pipeline.results.items()})
+                with context.lock:  # until it is written, or an older state could come after a newer one
+                    journaled.stages({name: StageStatus(r.state, r.reason, r.seconds) for name, r in context.results.items()})
 
-        pipeline = RunContext(
-            name=recipe.name, run_name=run_name, store=store, children=children, tracking=tracking, run=run, data=recipe.data, machine=plan.machine,
+        context = RunContext(
+            name=recipe.name, run_name=run_name, store=store, executor=executor, tracking=tracking, run=run, data=recipe.data, machine=plan.machine,
             base=plan.base, outputs=outputs, documents={a.name: (a.identity, a.document) for a in plan.assignments}, progress=told,
             cells=open_cells(tracking, plan, run, run_name, begun), known_runs=known_runs, superseded=superseded, series=series(plan),
             leaves=leaves(plan), evaluation=recipe.evaluation, remeasure=plan.remeasure,
         )  # fmt: skip
         finished = False
         try:
-            state = _run_flow(pipeline, plan, journaled.run, flow_run)
+            state = _run_flow(context, plan, journaled.run, flow_run)
             finished = True
         finally:
-            children.close()
-            withdraw_descendants(plan, pipeline.results, outputs)
-            for result in pipeline.results.values():
+            executor.close()
+            withdraw_descendants(plan, context.results, outputs)
+            for result in context.results.values():
                 result.run = tracking.id_of(result.run)
-            summary = summarize(pipeline, plan, started, journaled.run.run)
+            summary = summarize(context, plan, started, journaled.run.run)
             write_summary(store, journaled.run.run, summary)  # before anything is asked of MLflow
-            files = _write(pipeline, summary, render) if finished else []
-            end_cells(pipeline, summary, plan, finished)
+            files = _write(context, summary, render) if finished else []
+            end_cells(context, summary, plan, finished)
             if finished:
-                end_parent(pipeline, summary, plan, files)
+                end_parent(context, summary, plan, files)
             else:
-                close_interrupted(pipeline, summary, plan)
+                close_interrupted(context, summary, plan)
             settle(tracking, store.root / "outbox", warn)
         succeeded = all(row["state"] in {"Completed", "Cached"} for row in summary["rows"])
         journaled.stages({row["stage"]: StageStatus(row["state"], row["reason"], row["seconds"]) for row in summary["rows"]})
         journaled.end("Completed" if succeeded else "Failed")
-    return Outcome(journaled.run.run, summary, succeeded, state)
+    return RunOutcome(journaled.run.run, summary, succeeded, state)
 
 
 @contextmanager
@@ -123,19 +123,19 @@ def _ready(
 
     All that must answer is asked here, before the run is in the journal. Raises EdgepressError for what does not: nothing was run then.
     """
-    children = open_children(plan.parsed.recipe.execution, [store.root, plan.base.origin])
+    executor = open_executor(plan.parsed.recipe.execution, [store.root, plan.base.origin])
     given = flow_run is None and os.environ.get("PREFECT_API_URL")
     with prefect_server(store.root / "prefect") if flow_run is None else nullcontext(nullcontext) as blamed:
         try:
             if given:
                 reached_server()
-            children.preload()
+            executor.preload()
             tracking = Tracking(_address(resumes), store.root / "outbox", warn)
             tracking.flush_leftover()
             tracking.end_orphans()
-            yield children, tracking, blamed
+            yield executor, tracking, blamed
         finally:
-            children.close()
+            executor.close()
 
 
 def _address(resumes: Run | None) -> str | None:
@@ -173,7 +173,7 @@ def _described(plan: Plan, outputs: Path, resumes: Run | None, flow_run: UUID | 
 
 def _begun(tracking: Tracking, resumes: Run, progress: Progress) -> OpenRun | None:
     """The runs in MLflow to go on with. Warns where they are gone."""
-    begun = tracking.begun(resumes.tracking_run) if resumes.tracking_run else None
+    begun = tracking.find_open_run(resumes.tracking_run) if resumes.tracking_run else None
     if begun is None and resumes.tracking_run:
         progress(
             resumes.run, {"warning": f"its run {resumes.tracking_run} is not in MLflow at {tracking.uri}; this one gets a new run there"}
@@ -181,7 +181,7 @@ def _begun(tracking: Tracking, resumes: Run, progress: Progress) -> OpenRun | No
     return begun
 
 
-def _run_flow(pipeline: RunContext, plan: Plan, run: Run, flow_run: UUID | None) -> "State[Any]":
+def _run_flow(context: RunContext, plan: Plan, run: Run, flow_run: UUID | None) -> "State[Any]":
     """Run all stages in the flow run this is called in, or in one of its own. Returns the state it ends in."""
     from prefect import flow, tags
     from prefect.client.orchestration import get_client
@@ -193,12 +193,12 @@ def _run_flow(pipeline: RunContext, plan: Plan, run: Run, flow_run: UUID | None)
         if flow_run is not None:
             with get_client(sync_client=True) as client:
                 client.update_flow_run(flow_run, name=run.run)
-            return _run_stages(pipeline, plan)
-        _quiet_prefect(pipeline.store.root / "prefect")
+            return _run_stages(context, plan)
+        _quiet_prefect(context.store.root / "prefect")
 
-        @flow(name=pipeline.name, flow_run_name=run.run, persist_result=False, log_prints=False)
+        @flow(name=context.name, flow_run_name=run.run, persist_result=False, log_prints=False)
         def compress() -> Any:
-            return _run_stages(pipeline, plan)
+            return _run_stages(context, plan)
 
         try:
             state: Any = compress(return_state=True)  # Prefect's types do not know that it is no coroutine
@@ -207,7 +207,7 @@ def _run_flow(pipeline: RunContext, plan: Plan, run: Run, flow_run: UUID | None)
             APILogHandler().flush()  # before the server goes
 
 
-def _run_stages(pipeline: RunContext, plan: Plan) -> "State[Any]":
+def _run_stages(context: RunContext, plan: Plan) -> "State[Any]":
     """Submit every stage to Prefect, which starts each one as the graph allows, and wait for all. To be called in a flow run."""
     from prefect.futures import PrefectFuture
     from prefect.states import Completed, Failed
@@ -222,13 +222,13 @@ def _run_stages(pipeline: RunContext, plan: Plan) -> "State[Any]":
                 needed = [futures[name] for name in dict.fromkeys(task.inputs.values())]
                 if task.stage is not None and BASE not in task.inputs.values():
                     needed.append(futures[BASE])  # every stage is compared with the base model
-                futures[task.name] = runner.submit(stage_task(pipeline, task), {}, wait_for=needed)
+                futures[task.name] = runner.submit(stage_task(context, task), {}, wait_for=needed)
             states = {name: _wait(future) for name, future in futures.items()}
         except BaseException:  # Ctrl-C: the runner's threads wait for the children, so these go first
-            pipeline.children.close()
+            context.executor.close()
             raise
     if broken := [name for name, state in states.items() if not state.is_completed()]:
-        reasons = [f"{name}: {pipeline.results[name].reason}" for name in broken if name in pipeline.results]  # others wait for these
+        reasons = [f"{name}: {context.results[name].reason}" for name in broken if name in context.results]  # others wait for these
         return Failed(message="; ".join(reasons) or f"not done: {', '.join(broken)}")
     if all(state.name == "Cached" for state in states.values()):
         return Completed(name="Cached", message="nothing changed: every stage came from the store")
@@ -290,9 +290,9 @@ def _end_orphans() -> None:
             client.set_flow_run_state(flow_run.id, crashed, force=True)
 
 
-def _write(pipeline: RunContext, summary: dict[str, Any], render: Callable[[dict[str, Any]], str]) -> list[Path]:
+def _write(context: RunContext, summary: dict[str, Any], render: Callable[[dict[str, Any]], str]) -> list[Path]:
     """Write the summary and the report beside the results; returns the files."""
-    folder = pipeline.outputs / pipeline.name
+    folder = context.outputs / context.name
     write_json(folder / "run.json", summary)
     (folder / "report.html").write_text(render(summary))
     return [folder / "run.json", folder / "report.html"]

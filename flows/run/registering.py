@@ -10,24 +10,24 @@ from tasks.planned_stage import PlannedStage
 from tasks.tracking.descriptions import table
 
 
-def register_results(pipeline: RunContext, tasks: Sequence[PlannedStage], champion: bool) -> list[str]:
+def register_results(context: RunContext, tasks: Sequence[PlannedStage], champion: bool) -> list[str]:
     """Register what was made and passed; returns what there is to say: each stage with its model and aliases."""
     said = []
     for task in tasks:
-        result = pipeline.results.get(task.name)
+        result = context.results.get(task.name)
         if not task.registered or result is None or result.state not in ("Completed", "Cached"):
             continue
-        judged = [verdict for name in (*task.ancestors, task.name) for verdict in pipeline.results[name].verdicts]
+        judged = [verdict for name in (*task.ancestors, task.name) for verdict in context.results[name].verdicts]
         open_ones = [verdict.message for verdict in judged if verdict.outcome != "PASS"] + _unjudged(task, result.verdicts)
         aliases = ["candidate", *(["champion"] if champion and not open_ones else [])]
-        base = pipeline.results["base"].metrics
-        kept = pipeline.tracking.register(
+        base = context.results["base"].metrics
+        kept = context.tracking.register(
             result.run, name=task.registered, path=result.path, content=result.content, aliases=aliases,
             tags={
-                "edgepress.identity": task.identity, "edgepress.recipe": pipeline.name, "edgepress.stage": task.name,
-                "edgepress.runtime": result.runtime, "edgepress.base": pipeline.base.source,
+                "edgepress.identity": task.identity, "edgepress.recipe": context.name, "edgepress.stage": task.name,
+                "edgepress.runtime": result.runtime, "edgepress.base": context.base.source,
             },
-            description=f"{task.name} of {pipeline.name}, for {result.runtime}.\n\n{table({task.name: result.metrics, 'base': base})}",
+            description=f"{task.name} of {context.name}, for {result.runtime}.\n\n{table({task.name: result.metrics, 'base': base})}",
             extra=PACKAGES[result.runtime].extra,
         )  # fmt: skip
         why = f"; not champion: {'; '.join(open_ones)}" if champion and open_ones else ""

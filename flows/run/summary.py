@@ -14,19 +14,19 @@ from tasks.measurement.measure import machine_fingerprint
 from tasks.planned_stage import PlannedStage, Result
 
 
-def summarize(pipeline: RunContext, plan: Plan, started: float, run: str) -> dict[str, Any]:
+def summarize(context: RunContext, plan: Plan, started: float, run: str) -> dict[str, Any]:
     """Rows in topological order, the base first; the cells of a sweep; verdicts; where it ran.
 
     run  its name in the journal
     """
     rows = []
     for task in plan.assignments:
-        result = pipeline.results.get(task.name) or _not_begun(pipeline, task)
+        result = context.results.get(task.name) or _not_begun(context, task)
         figures = {"stage": result.name, "size_bytes": result.metrics.get("size_mb", 0) * 1e6, "layers": _layers(result)}
         rows.append({**asdict(result), **figures})
     return {
-        "recipe": json.loads(plan.parsed.recipe.model_dump_json()), "name": pipeline.name, "journal": run, "started": started,
-        "seconds": time.time() - started, "rows": rows, "sweep": _sweep(pipeline, plan), "run": pipeline.run,
+        "recipe": json.loads(plan.parsed.recipe.model_dump_json()), "name": context.name, "journal": run, "started": started,
+        "seconds": time.time() - started, "rows": rows, "sweep": _sweep(context, plan), "run": context.run,
         "gates": [{"stage": row["stage"], **verdict} for row in rows for verdict in row["verdicts"]],
         "environment": {
             "edgepress": version("edgepress"), "machine": machine_fingerprint(), "device": plan.machine.device, "threads": plan.machine.threads,
@@ -36,9 +36,9 @@ def summarize(pipeline: RunContext, plan: Plan, started: float, run: str) -> dic
     }  # fmt: skip
 
 
-def _not_begun(pipeline: RunContext, task: PlannedStage) -> Result:
+def _not_begun(context: RunContext, task: PlannedStage) -> Result:
     """The row of a stage that never began: what it needs failed, or the run was interrupted before it."""
-    broken = next((name for name in task.ancestors if name in pipeline.results and pipeline.results[name].state == "Failed"), None)
+    broken = next((name for name in task.ancestors if name in context.results and context.results[name].state == "Failed"), None)
     reason = f"{broken} failed" if broken else "the run was interrupted"
     uses = task.stage.uses if task.stage else "base"
     return Result(task.name, uses, list(dict.fromkeys(task.inputs.values())), "Skipped", task.identity, reason=reason)
@@ -50,7 +50,7 @@ def _layers(result: Result) -> dict[str, dict[str, float]]:
     return json.loads(file.read_text()) if result.path and file.is_file() else {}
 
 
-def _sweep(pipeline: RunContext, plan: Plan) -> dict[str, Any] | None:
+def _sweep(context: RunContext, plan: Plan) -> dict[str, Any] | None:
     """The cells of the matrix: their values, their leaves (from the name in the recipe to the copy's) and their runs in MLflow.
 
     left_out  results of the matrix that this run does without, as it was asked for a part
@@ -59,7 +59,7 @@ def _sweep(pipeline: RunContext, plan: Plan) -> dict[str, Any] | None:
     if not branches:
         return None
     cells = [
-        {"name": b.name, "values": dict(b.values), "leaves": {leaf: b.stages[leaf] for leaf in b.leaves}, "run": pipeline.cells[b.name]}
+        {"name": b.name, "values": dict(b.values), "leaves": {leaf: b.stages[leaf] for leaf in b.leaves}, "run": context.cells[b.name]}
         for b in branches
     ]
     return {"keys": list(dict.fromkeys(key for b in branches for key in b.values)), "cells": cells, "left_out": plan.left_out}

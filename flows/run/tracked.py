@@ -84,7 +84,7 @@ def leaves(plan: Plan) -> list[str]:
     return [task.name for task in plan.assignments if task.name not in followed]
 
 
-def road(plan: Plan, stage: str) -> list[str]:
+def lineage(plan: Plan, stage: str) -> list[str]:
     """From the base to a stage, from parent to parent: a teacher or a corpus that helped on the way is not on it."""
     found = [stage]
     while parent := plan.by_name[found[-1]].inputs.get("parent"):
@@ -92,7 +92,7 @@ def road(plan: Plan, stage: str) -> list[str]:
     return found[::-1]
 
 
-def helpers(plan: Plan) -> list[str]:
+def auxiliary_stages(plan: Plan) -> list[str]:
     """Stages that others follow, and none as its parent: what only teaches, or is only trained on."""
     parents, ends = {task.inputs.get("parent") for task in plan.assignments}, leaves(plan)
     return [task.name for task in plan.assignments if task.name not in parents and task.name not in ends]
@@ -104,14 +104,16 @@ def series(plan: Plan) -> dict[str, list[str]]:
     One leaf: nothing (`accuracy`). Several: each leaf the stage is on the road to (`accuracy/gguf`). Besides, each helper (`accuracy/teacher`). Of a
     sweep, whose cells have runs of their own with their roads: only stages that all cells share, and nothing for those on all of their roads.
     """
-    ends, beside = leaves(plan), helpers(plan)
+    ends, beside = leaves(plan), auxiliary_stages(plan)
     found: dict[str, list[str]] = {}
     if plan.parsed.branches:
         shared = set.intersection(*(set(branch.stages.values()) for branch in plan.parsed.branches))
-        found = {name: [""] for name in set.intersection(*(set(road(plan, leaf)) for leaf in ends))}
-        roads = {f"/{name}": road(plan, name) for name in beside if name in shared}
+        found = {name: [""] for name in set.intersection(*(set(lineage(plan, leaf)) for leaf in ends))}
+        roads = {f"/{name}": lineage(plan, name) for name in beside if name in shared}
     else:
-        roads = {f"/{leaf}" if len(ends) > 1 else "": road(plan, leaf) for leaf in ends} | {f"/{name}": road(plan, name) for name in beside}
+        roads = {f"/{leaf}" if len(ends) > 1 else "": lineage(plan, leaf) for leaf in ends} | {
+            f"/{name}": lineage(plan, name) for name in beside
+        }
     for ending, names in roads.items():
         for name in names:
             found.setdefault(name, []).append(ending)
@@ -157,19 +159,19 @@ def lock() -> str:
 # --- the end ---
 
 
-def end_cells(pipeline: RunContext, summary: dict[str, Any], plan: Plan, finished: bool) -> None:
+def end_cells(context: RunContext, summary: dict[str, Any], plan: Plan, finished: bool) -> None:
     """A cell ends as its leaves did, with the metrics of its whole road, step = index of the stage."""
-    tracking, rows = pipeline.tracking, {row["stage"]: row for row in summary["rows"]}
-    beside = set(helpers(plan))
+    tracking, rows = context.tracking, {row["stage"]: row for row in summary["rows"]}
+    beside = set(auxiliary_stages(plan))
     for branch, cell in zip(plan.parsed.branches, summary["sweep"]["cells"] if summary["sweep"] else (), strict=True):
-        run, points = pipeline.cells[cell["name"]], []
+        run, points = context.cells[cell["name"]], []
         ends = {name: f"/{leaf}" if len(cell["leaves"]) > 1 else "" for leaf, name in cell["leaves"].items()}
         ends |= {name: f"/{helper}" for helper, name in branch.stages.items() if name in beside}
         for end, ending in ends.items():
-            for stage in road(plan, end):
+            for stage in lineage(plan, end):
                 values = {metric + ending: value for metric, value in charted(rows[stage]["metrics"]).items()}
                 points.append((plan.by_name[stage].index, values))
-        tracking.log_curve(run, points, again=bool(pipeline.superseded))
+        tracking.log_curve(run, points, again=bool(context.superseded))
         results = {leaf: rows[name]["metrics"] for leaf, name in cell["leaves"].items()}
         chosen = ", ".join(f"{key} {value}" for key, value in cell["values"].items())
         tracking.describe(run, f"A cell of the sweep: {chosen}.\n\n{table({**results, BASE: rows[BASE]['metrics']})}")
@@ -181,35 +183,35 @@ def end_cells(pipeline: RunContext, summary: dict[str, Any], plan: Plan, finishe
             tracking.end(run, "FAILED" if broken else "FINISHED", reasons or None)
 
 
-def close_interrupted(pipeline: RunContext, summary: dict[str, Any], plan: Plan) -> None:
+def close_interrupted(context: RunContext, summary: dict[str, Any], plan: Plan) -> None:
     """End every run that is still open as KILLED."""
-    for result in pipeline.results.values():
+    for result in context.results.values():
         if result.run and result.state == "Running":
-            pipeline.tracking.end(result.run, "KILLED", "interrupted")
-    describe_parent(pipeline, summary, plan, "**Interrupted.**")
-    pipeline.tracking.end(pipeline.run, "KILLED", "interrupted")
+            context.tracking.end(result.run, "KILLED", "interrupted")
+    describe_parent(context, summary, plan, "**Interrupted.**")
+    context.tracking.end(context.run, "KILLED", "interrupted")
 
 
-def end_parent(pipeline: RunContext, summary: dict[str, Any], plan: Plan, files: list[Path]) -> None:
+def end_parent(context: RunContext, summary: dict[str, Any], plan: Plan, files: list[Path]) -> None:
     """Register results, log the summary's files, describe and end the pipeline's run."""
     wish = plan.parsed.recipe.registry
-    registered = register_results(pipeline, plan.assignments, wish is not None and wish.champion)
+    registered = register_results(context, plan.assignments, wish is not None and wish.champion)
     for file in files:
-        pipeline.tracking.log_file(pipeline.run, file)
+        context.tracking.log_file(context.run, file)
     failed = [row for row in summary["rows"] if row["state"] in {"Failed", "Skipped"}]
     reason = "; ".join(f"{row['stage']}: {row['reason']}" for row in failed if row["state"] == "Failed")
     end = f"**Failed.** {reason}" if failed else ""
-    describe_parent(pipeline, summary, plan, end, [f"- registered: {text}" for text in registered])
-    pipeline.tracking.end(pipeline.run, "FAILED" if failed else "FINISHED", reason or None)
+    describe_parent(context, summary, plan, end, [f"- registered: {text}" for text in registered])
+    context.tracking.end(context.run, "FAILED" if failed else "FINISHED", reason or None)
 
 
-def describe_parent(pipeline: RunContext, summary: dict[str, Any], plan: Plan, end: str, more: Sequence[str] = ()) -> None:
+def describe_parent(context: RunContext, summary: dict[str, Any], plan: Plan, end: str, more: Sequence[str] = ()) -> None:
     """The base and the results as a table, how it ended, then a table of all stages, and what to beware of. `more`: lines that stand before that."""
     rows = summary["rows"]
     done = [row for row in rows if row["stage"] != BASE]
     counts = {state: sum(row["state"] == state for row in done) for state in dict.fromkeys(row["state"] for row in done)}
     said = ", ".join(f"{count} {state.lower()}" for state, count in counts.items())
-    base, tracking = plan.base, pipeline.tracking
+    base, tracking = plan.base, context.tracking
     lines = [
         f"`{base.source}`{f' at {base.revision[:12]}' if base.revision else ''} ({base.checkpoint.model_type}) through {len(done)} stages: {said}; "
         f"{summary['seconds']:.0f} s."
@@ -221,7 +223,7 @@ def describe_parent(pipeline: RunContext, summary: dict[str, Any], plan: Plan, e
     points += [f"- warning {row['stage']}: {warning}" for row in rows for warning in row["warnings"]]
     link = f"#/experiments/{tracking.experiment}/runs/"
     above = [results, *lines, end, "\n".join(more)]
-    tracking.describe(pipeline.run, fitted(above, steps_table(stages, link), points))
+    tracking.describe(context.run, fitted(above, steps_table(stages, link), points))
 
 
 def settle(tracking: Tracking, outbox: Path, warn: Callable[[str], None]) -> None:

@@ -8,7 +8,7 @@ from pydantic import Field
 from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
-from compression.finetuning.methods import Method, check_method
+from compression.finetuning.methods import FinetuningMethod, check_method
 from tasks.kinds._training import TrainingStage
 from tasks.stage import Inputs, Planned, Workplace
 
@@ -22,7 +22,7 @@ class Finetune(TrainingStage):
     libraries: ClassVar[tuple[str, ...]] = (*TrainingStage.libraries, "peft")
 
     method: Annotated[
-        Method,
+        FinetuningMethod,
         Field(
             description="`lora` trains low-rank adapters, `dora` their rows' norms too, `qlora` adapters over a 4-bit base, `full` every weight."
         ),

@@ -9,7 +9,7 @@ from pydantic import Field
 from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
-from compression.pruning import Allocation, Method, Pattern, Scope, check_unstructured
+from compression.pruning import Allocation, Pattern, PruningMethod, Scope, check_unstructured
 from tasks.stage import Inputs, Planned, Reads, Stage, Workplace
 
 
@@ -25,7 +25,7 @@ class PruneUnstructured(Stage):
     compresses: ClassVar[bool] = True
 
     method: Annotated[
-        Method,
+        PruningMethod,
         Field(
             description="What a weight is worth: its size (magnitude), what the loss changes by without it (gradient, SNIP), its size "
             "times that of its input (wanda); sparsegpt also lets the weights that stay make up for those that go."

@@ -64,7 +64,7 @@ class Measured:
     seconds: float = 0.0
 
 
-def measure(subject: Subject, store: Store, children: Executor, on_event: EventHandler, *, again: bool = False, order: int = 0) -> Measured:
+def measure(subject: Subject, store: Store, executor: Executor, on_event: EventHandler, *, again: bool = False, order: int = 0) -> Measured:
     """Every record that the recipe asks for about a target: from the store, or made now and kept. `again`: what is taken alone is made now, and takes
     the place of what the store has. `order`: that of its jobs."""
     found = Measured()
@@ -72,7 +72,7 @@ def measure(subject: Subject, store: Store, children: Executor, on_event: EventH
         parts = measurement.parts(subject.asked) if measurement.applies(subject.asked) else {}
         for name, asked in parts.items():
             key, record, seconds = _record(
-                measurement, replace(subject, asked=asked), store, children, on_event, again=again and measurement.alone, order=order
+                measurement, replace(subject, asked=asked), store, executor, on_event, again=again and measurement.exclusive, order=order
             )
             found.metrics |= record["metrics"]
             found.items |= {metric: Items.read(items) for metric, items in record["items"].items()}
@@ -83,7 +83,7 @@ def measure(subject: Subject, store: Store, children: Executor, on_event: EventH
 
 
 def _record(
-    measurement: Measurement, subject: Subject, store: Store, children: Executor, on_event: EventHandler, *, again: bool, order: int
+    measurement: Measurement, subject: Subject, store: Store, executor: Executor, on_event: EventHandler, *, again: bool, order: int
 ) -> tuple[str, dict[str, Any], float]:  # fmt: skip
     """A record with its key, and the seconds a child worked for it now."""
     from compression.evaluation.bootstrap import BOOTSTRAP_VERSION, interval_figures
@@ -93,19 +93,19 @@ def _record(
         "record": measurement.name, "version": measurement.version, "content": subject.target.content, "runtime": name,
         "runtime_version": installed_runtimes()[name], "device": subject.machine.device, "threads": subject.machine.threads,
         **({"torch": version("torch")} if name == "transformers" else {}), "bootstrap": BOOTSTRAP_VERSION,
-        **({"machine": machine_fingerprint()} if measurement.alone else {}), **measurement.document(subject),
+        **({"machine": machine_fingerprint()} if measurement.exclusive else {}), **measurement.document(subject),
     }  # fmt: skip
 
     def made() -> tuple[dict[str, Any], float]:
         call, arguments = measurement.job(subject)
         opened = {subject.target.path, *(reference.path for reference in subject.references.values())}
         job = Job(
-            call, arguments, subject.machine.threads, device=subject.machine.device, alone=measurement.alone, name=measurement.name,
+            call, arguments, subject.machine.threads, device=subject.machine.device, exclusive=measurement.exclusive, name=measurement.name,
             memory=2 * sum(size_of(path) for path in opened),  # files of 16 bits, worked with in 32
             order=order,
         )  # fmt: skip
         folder = store.root / "work" / f"measure-{digest(document)}"  # whoever holds the lock of the key is alone in it
-        done = children.run(job, folder, on_event)
+        done = executor.run(job, folder, on_event)
         shutil.rmtree(folder, ignore_errors=True)
         metrics = dict(done.metrics)
         for metric, items in done.items.items():
@@ -113,7 +113,7 @@ def _record(
         stored = {metric: asdict(items) for metric, items in done.items.items()}
         return {"metrics": metrics, "items": stored, "details": done.details, "seconds": done.seconds}, done.seconds
 
-    return _kept(store, document, made, lambda: children.closed, again=again)
+    return _kept(store, document, made, lambda: executor.closed, again=again)
 
 
 def compare(target: Measured, base: Measured, content: str, store: Store) -> dict[str, float]:
@@ -146,7 +146,7 @@ def _kept(
 ) -> tuple[str, dict[str, Any], float]:  # fmt: skip
     """The record of a key and the seconds that went into it now; where the store has none, or it is to be made `again`, what `made` makes.
 
-    given_up  asked while another process makes it; raises Stopped when it says so
+    is_cancelled  asked while another process makes it; raises Cancelled when it says so
     """
     key = digest(document)
     with store.lock(key, is_cancelled):

@@ -20,7 +20,7 @@ from tasks.store.identity import Machine
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceModel:
     """A checkpoint or artifact: where it is, and the digest of its bytes."""
 
     path: Path
@@ -53,8 +53,8 @@ class Subject:
     """What is measured: `asked` come true."""
 
     asked: MeasurementRequest
-    target: Reference
-    references: Mapping[str, Reference]  # by role
+    target: ReferenceModel
+    references: Mapping[str, ReferenceModel]  # by role
     tokenizer: Path  # a directory that holds it
     machine: Machine
 
@@ -71,7 +71,7 @@ class Measurement(ABC):
 
     name: ClassVar[str]
     version: ClassVar[int]
-    alone: ClassVar[bool] = False
+    exclusive: ClassVar[bool] = False
 
     def applies(self, asked: MeasurementRequest) -> bool:
         """Whether it is made of this checkpoint or artifact, in a recipe with these settings. Never asked of a corpus, which no runtime opens."""

@@ -38,7 +38,7 @@ class Budget:
 
     @contextmanager
     def taken(self, job: Job, on_event: EventHandler, is_cancelled: IsCancelled) -> Iterator[None]:
-        """Hold what a job claims. Raises Stopped when `is_cancelled` says so (it is asked twice a second, and whenever `wake` is called)."""
+        """Hold what a job claims. Raises Cancelled when `is_cancelled` says so (it is asked twice a second, and whenever `wake` is called)."""
         memory = job.memory + PROCESS
         if memory > self.memory:
             on_event(
@@ -46,7 +46,7 @@ class Budget:
             )
         claim = (
             {"cores": self.cores, "memory": self.memory}
-            if job.alone
+            if job.exclusive
             else {"cores": min(job.threads, self.cores), "memory": min(memory, self.memory)}
         )
         with self._changed:

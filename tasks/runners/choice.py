@@ -9,7 +9,7 @@ from tasks.runners.local import LocalExecutor
 from tasks.runners.settings import ExecutionSettings
 
 
-def open_children(settings: ExecutionSettings, paths: Sequence[Path]) -> Executor:
+def open_executor(settings: ExecutionSettings, paths: Sequence[Path]) -> Executor:
     """The children of a flow, as its recipe says. Nothing is started or asked before `preload`.
 
     paths  of this machine that every worker must see in the same place: the store, the base model

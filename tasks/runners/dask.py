@@ -107,7 +107,7 @@ class DaskExecutor(RemoteExecutor):
                 self._left.notify_all()
 
     def _wait(self, future: Future, forward: Callable[[], None], note: Callable[[str], None]) -> None:
-        """Until the future is done. Raises Stopped, and JobFailed where the cluster has lost all its workers."""
+        """Until the future is done. Raises Cancelled, and JobFailed where the cluster has lost all its workers."""
         assert self._client is not None
         seen = looked = monotonic()
         while not future.done():

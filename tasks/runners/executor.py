@@ -35,7 +35,7 @@ class Job:
     seed: int = 0
     device: str = "cpu"
     timeout: float | None = None
-    alone: bool = False
+    exclusive: bool = False
     name: str = ""
     memory: int = 0
     devices: int = 1

@@ -72,17 +72,17 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what anything prints must not come between the answers
     writing = threading.Lock()
-    children = LocalExecutor(Budget())
-    children.preload()
+    executor = LocalExecutor(Budget())
+    executor.preload()
 
     def answer(asked: dict[str, str]) -> None:
-        found = serve(Path(asked["folder"]), asked["attempt"], children)
+        found = serve(Path(asked["folder"]), asked["attempt"], executor)
         with writing:
             answers.write(json.dumps({"id": asked["id"], **found}) + "\n")
 
     for line in sys.stdin:
         threading.Thread(target=answer, args=(json.loads(line),), daemon=True).start()
-    children.close()
+    executor.close()
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class LocalExecutor:
     ) -> JobResult:
         """Run a job in a folder that was cleared.
 
-        given_up   asked all the while; when it says so the child is ended, and Stopped raised
+        is_cancelled   asked all the while; when it says so the child is ended, and Cancelled raised
         directory  where relative paths of the job begin; None: the directory of this process
         """
 
@@ -69,7 +69,7 @@ class LocalExecutor:
 
         with (
             acquire_devices(job.device, job.devices, stopped) as devices, self._budget.taken(job, on_event, stopped),
-            machine_lock(alone=job.alone, is_cancelled=_saying_so(stopped, job, on_event)),
+            machine_lock(exclusive=job.exclusive, is_cancelled=_saying_so(stopped, job, on_event)),
         ):  # fmt: skip
             spec = {
                 "call": job.call, "arguments": job.arguments, "threads": job.threads, "seed": job.seed, "device": job.device,
@@ -125,7 +125,7 @@ def _saying_so(stopped: IsCancelled, job: Job, on_event: EventHandler) -> IsCanc
         nonlocal said
         if not said and time.monotonic() - since > PATIENCE:
             said = True
-            wanted = "is timed alone" if job.alone else "works beside nothing that is timed"
+            wanted = "is timed alone" if job.exclusive else "works beside nothing that is timed"
             on_event({"note": f"waits for other runs of edgepress on this machine: it {wanted}"})
         return stopped()
 
@@ -135,7 +135,7 @@ def _saying_so(stopped: IsCancelled, job: Job, on_event: EventHandler) -> IsCanc
 def _watch(
     process: BaseProcess, events: EventReader, memory: MemoryWatch, on_event: EventHandler, timeout: float | None, stopped: IsCancelled
 ) -> bool:
-    """Forward events until the child ends; returns whether it ran past the timeout (and is to be killed). Raises Stopped."""
+    """Forward events until the child ends; returns whether it ran past the timeout (and is to be killed). Raises Cancelled."""
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
         memory.look()

@@ -25,16 +25,16 @@ _DRIVERS = ("nvidiactl", "nvmap", "dxg", "kfd")  # NVIDIA's, also on Jetson and 
 
 
 @contextmanager
-def machine_lock(*, alone: bool, is_cancelled: IsCancelled = lambda: False) -> Iterator[None]:
+def machine_lock(*, exclusive: bool, is_cancelled: IsCancelled = lambda: False) -> Iterator[None]:
     """Hold this machine, shared with other work or alone, among all edgepress processes of all users. Dies with its owner.
 
     Who wants it alone waits at the door, so that nobody else comes in meanwhile: work that goes on sharing it would never let go.
-    given_up  asked while others hold it; raises Stopped when it says so
+    is_cancelled  asked while others hold it; raises Cancelled when it says so
     """
     with open_lock(_lock_file("edgepress-machine.lock")) as machine:
         with open_lock(_lock_file("edgepress-machine-door.lock")) as door:
             _wait(door, is_cancelled)
-            _wait(machine, is_cancelled, shared=not alone)
+            _wait(machine, is_cancelled, shared=not exclusive)
         yield
 
 
@@ -84,7 +84,7 @@ def acquire_devices(device: str, count: int, is_cancelled: IsCancelled = lambda:
     """Hold `count` GPUs among all edgepress processes of this machine; yields their names. Nothing to hold: none.
 
     A job that wants more than there are gets all, and says itself what it lacks. Several are taken by one at a time, so that no two wait
-    for each other. Raises Stopped when `is_cancelled` says so.
+    for each other. Raises Cancelled when `is_cancelled` says so.
     """
     names = visible_devices(device)
     if not names:
@@ -131,6 +131,6 @@ def _lock_file(name: str) -> Path:
 
 
 def _wait(handle: int, is_cancelled: IsCancelled, *, shared: bool = False) -> None:
-    """Wait for a lock. Raises Stopped when `is_cancelled` says so."""
+    """Wait for a lock. Raises Cancelled when `is_cancelled` says so."""
     if not acquire(handle, shared=shared, is_cancelled=is_cancelled):
         raise Cancelled()

@@ -29,15 +29,15 @@ def job(folder: str, attempt: str) -> Any:
     place = Path(folder)
     if not place.is_dir():
         return Failed(message=f"this worker does not see {folder}: workers need the store in the same place")
-    children = LocalExecutor(Budget())
+    executor = LocalExecutor(Budget())
     slot = concurrency(GPU_LIMIT) if device_asked(place).startswith("cuda") else nullcontext()
     try:
         with file_lock(heartbeat_lock(place, attempt)), slot:
-            children.preload()
-            answer = serve(place, attempt, children)
+            executor.preload()
+            answer = serve(place, attempt, executor)
             write_json(answered(place, attempt), answer)
     finally:
-        children.close()
+        executor.close()
     if "stopped" in answer:
         return Cancelled(message="nobody waits for it any more")
     trouble = answer.get("mistake") or answer.get("failed")

@@ -56,7 +56,7 @@ class RemoteExecutor(ABC):
 
     def run(self, job: Job, folder: Path, on_event: EventHandler) -> JobResult:
         """See `Executor.run`."""
-        if job.alone:
+        if job.exclusive:
             return self._local.run(job, folder, on_event)
         cleared(folder)
         events = EventReader(folder)
@@ -90,7 +90,7 @@ class RemoteExecutor(ABC):
     def bring(self, job: Job, folder: Path, attempt: str, forward: Callable[[], None], note: Callable[[str], None]) -> dict[str, Any]:
         """Have a worker `serve` the folder, calling `forward` now and then; returns its answer. `note` tells what a person should know.
 
-        Raises WorkerLost, Stopped once it is closed, JobFailed where no worker is left.
+        Raises WorkerLost, Cancelled once it is closed, JobFailed where no worker is left.
         """
 
 
@@ -142,7 +142,7 @@ def _free(file: IO[str]) -> bool:
 
 @contextmanager
 def request(folder: Path, attempt: str) -> Iterator[Request]:
-    """What a flow asks of this machine. Raises Incompatible, naming the host, where this machine cannot do it; Stopped where the flow is gone."""
+    """What a flow asks of this machine. Raises Incompatible, naming the host, where this machine cannot do it; Cancelled where the flow is gone."""
     host, here = socket.gethostname(), folder / ASKED
     try:
         file = here.open("r+")
@@ -178,7 +178,7 @@ def problem(folder: str, attempt: str) -> str | None:
         return str(error)
 
 
-def serve(folder: Path, attempt: str, children: LocalExecutor) -> dict[str, Any]:
+def serve(folder: Path, attempt: str, executor: LocalExecutor) -> dict[str, Any]:
     """Do what is asked in a folder, on this machine; returns the answer, whatever came of it, as JSON."""
     notes: list[str] = []
 
@@ -190,7 +190,7 @@ def serve(folder: Path, attempt: str, children: LocalExecutor) -> dict[str, Any]
     try:
         with request(folder, attempt) as wanted:
             assert wanted.job is not None
-            answer = {"done": asdict(children.work(wanted.job, folder, on_event, wanted.is_cancelled, wanted.directory))}
+            answer = {"done": asdict(executor.work(wanted.job, folder, on_event, wanted.is_cancelled, wanted.directory))}
     except Cancelled:
         answer = {"stopped": True}
     except EdgepressError as error:

@@ -25,7 +25,7 @@ _SHORTEST = 6  # characters of an identity that are taken for it
 
 
 @dataclass(frozen=True)
-class Row:
+class StoreRow:
     """An entry as it is listed."""
 
     identity: str
@@ -61,7 +61,7 @@ class Garbage:
     bytes: int = 0  # known once nobody can be at work on it
 
 
-def list_entries(store: Store, outputs: Path) -> list[Row]:
+def list_entries(store: Store, outputs: Path) -> list[StoreRow]:
     """All entries, those that were committed first on top. Links are looked for in `outputs` and where the runs put theirs."""
     names = _links(store, _output_folders(outputs, read_runs(store)))
     pinned = pins(store)
@@ -70,7 +70,7 @@ def list_entries(store: Store, outputs: Path) -> list[Row]:
         manifest = store.manifest(identity)
         found = tuple(f"{link.parent.parent.name}/{link.parent.name}/{link.name}" for link in names.get(identity, ()))
         rows.append(
-            Row(identity, manifest["identity"]["uses"], _bytes(store.root / "objects" / identity), manifest["committed"], manifest["content"], found, identity in pinned)
+            StoreRow(identity, manifest["identity"]["uses"], _bytes(store.root / "objects" / identity), manifest["committed"], manifest["content"], found, identity in pinned)
         )  # fmt: skip
     return sorted(rows, key=lambda row: (row.committed, row.identity))
 
@@ -89,7 +89,7 @@ def verify(store: Store) -> Verified:
             try:
                 open_entry(home, identity)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                damaged.append((f"entry {identity}", _told(error)))
+                damaged.append((f"entry {identity}", _error_text(error)))
                 store.set_aside(home)
     for key in records:
         path = store.root / "records" / f"{key}.json"
@@ -100,7 +100,7 @@ def verify(store: Store) -> Verified:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            damaged.append((f"record {key}", _told(error)))
+            damaged.append((f"record {key}", _error_text(error)))
             store.set_aside(path)
     for name in runs:
         try:
@@ -260,7 +260,7 @@ def _bytes(path: Path) -> int:
     return size_of(path) if path.is_dir() else path.stat().st_size
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
 
 

@@ -33,23 +33,23 @@ def read_provenance(path: Path) -> Provenance | None:
     try:
         known = json.loads(notes.read_text())
         if notes.name == "manifest.json":
-            return Provenance({}, _road(known["identity"], home.parent), known["files"])
+            return Provenance({}, _lineage(known["identity"], home.parent), known["files"])
         own = {"identity": known["identity"], "document": known["document"]}
         return Provenance(known["base"], [*known["ancestors"], own], known["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise UnusableModel(f"{notes} is damaged: {error!r}", key="model") from None
 
 
-def _road(document: dict[str, Any], entry: Path) -> list[dict[str, Any]]:
+def _lineage(document: dict[str, Any], entry: Path) -> list[dict[str, Any]]:
     """The stages from the base to a store entry, as far as the store still has them."""
-    road = [{"identity": entry.name, "document": document}]
+    lineage = [{"identity": entry.name, "document": document}]
     parent = document.get("inputs", {}).get("parent")
     while parent is not None:
         manifest = entry.parent / parent / "manifest.json"
         document = json.loads(manifest.read_text())["identity"] if manifest.is_file() else {}
-        road.insert(0, {"identity": parent, "document": document})
+        lineage.insert(0, {"identity": parent, "document": document})
         parent = document.get("inputs", {}).get("parent")
-    return road
+    return lineage
 
 
 def check_files(path: Path, known: dict[str, str]) -> dict[str, str]:

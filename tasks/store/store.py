@@ -88,7 +88,7 @@ class Store:
     def lock(self, identity: str, is_cancelled: Callable[[], bool] | None = None) -> Iterator[None]:
         """Only one process computes an identity; the others wait, then find it done.
 
-        given_up  asked while another one holds it; raises Stopped when it says so
+        is_cancelled  asked while another one holds it; raises Cancelled when it says so
         """
         with self._lock_file(identity) as handle:
             if not acquire(handle, is_cancelled=is_cancelled):

@@ -13,7 +13,7 @@ SENTENCE = ("accuracy", "perplexity", "kl_to_base", "top1_agreement", "size_mb",
 _BESIDE = "accuracy_stderr"  # a column of tables; here it would be a row and a chart of its own
 
 
-class Judged(Protocol):
+class HasVerdict(Protocol):
     @property
     def outcome(self) -> str: ...
     @property
@@ -34,7 +34,7 @@ def properties(planned: Planned, family: str) -> dict[str, str]:
 
 def describe_stage(
     *, uses: str, needs: Sequence[str], state: str, reason: str, seconds: float, runtime: str,
-    columns: Mapping[str, Mapping[str, float]], warnings: Iterable[str], verdicts: Iterable[Judged],
+    columns: Mapping[str, Mapping[str, float]], warnings: Iterable[str], verdicts: Iterable[HasVerdict],
 ) -> str:  # fmt: skip
     """columns: metrics by whose they are, this stage's first."""
     did = {"Cached": "from the store", "Failed": "**failed**", "Stopped": "**interrupted**"}.get(state, "computed")

@@ -92,15 +92,15 @@ class Tracking:
                 self.client.set_terminated(run.info.run_id, "KILLED")
         return len(dead)
 
-    def begun(self, run: str) -> OpenRun | None:
+    def find_open_run(self, run: str) -> OpenRun | None:
         """What there is of a pipeline's run and of those below it; None where the tracking server does not have it (any more).
 
         Raises EdgepressError where MLflow does not answer.
         """
         with _answering(self.uri):
-            return self._begun(run)
+            return self._find_open_run(run)
 
-    def _begun(self, run: str) -> OpenRun | None:
+    def _find_open_run(self, run: str) -> OpenRun | None:
         from mlflow.exceptions import MlflowException
 
         if run.startswith(_PENDING):

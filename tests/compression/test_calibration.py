@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import compression.checkpoints.families
-from compression.calibration.calibration import Outcome, compress_blocks
+from compression.calibration.calibration import CompressedBlock, compress_blocks
 from compression.calibration.walk import Block, fill_buffers, walk
 from compression.checkpoints.checkpoint import file_digests, open_checkpoint
 from compression.checkpoints.loading import load_model
@@ -101,7 +101,9 @@ def test_a_walk_that_changes_nothing_writes_the_same_tensors(tmp_path: Path, tie
     source = tiny_checkpoint(tmp_path / "in", "qwen2", tied=tied, dtype=torch.bfloat16)
     steps: list[tuple[int, int]] = []
     context = Context(progress=lambda done, total, what: steps.append((done, total)))
-    compress_blocks(source, tmp_path / "out", tiny_windows(), lambda block: Outcome(), settings={}, config={"note": 1}, context=context)
+    compress_blocks(
+        source, tmp_path / "out", tiny_windows(), lambda block: CompressedBlock(), settings={}, config={"note": 1}, context=context
+    )
     before, after = open_checkpoint(source), open_checkpoint(tmp_path / "out")
     assert after.tensors == before.tensors
     originals, copies = read_tensors(source, before.tensors), read_tensors(tmp_path / "out", after.tensors)
@@ -193,12 +195,12 @@ def test_a_quantized_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> 
         next(walk(open_checkpoint(tmp_path / "q"), tiny_windows(), context=Context()))
 
 
-def scale_down(block: Block) -> Outcome:
+def scale_down(block: Block) -> CompressedBlock:
     """Halves what reads the input of the MLP, so that every block shows in those behind it."""
     for shared in block.each_input():
         if "mlp.up_proj" in shared.layers:
             block.linear("mlp.up_proj").weight.mul_(0.5 + float(shared.second_moment.diagonal().mean()) / 10)
-    return Outcome(counts={"seen": 1.0}, layers={"mlp.up_proj": {"index": float(block.index)}}, warnings=[f"block {block.index}"])
+    return CompressedBlock(counts={"seen": 1.0}, layers={"mlp.up_proj": {"index": float(block.index)}}, warnings=[f"block {block.index}"])
 
 
 @pytest.mark.parametrize("spill", [False, True])
@@ -214,7 +216,7 @@ def test_a_killed_walk_goes_on_at_its_block_and_ends_in_the_same_bytes(
     warned: list[str] = []
     undisturbed = compress_blocks(source, tmp_path / "whole", windows, scale_down, settings={}, context=Context())
 
-    def dying(block: Block) -> Outcome:
+    def dying(block: Block) -> CompressedBlock:
         if block.index == 2 and dies_in == "compress":
             raise KeyboardInterrupt
         if block.index == 2:
@@ -227,7 +229,7 @@ def test_a_killed_walk_goes_on_at_its_block_and_ends_in_the_same_bytes(
             compress_blocks(source, tmp_path / "dead", windows, dying, settings={}, work=tmp_path / "work", context=Context())
     seen: list[int] = []
 
-    def watched(block: Block) -> Outcome:
+    def watched(block: Block) -> CompressedBlock:
         seen.append(block.index)
         return scale_down(block)
 
@@ -255,7 +257,7 @@ def test_a_walk_does_not_go_on_from_another(tmp_path: Path, other: str) -> None:
         source = tiny_checkpoint(tmp_path / f"in-{number}", seed=now["weights"])
         with contextlib.nullcontext() if number == 0 else pytest.raises(EdgepressError, match="another method, on another model"):
             compress_blocks(
-                source, tmp_path / f"out-{number}", now["windows"], lambda block: Outcome(), settings=now["settings"], config=now["config"],
+                source, tmp_path / f"out-{number}", now["windows"], lambda block: CompressedBlock(), settings=now["settings"], config=now["config"],
                 work=tmp_path / "work", context=Context(seed=now["seed"]),
             )  # fmt: skip
 
@@ -264,7 +266,7 @@ def test_work_of_an_older_edgepress_begins_anew(tmp_path: Path, checkpoint: Path
     def walk_over() -> list[int]:
         seen: list[int] = []
         compress_blocks(
-            checkpoint, tmp_path / "out", tiny_windows(), lambda block: seen.append(block.index) or Outcome(), settings={},
+            checkpoint, tmp_path / "out", tiny_windows(), lambda block: seen.append(block.index) or CompressedBlock(), settings={},
             work=tmp_path / "work", context=Context(warn=warned.append),
         )  # fmt: skip
         return seen
@@ -288,7 +290,7 @@ def test_statistics_of_activations(checkpoint: Path) -> None:
     block = next(walk(open_checkpoint(checkpoint), windows, collect=collect, context=Context()))
     for shared in block.inputs:
         x = inputs[f"{block.name}.{shared.layers[0]}"].double().flatten(0, 1)
-        assert shared.gram is None
+        assert shared.hessian is None
         torch.testing.assert_close(shared.mean_square.double(), x.square().mean(0), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(shared.absmax.double(), x.abs().amax(0), rtol=1e-4, atol=1e-6)
 

@@ -24,9 +24,9 @@ def layer(rows: int = 6, width: int = 16, seed: int = 0) -> tuple[torch.Tensor, 
     return torch.randn(rows, width, generator=generator), x.T @ x / len(x)
 
 
-def round_and_solve(weight: torch.Tensor, gram: torch.Tensor, grid: Grid, order: list[int], damp_percent: float) -> torch.Tensor:
+def round_and_solve(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, order: list[int], damp_percent: float) -> torch.Tensor:
     """Round a column, then set all that follow to the minimum of (w − w₀)H(w − w₀)ᵀ given those rounded, solved from scratch."""
-    h = gram.double() + damp_percent * gram.diagonal().mean().double() * torch.eye(len(gram), dtype=torch.float64)
+    h = hessian.double() + damp_percent * hessian.diagonal().mean().double() * torch.eye(len(hessian), dtype=torch.float64)
     original, current = weight.double(), weight.double().clone()
     scales, zeros = (part.double() for part in grid.columns())
     codes = torch.empty_like(current)
@@ -46,23 +46,23 @@ def test_codes_are_those_of_the_optimal_update(
     act_order: bool, bits: int, columns_per_update: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compression.quantization.gptq.COLUMNS_PER_UPDATE", columns_per_update)
-    weight, gram = layer()
-    grid = fit_grid(weight, WeightScheme(bits, 8), symmetric=True, gram=gram)
-    order = column_order(gram) if act_order else None
-    factor = inverse_factor(gram, damp_percent=0.01, order=order)
+    weight, hessian = layer()
+    grid = fit_grid(weight, WeightScheme(bits, 8), symmetric=True, hessian=hessian)
+    order = column_order(hessian) if act_order else None
+    factor = inverse_factor(hessian, damp_percent=0.01, order=order)
     assert factor is not None
     codes = gptq(weight, grid, factor, order=order)
-    expected = round_and_solve(weight, gram, grid, order.tolist() if order is not None else list(range(16)), 0.01)
+    expected = round_and_solve(weight, hessian, grid, order.tolist() if order is not None else list(range(16)), 0.01)
     assert torch.equal(codes.double(), expected)
     assert not torch.equal(codes, grid.quantize(weight))  # it does more than rounding
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:
-    _, gram = layer()
-    factor = inverse_factor(gram, damp_percent=0.01)
+    _, hessian = layer()
+    factor = inverse_factor(hessian, damp_percent=0.01)
     assert factor is not None
     assert torch.equal(factor, factor.triu())
-    damped = gram.double() + 0.01 * gram.diagonal().mean() * torch.eye(16)
+    damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(16)
     torch.testing.assert_close(factor.double().T @ factor.double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-5)
 
 
@@ -73,10 +73,10 @@ def test_a_singular_hessian_has_no_factor() -> None:
 
 
 def test_a_dead_channel_is_rounded_to_nearest_and_disturbs_no_other() -> None:
-    weight, gram = layer()
-    gram[5], gram[:, 5] = 0, 0
-    grid = fit_grid(weight, WeightScheme(3, 8), symmetric=False, gram=gram)
-    factor = inverse_factor(gram, damp_percent=0.01)
+    weight, hessian = layer()
+    hessian[5], hessian[:, 5] = 0, 0
+    grid = fit_grid(weight, WeightScheme(3, 8), symmetric=False, hessian=hessian)
+    factor = inverse_factor(hessian, damp_percent=0.01)
     assert factor is not None
     codes = gptq(weight, grid, factor)
     assert torch.equal(codes[:, 5], grid.quantize(weight)[:, 5])

@@ -90,9 +90,9 @@ def test_a_grid_holds_every_weight_within_half_a_step(seed: int, bits: int, symm
 def test_shrinking_minimizes_the_output_error_of_each_group() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(100, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
-    gram, weight = x.T @ x / len(x), torch.randn(8, 32, generator=generator)
+    hessian, weight = x.T @ x / len(x), torch.randn(8, 32, generator=generator)
     shrinks = (1.0, 0.9, 0.8, 0.7)
-    fitted = fit_grid(weight, WeightScheme(3, 16), symmetric=False, gram=gram, shrinks=shrinks)
+    fitted = fit_grid(weight, WeightScheme(3, 16), symmetric=False, hessian=hessian, shrinks=shrinks)
     for row in range(8):
         for group, part in enumerate((slice(0, 16), slice(16, 32))):
             inputs = x[:, part].double()
@@ -106,12 +106,12 @@ def test_shrinking_minimizes_the_output_error_of_each_group() -> None:
 def test_inputs_that_overflowed_leave_the_plain_grid() -> None:
     weight, broken = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), torch.full((32, 32), torch.nan)
     plain = fit_grid(weight, WeightScheme(4, 16), symmetric=True, shrinks=(1.0,))
-    assert torch.equal(fit_grid(weight, WeightScheme(4, 16), symmetric=True, gram=broken).scales, plain.scales)
+    assert torch.equal(fit_grid(weight, WeightScheme(4, 16), symmetric=True, hessian=broken).scales, plain.scales)
 
 
 def test_diagonal_blocks() -> None:
-    gram = torch.arange(36).reshape(6, 6)
-    assert diagonal_blocks(gram, 3).tolist() == [gram[:3, :3].tolist(), gram[3:, 3:].tolist()]
+    hessian = torch.arange(36).reshape(6, 6)
+    assert diagonal_blocks(hessian, 3).tolist() == [hessian[:3, :3].tolist(), hessian[3:, 3:].tolist()]
 
 
 def test_stacked_rows_come_apart() -> None:

@@ -14,16 +14,16 @@ def layer(rows: int = 6, width: int = 16, seed: int = 0) -> tuple[torch.Tensor, 
     return torch.randn(rows, width, generator=generator), x.T @ x / len(x)
 
 
-def damped(gram: torch.Tensor, damp_percent: float = 0.01) -> torch.Tensor:
-    return gram.double() + damp_percent * gram.diagonal().mean().double() * torch.eye(len(gram), dtype=torch.float64)
+def damped(hessian: torch.Tensor, damp_percent: float = 0.01) -> torch.Tensor:
+    return hessian.double() + damp_percent * hessian.diagonal().mean().double() * torch.eye(len(hessian), dtype=torch.float64)
 
 
 def choose_and_solve(
-    weight: torch.Tensor, gram: torch.Tensor, rows: list[int], sparsity: float, group: tuple[int, int] | None, run: int
+    weight: torch.Tensor, hessian: torch.Tensor, rows: list[int], sparsity: float, group: tuple[int, int] | None, run: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Column by column: choose where a run (or group) begins, prune, and set all columns that follow to the minimum of
     (w - w0)H(w - w0)T given those settled, solved from scratch."""
-    h, original, current = damped(gram), weight.double(), weight.double().clone()
+    h, original, current = damped(hessian), weight.double(), weight.double().clone()
     keep = torch.ones(weight.shape, dtype=torch.bool)
     span = group[1] if group else run
     for j in range(weight.shape[1]):
@@ -57,11 +57,11 @@ def test_choice_and_weights_are_those_of_the_optimal_update(
     run: int, sparsity: float, group: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compression.pruning.sparsegpt.COLUMNS_PER_SELECTION", max(run, group[1] if group else 0))
-    weight, gram = layer()
+    weight, hessian = layer()
     before = weight.clone()
-    solved = sparsegpt(weight, gram, rows=[4, 2], sparsity=sparsity, group=group)
+    solved = sparsegpt(weight, hessian, rows=[4, 2], sparsity=sparsity, group=group)
     assert solved is not None
-    expected, kept = choose_and_solve(weight, gram, [4, 2], sparsity, group, run)
+    expected, kept = choose_and_solve(weight, hessian, [4, 2], sparsity, group, run)
     assert torch.equal(solved[1], kept)
     torch.testing.assert_close(solved[0].double(), expected, rtol=1e-3, atol=1e-3)
     assert torch.equal(solved[0] == 0, ~solved[1])
@@ -69,12 +69,12 @@ def test_choice_and_weights_are_those_of_the_optimal_update(
 
 
 def test_layers_that_share_an_input_come_out_as_if_alone() -> None:
-    weight, gram = layer(rows=10)
+    weight, hessian = layer(rows=10)
     weight[6:] *= 100  # one threshold for both would prune the first layer only
-    together = sparsegpt(weight, gram, rows=[6, 4], sparsity=0.5)
+    together = sparsegpt(weight, hessian, rows=[6, 4], sparsity=0.5)
     assert together is not None
     for rows in (slice(0, 6), slice(6, 10)):
-        alone = sparsegpt(weight[rows], gram, rows=[rows.stop - rows.start], sparsity=0.5)
+        alone = sparsegpt(weight[rows], hessian, rows=[rows.stop - rows.start], sparsity=0.5)
         assert alone is not None
         assert torch.equal(together[1][rows], alone[1])
         torch.testing.assert_close(together[0][rows], alone[0], rtol=1e-4, atol=1e-4)
@@ -84,42 +84,42 @@ def test_layers_that_share_an_input_come_out_as_if_alone() -> None:
 @pytest.mark.parametrize("group", [None, (2, 4)])
 def test_the_output_is_nearer_than_without_compensation(seed: int, group: tuple[int, int] | None) -> None:
     """Over more than one run of columns: within the first, all is chosen before anything is made up for, and the greedy choice may lose."""
-    weight, gram = layer(rows=32, width=256, seed=seed)
+    weight, hessian = layer(rows=32, width=256, seed=seed)
     sizes = torch.randn(256, generator=torch.Generator().manual_seed(seed)).exp()  # of the inputs; magnitude does not see them
-    gram *= sizes.outer(sizes)
+    hessian *= sizes.outer(sizes)
 
     def error(pruned: torch.Tensor) -> float:
         change = pruned.double() - weight.double()
-        return float((change @ gram.double() * change).sum())
+        return float((change @ hessian.double() * change).sum())
 
-    solved = sparsegpt(weight, gram, rows=[32], sparsity=0.5, group=group)
+    solved = sparsegpt(weight, hessian, rows=[32], sparsity=0.5, group=group)
     assert solved is not None
-    by_wanda, _ = wanda(weight, gram.diagonal(), sparsity=0.5, group=group)
+    by_wanda, _ = wanda(weight, hessian.diagonal(), sparsity=0.5, group=group)
     by_magnitude, _ = wanda(weight, torch.ones(256), sparsity=0.5, group=group)
     assert error(solved[0]) < error(by_wanda) < error(by_magnitude)
 
 
 def test_what_is_pruned_already_stays_so_and_counts() -> None:
-    weight, gram = layer(rows=8, width=32)
+    weight, hessian = layer(rows=8, width=32)
     kept = torch.rand(8, 32, generator=torch.Generator().manual_seed(1)) > 0.3
-    solved = sparsegpt(weight * kept, gram, rows=[8], sparsity=0.5, kept=kept)
+    solved = sparsegpt(weight * kept, hessian, rows=[8], sparsity=0.5, kept=kept)
     assert solved is not None
     assert not (solved[1] & ~kept).any()
     assert int((~solved[1]).sum()) == 128
-    less = sparsegpt(weight * kept, gram, rows=[8], sparsity=0.1, kept=kept)
+    less = sparsegpt(weight * kept, hessian, rows=[8], sparsity=0.1, kept=kept)
     assert less is not None
     assert torch.equal(less[1], kept)
 
 
 def test_an_input_that_is_always_zero_goes_first_and_disturbs_no_other() -> None:
-    weight, gram = layer(rows=4)
-    gram[5], gram[:, 5] = 0, 0
+    weight, hessian = layer(rows=4)
+    hessian[5], hessian[:, 5] = 0, 0
     weight[:, 5] = 100
-    solved = sparsegpt(weight, gram, rows=[4], sparsity=0.25)
+    solved = sparsegpt(weight, hessian, rows=[4], sparsity=0.25)
     assert solved is not None
     assert (solved[0][:, 5] == 0).all()
     weight[:, 5] = 7
-    other = sparsegpt(weight, gram, rows=[4], sparsity=0.25)
+    other = sparsegpt(weight, hessian, rows=[4], sparsity=0.25)
     assert other is not None
     assert torch.equal(other[0], solved[0])
 

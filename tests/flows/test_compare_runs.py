@@ -138,7 +138,7 @@ def test_every_figure_is_known_by_the_measurement_that_gives_it() -> None:
     for one in measurements():
         given = [f.metric for f in FIGURES if f.metric in one.metrics(asked) and f.better]
         assert [_measurement(metric) for metric in given] == [one.name] * len(given)
-        assert one.alone == (one.name in _OF_THE_MACHINE)
+        assert one.exclusive == (one.name in _OF_THE_MACHINE)
     assert {metric for metrics in _GIVES.values() for metric in metrics} <= {figure.metric for figure in FIGURES}
 
 

@@ -155,7 +155,7 @@ def test_ctrl_c_ends_a_run_that_waits_for_the_stage_of_another(tmp_path: Path, c
 def test_a_run_that_waits_for_the_machine_says_so(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEPRESS_LOCKS", str(tmp_path))
     lab = Lab(tmp_path / "lab", checkpoint, "  pruned: {uses: prune.width, keep: 0.5}\n")
-    with machine_lock(alone=True):  # as another run holds it that times something
+    with machine_lock(exclusive=True):  # as another run holds it that times something
         process = lab.start()
         assert process.stdout is not None
         line = next(line for line in process.stdout if "waits" in line)

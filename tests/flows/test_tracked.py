@@ -14,7 +14,7 @@ from flows.planning.recipe import load_recipe
 from flows.run.pipeline import _begun
 from flows.run.registering import register_results
 from flows.run.summary import summarize
-from flows.run.tracked import end_cells, git_commit, helpers, known_stages, leaves, lock, planned_stages, series
+from flows.run.tracked import auxiliary_stages, end_cells, git_commit, known_stages, leaves, lock, planned_stages, series
 from tasks.measurement.gates import Verdict
 from tasks.planned_stage import Result
 from tasks.store.store import Store
@@ -62,7 +62,7 @@ def test_a_teacher_is_on_no_road_but_its_own(plan: Callable[..., Plan]) -> None:
     swept = plan(TAUGHT, "matrix: {distilled.temperature: [1, 2]}\n")
     assert series(swept) == {"base": ["", "/teacher"], "pruned": [""], "teacher": ["/teacher"]}
     every = plan(TAUGHT, "matrix: {seed: [0, 1]}\n")
-    assert series(every) == {"base": [""]} and helpers(every) == ["teacher@seed=0", "teacher@seed=1"]
+    assert series(every) == {"base": [""]} and auxiliary_stages(every) == ["teacher@seed=0", "teacher@seed=1"]
 
 
 def test_a_cell_has_the_roads_to_its_leaves_and_helpers(plan: Callable[..., Plan]) -> None:

@@ -42,8 +42,8 @@ def children() -> Iterator[Executor]:
     made.close()
 
 
-def job(name: str, timeout: float | None = None, *, alone: bool = False, **arguments: Any) -> Job:
-    return Job(f"tests.tasks.jobs:{name}", arguments, threads=1, seed=5, timeout=timeout, alone=alone)
+def job(name: str, timeout: float | None = None, *, exclusive: bool = False, **arguments: Any) -> Job:
+    return Job(f"tests.tasks.jobs:{name}", arguments, threads=1, seed=5, timeout=timeout, exclusive=exclusive)
 
 
 def silent(_: dict[str, Any]) -> None:
@@ -199,7 +199,7 @@ def test_close_frees_a_thread_that_waits_for_the_machine_and_says_so(
 
         def run() -> None:
             try:
-                children.run(job("succeed", alone=True, folder=str(tmp_path)), tmp_path, heard.append)
+                children.run(job("succeed", exclusive=True, folder=str(tmp_path)), tmp_path, heard.append)
             except JobFailed as error:
                 caught.append(error)
 
@@ -232,14 +232,14 @@ def test_the_machine_lock_excludes_other_processes_and_dies_with_its_owner(tmp_p
     holder = hold_machine(tmp_path)
     entered, followed = threading.Event(), threading.Event()
 
-    def take(alone: bool, told: threading.Event) -> None:
-        with machine_lock(alone=alone):
+    def take(exclusive: bool, told: threading.Event) -> None:
+        with machine_lock(exclusive=exclusive):
             told.set()
             time.sleep(0.1)
 
     timing = threading.Thread(target=take, args=(True, entered))
     working = threading.Thread(target=take, args=(False, followed))
-    with machine_lock(alone=False):  # work goes beside work
+    with machine_lock(exclusive=False):  # work goes beside work
         timing.start()
         assert not entered.wait(0.5)
     working.start()
@@ -253,10 +253,10 @@ def test_the_machine_lock_excludes_other_processes_and_dies_with_its_owner(tmp_p
 
 def test_the_machine_lock_is_where_containers_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEPRESS_LOCKS", str(tmp_path))
-    with machine_lock(alone=True):
+    with machine_lock(exclusive=True):
         assert (tmp_path / "edgepress-machine.lock").exists()
     monkeypatch.setenv("EDGEPRESS_LOCKS", str(tmp_path / "unmounted"))
-    with pytest.raises(EdgepressError, match="EDGEPRESS_LOCKS=.*unmounted is no directory"), machine_lock(alone=True):
+    with pytest.raises(EdgepressError, match="EDGEPRESS_LOCKS=.*unmounted is no directory"), machine_lock(exclusive=True):
         pass
 
 

@@ -14,7 +14,7 @@ from compression.evaluation.findings import Items, Transform
 from tasks.execution import _compare_speed
 from tasks.measurement import measure as module
 from tasks.measurement.measure import Measured, compare, known_metrics, measure
-from tasks.measurement.measurement import Measurement, MeasurementRequest, Reference, Subject, measurements
+from tasks.measurement.measurement import Measurement, MeasurementRequest, ReferenceModel, Subject, measurements
 from tasks.planned_stage import Result
 from tasks.runners.executor import Job, JobResult
 from tasks.runners.jobs import measure_quality
@@ -49,7 +49,7 @@ class Graded(Measurement):
 
 class Timed(Graded):
     name: ClassVar[str] = "timed"
-    alone: ClassVar[bool] = True
+    exclusive: ClassVar[bool] = True
 
 
 class FakeExecutor:
@@ -73,19 +73,19 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[Measurement]:
 @pytest.fixture
 def subject(checkpoint: Path) -> Subject:
     asked = MeasurementRequest(open_checkpoint(checkpoint), (), SPEC, "graded")
-    return Subject(asked, Reference(checkpoint, "c" * 64), {}, checkpoint, Machine())
+    return Subject(asked, ReferenceModel(checkpoint, "c" * 64), {}, checkpoint, Machine())
 
 
-def take(subject: Subject, children: FakeExecutor, tmp_path: Path) -> Measured:
-    return measure(subject, Store(tmp_path / "store"), children, lambda event: None)  # type: ignore[arg-type]
+def take(subject: Subject, executor: FakeExecutor, tmp_path: Path) -> Measured:
+    return measure(subject, Store(tmp_path / "store"), executor, lambda event: None)  # type: ignore[arg-type]
 
 
 def test_a_record_is_made_once_and_keeps_metrics_intervals_items_and_details(
     found: list[Measurement], subject: Subject, tmp_path: Path
 ) -> None:
-    children = FakeExecutor()
-    first, again = take(subject, children, tmp_path), take(subject, children, tmp_path)
-    assert len(children.jobs) == 1 and (first.seconds, again.seconds) == (2.0, 0.0)
+    executor = FakeExecutor()
+    first, again = take(subject, executor, tmp_path), take(subject, executor, tmp_path)
+    assert len(executor.jobs) == 1 and (first.seconds, again.seconds) == (2.0, 0.0)
     assert dataclasses.replace(first, seconds=0.0) == again
     assert again.items == {"grade": RIGHT} and again.details == {"texts": ["hello"]}
     assert again.metrics["grade_low"] < again.metrics["grade"] == 0.75 < again.metrics["grade_high"] == 1.0
@@ -96,26 +96,26 @@ def test_a_record_is_made_once_and_keeps_metrics_intervals_items_and_details(
 @pytest.mark.parametrize(
     "change",
     [
-        lambda s: {"target": Reference(s.target.path, "d" * 64)},
+        lambda s: {"target": ReferenceModel(s.target.path, "d" * 64)},
         lambda s: {"machine": Machine("cpu", 7)},
         lambda s: {"machine": Machine("cuda", 2)},
     ],
 )
 def test_other_bytes_device_or_threads_are_measured_anew(found: list[Measurement], subject: Subject, tmp_path: Path, change: Any) -> None:
-    children = FakeExecutor()
-    take(subject, children, tmp_path)
-    take(dataclasses.replace(subject, **change(subject)), children, tmp_path)
-    assert len(children.jobs) == 2
+    executor = FakeExecutor()
+    take(subject, executor, tmp_path)
+    take(dataclasses.replace(subject, **change(subject)), executor, tmp_path)
+    assert len(executor.jobs) == 2
 
 
 def test_another_torch_is_another_runtime(
     found: list[Measurement], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    children = FakeExecutor()
-    take(subject, children, tmp_path)
+    executor = FakeExecutor()
+    take(subject, executor, tmp_path)
     monkeypatch.setattr(module, "version", lambda package: f"another {package}")
-    take(subject, children, tmp_path)
-    assert len(children.jobs) == 2
+    take(subject, executor, tmp_path)
+    assert len(executor.jobs) == 2
 
 
 def test_two_measurements_of_one_target_do_not_meet_in_one_folder(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
@@ -148,36 +148,36 @@ class Parted(Graded):
 
 def test_one_more_part_computes_only_that(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
     found[:] = [Parted()]
-    children = FakeExecutor()
-    take(dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings="ab")), children, tmp_path)
-    keys = take(dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings="cab")), children, tmp_path).keys
-    assert len(children.jobs) == 3 and list(keys) == ["parted c", "parted a", "parted b"]
+    executor = FakeExecutor()
+    take(dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings="ab")), executor, tmp_path)
+    keys = take(dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings="cab")), executor, tmp_path).keys
+    assert len(executor.jobs) == 3 and list(keys) == ["parted c", "parted a", "parted b"]
 
 
 def test_only_what_is_taken_alone_depends_on_the_machine(
     found: list[Measurement], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found.append(Timed())
-    children = FakeExecutor()
-    take(subject, children, tmp_path)
+    executor = FakeExecutor()
+    take(subject, executor, tmp_path)
     monkeypatch.setattr(module, "machine_fingerprint", lambda: {"host": "another"})
-    take(subject, children, tmp_path)
-    assert [job.alone for job in children.jobs] == [False, True, True]
+    take(subject, executor, tmp_path)
+    assert [job.exclusive for job in executor.jobs] == [False, True, True]
 
 
 def test_timings_are_taken_again_when_asked_and_nothing_else(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
     found.append(Timed())
-    store, children = Store(tmp_path / "store"), FakeExecutor()
+    store, executor = Store(tmp_path / "store"), FakeExecutor()
     for again in (False, True, False):
-        measure(subject, store, children, lambda event: None, again=again)  # type: ignore[arg-type]
-    assert [job.name for job in children.jobs] == ["graded", "timed", "timed"]
+        measure(subject, store, executor, lambda event: None, again=again)  # type: ignore[arg-type]
+    assert [job.name for job in executor.jobs] == ["graded", "timed", "timed"]
     assert len(store.records()) == 2
 
 
 def test_what_does_not_apply_is_not_measured(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
     other = dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings=None))
-    children = FakeExecutor()
-    assert take(other, children, tmp_path) == Measured() and children.jobs == []
+    executor = FakeExecutor()
+    assert take(other, executor, tmp_path) == Measured() and executor.jobs == []
     assert list(known_metrics(other.asked)) == []
 
 
@@ -228,7 +228,7 @@ def test_a_checkpoint_without_a_fast_kernel_has_no_speed(checkpoint: Path, layou
 def test_measurements_have_names_of_their_own() -> None:
     names = [measurement.name for measurement in measurements()]
     assert names == sorted(set(names)) and {"quality", "speed"} <= set(names)
-    assert {m.name for m in measurements() if m.alone} >= {"speed"}
+    assert {m.name for m in measurements() if m.exclusive} >= {"speed"}
 
 
 def test_slower_than_the_parent_is_said_only_beyond_the_noise_of_both() -> None:

@@ -16,7 +16,7 @@ from compression.context import Context
 from compression.data import DataSpec
 from compression.evaluation.findings import Findings
 from compression.evaluation.spec import EvaluationSpec
-from tasks.measurement.measurement import Measurement, MeasurementRequest, Reference, Subject, measurements
+from tasks.measurement.measurement import Measurement, MeasurementRequest, ReferenceModel, Subject, measurements
 from tasks.store.identity import Machine
 
 OPTIONAL = {"samples", "question_answering", "summarization", "red_team", "harness", "latency", "energy"}
@@ -30,7 +30,7 @@ def asked(checkpoint: Path, **settings: Any) -> MeasurementRequest:
 
 
 def subject(checkpoint: Path, **settings: Any) -> Subject:
-    return Subject(asked(checkpoint, **settings), Reference(checkpoint, "0" * 64), {}, checkpoint, Machine("cpu", 1))
+    return Subject(asked(checkpoint, **settings), ReferenceModel(checkpoint, "0" * 64), {}, checkpoint, Machine("cpu", 1))
 
 
 def applying(of: MeasurementRequest) -> set[str]:

@@ -55,8 +55,8 @@ def never() -> bool:
     return False
 
 
-def claim(memory: int = 0, threads: int = 1, *, alone: bool = False) -> Job:
-    return Job("a:b", {}, threads, memory=memory, alone=alone)
+def claim(memory: int = 0, threads: int = 1, *, exclusive: bool = False) -> Job:
+    return Job("a:b", {}, threads, memory=memory, exclusive=exclusive)
 
 
 def taken_by_another(take: Callable[[], AbstractContextManager[Any]]) -> threading.Event:
@@ -77,7 +77,7 @@ def test_a_budget_limits_cores_and_memory() -> None:
         assert taken_by_another(lambda: budget.taken(claim(1 << 30), silent, never)).wait(PATIENCE)
         large = taken_by_another(lambda: budget.taken(claim(3 << 30), silent, never))  # 5 + 3 GiB, and what the processes need themselves
         wide = taken_by_another(lambda: budget.taken(claim(threads=4), silent, never))
-        timed = taken_by_another(lambda: budget.taken(claim(alone=True), silent, never))
+        timed = taken_by_another(lambda: budget.taken(claim(exclusive=True), silent, never))
         time.sleep(0.7)
         assert not (large.is_set() or wide.is_set() or timed.is_set())
     assert large.wait(PATIENCE) and wide.wait(PATIENCE) and timed.wait(PATIENCE)
@@ -107,7 +107,7 @@ def test_nobody_passes_the_first_who_waits() -> None:
             time.sleep(0.01)
 
     with cores, budget.taken(claim(threads=2), silent, never):
-        run("timed", replace(claim(alone=True), order=1), 1)
+        run("timed", replace(claim(exclusive=True), order=1), 1)
         run("late", replace(claim(threads=4), order=3), 2)
         run("small", replace(claim(), order=2), 3)  # which would fit beside what runs
         run("early", replace(claim(threads=4), order=0), 4)
@@ -120,7 +120,7 @@ def test_who_gives_up_lets_the_next_go() -> None:
     with budget.taken(claim(), silent, never), ThreadPoolExecutor(1) as thread:
 
         def stopped() -> None:
-            with pytest.raises(Cancelled), budget.taken(claim(alone=True), silent, gives_up.is_set):
+            with pytest.raises(Cancelled), budget.taken(claim(exclusive=True), silent, gives_up.is_set):
                 pass
 
         first = thread.submit(stopped)

@@ -41,10 +41,10 @@ def test_what_a_pipeline_began_is_found_again(uri: str) -> None:
 
 def test_a_run_that_is_gone_is_none(uri: str) -> None:
     tracking = Tracking(uri)
-    assert tracking.begun("0" * 32) is None
+    assert tracking.find_open_run("0" * 32) is None
     deleted = tracking.open_run("demo")
     tracking.client.delete_run(deleted)
-    assert tracking.begun(deleted) is None
+    assert tracking.find_open_run(deleted) is None
 
 
 def test_a_reopened_run_gets_only_what_is_new(uri: str, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_superseded_stage_is_not_gone_on_with(uri: str) -> None:
     old = tracking.open_run("pruned", parent=top, tags=stage_tags("pruned", "1"))
     new = tracking.open_run("pruned", parent=top, tags=stage_tags("pruned", "2"))
     tracking.supersede(old, by=new)
-    begun = tracking.begun(top)
+    begun = tracking.find_open_run(top)
     assert begun is not None and begun.stages == {("pruned", "2"): new}
     assert now(tracking, old).data.tags["edgepress.superseded"] == new
 

@@ -16,7 +16,7 @@ class Energy(Measurement):
 
     name: ClassVar[str] = "energy"
     version: ClassVar[int] = 2
-    alone: ClassVar[bool] = True
+    exclusive: ClassVar[bool] = True
 
     def applies(self, asked: MeasurementRequest) -> bool:
         if asked.settings is None or (isinstance(asked.planned, Checkpoint) and asked.planned.layout != "dense"):

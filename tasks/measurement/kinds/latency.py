@@ -15,7 +15,7 @@ class Latency(Measurement):
 
     name: ClassVar[str] = "latency"
     version: ClassVar[int] = 2
-    alone: ClassVar[bool] = True
+    exclusive: ClassVar[bool] = True
 
     def applies(self, asked: MeasurementRequest) -> bool:
         dense = not isinstance(asked.planned, Checkpoint) or asked.planned.layout == "dense"

@@ -21,7 +21,7 @@ class Speed(Measurement):
 
     name: ClassVar[str] = "speed"
     version: ClassVar[int] = SPEED_VERSION
-    alone: ClassVar[bool] = True
+    exclusive: ClassVar[bool] = True
 
     def applies(self, asked: MeasurementRequest) -> bool:
         """Quantized checkpoints run dequantized, which tells their quality but not their speed."""

@@ -64,49 +64,49 @@ class RunContext:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def run_stage(context: RunContext, task: PlannedStage) -> Result:
+def run_stage(context: RunContext, stage: PlannedStage) -> Result:
     """Bring a stage to its end and return its result. Raises what made it fail, after logging the reason."""
-    result, before = _register(context, task)
+    result, before = _register(context, stage)
     try:
-        _open_run(context, task, result, before)
-        if task.stage is None:
+        _open_run(context, stage, result, before)
+        if stage.definition is None:
             entry = ReferenceModel(context.base.path, context.base.content)
             result.state, result.path, result.content = "Cached", str(entry.path), entry.content
             result.warnings += context.base.warnings
         else:
-            _compute(context, task, task.stage, result, again=task.again and not (before and before.path))
-        _measure(context, task, result)
-        _judge(context, task, result)
-        if task.stage is not None:
-            publish(Path(result.path), context.outputs, context.name, task.name)
+            _compute(context, stage, stage.definition, result, again=stage.recompute and not (before and before.path))
+        _measure(context, stage, result)
+        _judge(context, stage, result)
+        if stage.definition is not None:
+            publish(Path(result.path), context.outputs, context.name, stage.name)
     except BaseException as error:
         stopped = isinstance(error, Cancelled)
         result.state, result.reason = "Stopped" if stopped else "Failed", redacted(str(error)) or type(error).__name__
         if isinstance(error, GateFailed):
-            unpublish(context.outputs, context.name, task.name)
-            _log_series(context, task, result)  # where quality went is asked most of what failed
+            unpublish(context.outputs, context.name, stage.name)
+            _log_series(context, stage, result)  # where quality went is asked most of what failed
         if result.run:
             context.tracking.log(result.run, result.metrics, tags={"edgepress.state": result.state, **_place_tags(result)})
-            context.tracking.describe(result.run, _description(context, task, result))
+            context.tracking.describe(result.run, _description(context, stage, result))
             context.tracking.end(result.run, "KILLED" if stopped else "FAILED", "interrupted" if stopped else result.reason)
         raise
     finally:
-        context.progress(task.name, {"ended": result.state})
-    _log(context, task, result)
+        context.progress(stage.name, {"ended": result.state})
+    _log(context, stage, result)
     return result
 
 
-def _register(context: RunContext, task: PlannedStage) -> tuple[Result, Result | None]:
+def _register(context: RunContext, stage: PlannedStage) -> tuple[Result, Result | None]:
     """The stage's result, from now on among the pipeline's, and that of the attempt before."""
-    uses = task.stage.uses if task.stage else "base"
-    result = Result(task.name, uses, list(dict.fromkeys(task.inputs.values())), "Running", identity=task.identity)
+    uses = stage.definition.uses if stage.definition else "base"
+    result = Result(stage.name, uses, list(dict.fromkeys(stage.inputs.values())), "Running", identity=stage.identity)
     with context.lock:
-        before = context.results.get(task.name)
-        context.results[task.name] = result
+        before = context.results.get(stage.name)
+        context.results[stage.name] = result
     return result, before
 
 
-def _open_run(context: RunContext, task: PlannedStage, result: Result, before: Result | None) -> None:
+def _open_run(context: RunContext, stage: PlannedStage, result: Result, before: Result | None) -> None:
     """Open the stage's MLflow run; a stage that is tried again, or was begun by the run that is resumed, continues its run."""
     if before is not None and before.run:
         result.run = before.run
@@ -114,62 +114,62 @@ def _open_run(context: RunContext, task: PlannedStage, result: Result, before: R
     else:
         tags = {
             "edgepress.kind": "stage",
-            "edgepress.stage": task.name,
+            "edgepress.stage": stage.name,
             "edgepress.uses": result.uses,
-            "edgepress.identity": task.identity,
+            "edgepress.identity": stage.identity,
             "edgepress.recipe": context.name,
             RUN: context.run_name,
-            "edgepress.leaf": str(task.name in context.leaves).lower(),
-            **properties(task.planned, context.base.checkpoint.model_type),
+            "edgepress.leaf": str(stage.name in context.leaves).lower(),
+            **properties(stage.product, context.base.checkpoint.model_type),
         }
         params = {
             "uses": result.uses,
-            **(task.stage.model_dump(mode="json", exclude={"uses"}) if task.stage else {}),
-            "seed": task.document.get("seed"),
+            **(stage.definition.model_dump(mode="json", exclude={"uses"}) if stage.definition else {}),
+            "seed": stage.document.get("seed"),
         }
         result.run = context.tracking.open_run(
-            task.name,
-            parent=context.cells.get(task.cell, context.run),
+            stage.name,
+            parent=context.cells.get(stage.cell, context.run),
             tags=tags,
             params=params,
-            known=context.known_runs.get(task.name),
+            known=context.known_runs.get(stage.name),
         )
-        if old := context.superseded.get(task.name):
+        if old := context.superseded.get(stage.name):
             context.tracking.supersede(old, by=result.run)
-        if task.document.get("data"):
+        if stage.document.get("data"):
             context.tracking.log_data(
                 result.run,
                 "recipe data",
-                task.document["data"],
+                stage.document["data"],
                 context.data.model_dump_json(),
-                task.stage.data_read() if task.stage else "evaluation",
+                stage.definition.data_read() if stage.definition else "evaluation",
             )
 
 
-def _compute(context: RunContext, task: PlannedStage, stage: Stage, result: Result, again: bool) -> None:
+def _compute(context: RunContext, stage: PlannedStage, definition: Stage, result: Result, again: bool) -> None:
     """The stage's content: from the store, or computed in a child and committed. `again`: computed whatever the store has."""
     store = context.store
-    with store.lock(task.identity, _waiting(context, task)):
-        found = store.get(task.identity)
+    with store.lock(stage.identity, _waiting(context, stage)):
+        found = store.get(stage.identity)
         entry = None if again else found
         cached = entry is not None
         if entry is None:
             result.computed = True
-            entry = _run_child(context, task, stage, result)
+            entry = _run_child(context, stage, definition, result)
             context.tracking.log(result.run, {}, tags={COMPUTED: "true"})  # so it stays, whatever comes of measuring and of gates
     result.state = "Cached" if cached else "Completed"  # not before: the journal of a run that is killed says how far it came
     result.path, result.content = str(entry.path), entry.content
     result.metrics |= entry.manifest["metrics"] | {"seconds": entry.manifest["seconds"]}
     result.warnings = list(entry.manifest["warnings"])
     if found is not None and found.content != entry.content:
-        result.warnings.append(_other_bytes(task, found, entry))
+        result.warnings.append(_other_bytes(stage, found, entry))
     result.curves = [(step, values) for step, values in entry.manifest["curves"]]
     result.seconds = entry.manifest["seconds"]
     if cached:
         context.tracking.log_curve(result.run, result.curves)
 
 
-def _other_bytes(task: PlannedStage, old: Entry, new: Entry) -> str:
+def _other_bytes(stage: PlannedStage, old: Entry, new: Entry) -> str:
     """What to say of a stage that gave other bytes under the same identity, which promises equal ones."""
     files = {
         name
@@ -179,11 +179,11 @@ def _other_bytes(task: PlannedStage, old: Entry, new: Entry) -> str:
     return (
         f"ITS BYTES ARE NOT THOSE OF BEFORE, and the same identity promises the same: {', '.join(sorted(files)[:5])} "
         f"(content {old.content[:12]}, now {new.content[:12]}). The new result took the place of the old one, which is in damaged/ of the store; "
-        f"`--from {task.name}` makes what follows of it anew"
+        f"`--from {stage.name}` makes what follows of it anew"
     )
 
 
-def _waiting(context: RunContext, task: PlannedStage) -> Callable[[], bool]:
+def _waiting(context: RunContext, stage: PlannedStage) -> Callable[[], bool]:
     """What is asked while another run holds the stage: whether this one was stopped. Says once that it waits."""
     said = False
 
@@ -191,27 +191,27 @@ def _waiting(context: RunContext, task: PlannedStage) -> Callable[[], bool]:
         nonlocal said
         if not said:
             said = True
-            context.progress(task.name, {"warning": "waits for another run, which computes it"})
+            context.progress(stage.name, {"warning": "waits for another run, which computes it"})
         return context.executor.closed
 
     return is_cancelled
 
 
-def _run_child(context: RunContext, task: PlannedStage, stage: Stage, result: Result) -> Entry:
-    paths = {role: context.results[name].path for role, name in task.inputs.items()}
-    paths |= {role: str(model.path) for role, model in task.outside.items()}
-    home = context.store.workplace(task.identity)
+def _run_child(context: RunContext, stage: PlannedStage, definition: Stage, result: Result) -> Entry:
+    paths = {role: context.results[name].path for role, name in stage.inputs.items()}
+    paths |= {role: str(model.path) for role, model in stage.outside.items()}
+    home = context.store.workplace(stage.identity)
     arguments = {
-        "stage": stage.model_dump(mode="json"), "parent": paths.pop("parent"), "others": paths, "out": str(home / "out"),
+        "stage": definition.model_dump(mode="json"), "parent": paths.pop("parent"), "others": paths, "out": str(home / "out"),
         "work": str(home / "work"), "data": context.data.model_dump(mode="json"),
         "shared": str(context.store.root / "shared"),
     }  # fmt: skip
-    if isinstance(task.planned, Artifact):
+    if isinstance(stage.product, Artifact):
         arguments["origin"] = asdict(origin_of(context.base))
-    devices = stage.distributed.processes if isinstance(stage, TrainingStage) and stage.distributed else 1
+    devices = definition.distributed.processes if isinstance(definition, TrainingStage) and definition.distributed else 1
     job = Job(
-        "tasks.runners.jobs:compute_stage", arguments, context.machine.threads, seed_of(task.identity), context.machine.device, task.timeout,
-        name=task.name, memory=task.memory, devices=devices, variables=task.job_variables, order=task.index,
+        "tasks.runners.jobs:compute_stage", arguments, context.machine.threads, seed_of(stage.identity), context.machine.device, stage.timeout,
+        name=stage.name, memory=stage.memory, devices=devices, variables=stage.job_variables, order=stage.index,
     )  # fmt: skip
     curves: list[tuple[int, dict[str, float]]] = []
 
@@ -226,33 +226,33 @@ def _run_child(context: RunContext, task: PlannedStage, stage: Stage, result: Re
         elif "again" in event:
             result.warnings.clear()
             curves.clear()
-            context.progress(task.name, {"warning": event["again"]})
+            context.progress(stage.name, {"warning": event["again"]})
         elif "note" in event:
-            context.progress(task.name, {"warning": event["note"]})
+            context.progress(stage.name, {"warning": event["note"]})
         else:
-            context.progress(task.name, event)
+            context.progress(stage.name, event)
 
-    _require_inputs(context, task)
+    _require_inputs(context, stage)
     try:
         done = context.executor.run(job, home, on_event)
     except Exception as error:
-        context.store.workplace(task.identity)  # its `out` empty again: the disk may be full of it, and the journal must go on
+        context.store.workplace(stage.identity)  # its `out` empty again: the disk may be full of it, and the journal must go on
         if not isinstance(error, Cancelled):
-            _require_inputs(context, task)  # where one is lost, that is the reason
+            _require_inputs(context, stage)  # where one is lost, that is the reason
         raise
-    _require_sources(context, task, stage)
-    if isinstance(task.planned, Artifact):
-        ancestors = [context.documents[name] for name in task.ancestors[1:]]  # after the base
-        complete_artifact(home / "out", task.planned, task.document, task.identity, ancestors, context.base)
+    _require_sources(context, stage, definition)
+    if isinstance(stage.product, Artifact):
+        ancestors = [context.documents[name] for name in stage.ancestors[1:]]  # after the base
+        complete_artifact(home / "out", stage.product, stage.document, stage.identity, ancestors, context.base)
     context.tracking.log_curve(result.run, curves)
     return context.store.commit(
-        task.identity, task.document, metrics=done.metrics, seconds=done.seconds, warnings=result.warnings, curves=curves
+        stage.identity, stage.document, metrics=done.metrics, seconds=done.seconds, warnings=result.warnings, curves=curves
     )
 
 
-def _require_inputs(context: RunContext, task: PlannedStage) -> None:
+def _require_inputs(context: RunContext, stage: PlannedStage) -> None:
     """Raises EdgepressError when an input was removed or damaged since its own stage ended: what is made of it would not be of this identity."""
-    for name in dict.fromkeys(task.inputs.values()):
+    for name in dict.fromkeys(stage.inputs.values()):
         identity = context.results[name].identity
         if identity == context.base.identity:
             continue  # not in the store: `_require_sources` looks at it
@@ -265,44 +265,44 @@ def _require_inputs(context: RunContext, task: PlannedStage) -> None:
             )
 
 
-def _require_sources(context: RunContext, task: PlannedStage, stage: Stage) -> None:
+def _require_sources(context: RunContext, stage: PlannedStage, definition: Stage) -> None:
     """Raises EdgepressError when what the stage read outside of the store is no longer what was planned with: its result may be of either."""
-    models = [*task.outside.values(), *([context.base] if context.base.identity in task.document["inputs"].values() else [])]
+    models = [*stage.outside.values(), *([context.base] if context.base.identity in stage.document["inputs"].values() else [])]
     changed = [f"the model {model.source}" for model in models if not is_unchanged(model, context.store.root)]
-    read = stage.data_read()
-    if read != "nothing" and fingerprint(context.data, read) != task.document["data"]:
+    read = definition.data_read()
+    if read != "nothing" and fingerprint(context.data, read) != stage.document["data"]:
         changed.append("the recipe's data")
     if changed:
-        shutil.rmtree(context.store.workplace(task.identity), ignore_errors=True)  # what it would go on from is of other bytes too
+        shutil.rmtree(context.store.workplace(stage.identity), ignore_errors=True)  # what it would go on from is of other bytes too
         raise EdgepressError(f"{' and '.join(changed)} changed while this run was going on; the same command plans with what is there now")
 
 
-def _measure(context: RunContext, task: PlannedStage, result: Result) -> None:
+def _measure(context: RunContext, stage: PlannedStage, result: Result) -> None:
     """Quality, speed and size; of a corpus, which no runtime opens, the size."""
-    if isinstance(task.planned, Corpus):
-        result.metrics |= _static(result.path, task.planned)
+    if isinstance(stage.product, Corpus):
+        result.metrics |= _static(result.path, stage.product)
         return
     result.runtime = runtime_name(Path(result.path))
-    parent = task.inputs.get("parent", "")
-    compared = {role: context.results["base" if role == "base" else parent] for role in task.roles}
+    parent = stage.inputs.get("parent", "")
+    compared = {role: context.results["base" if role == "base" else parent] for role in stage.roles}
     references = {role: ReferenceModel(Path(other.path), other.content) for role, other in compared.items()}
 
     def on_event(event: dict[str, Any]) -> None:
         if "warning" in event:
             result.warnings.append(redacted(event["warning"]))
         elif told := event.get("again") or event.get("note"):
-            context.progress(task.name, {"warning": told})
+            context.progress(stage.name, {"warning": told})
         elif "progress" in event:
-            context.progress(task.name, event)
+            context.progress(stage.name, event)
 
-    asked = MeasurementRequest(task.planned, task.roles, context.data, context.evaluation)
+    asked = MeasurementRequest(stage.product, stage.roles, context.data, context.evaluation)
     subject = Subject(asked, ReferenceModel(Path(result.path), result.content), references, context.base.path, context.machine)
-    measured = measure(subject, context.store, context.executor, on_event, again=context.remeasure, order=task.index)
-    context.measured[task.name] = measured
-    result.metrics |= measured.metrics | _static(result.path, task.planned)
+    measured = measure(subject, context.store, context.executor, on_event, again=context.remeasure, order=stage.index)
+    context.measured[stage.name] = measured
+    result.metrics |= measured.metrics | _static(result.path, stage.product)
     result.details = measured.details
     result.measure_seconds = measured.seconds
-    if task.stage is not None:
+    if stage.definition is not None:
         result.metrics |= compare(measured, context.measured["base"], result.content, context.store)
     elif measured.seconds:
         result.state = "Completed"
@@ -337,12 +337,12 @@ def _compare_speed(result: Result, parent: Result) -> None:
         )
 
 
-def _judge(context: RunContext, task: PlannedStage, result: Result) -> None:
+def _judge(context: RunContext, stage: PlannedStage, result: Result) -> None:
     """Judge the bounds of an export's proof and the recipe's gates; raises GateFailed for what does not hold."""
-    others = {name: _figures(context, name) for name in (*task.ancestors, task.name)}
-    if "parent" in task.inputs:
-        others["parent"] = others[task.inputs["parent"]]
-    result.verdicts = [verdict for bounds in (task.bounds, task.gates) for verdict in judge(bounds, others[task.name], others)]
+    others = {name: _figures(context, name) for name in (*stage.ancestors, stage.name)}
+    if "parent" in stage.inputs:
+        others["parent"] = others[stage.inputs["parent"]]
+    result.verdicts = [verdict for bounds in (stage.bounds, stage.gates) for verdict in judge(bounds, others[stage.name], others)]
     broken = [verdict.message for verdict in result.verdicts if verdict.outcome == "FAIL"]
     if broken:
         raise GateFailed("; ".join(broken))
@@ -353,29 +353,31 @@ def _figures(context: RunContext, name: str) -> Figures:
     return Figures(context.results[name].metrics, measured.items if measured else {})
 
 
-def _log(context: RunContext, task: PlannedStage, result: Result) -> None:
+def _log(context: RunContext, stage: PlannedStage, result: Result) -> None:
     """Metrics on the stage's run, and on the parent with step = the stage's index, one series for each path to a leaf; then end the run."""
     passed = all(verdict.outcome == "PASS" for verdict in result.verdicts)
     tags = {
         "edgepress.state": result.state, "edgepress.cached": str(result.state == "Cached").lower(), **_place_tags(result),
-        "edgepress.final": str(task.name in context.leaves and passed).lower(),
+        "edgepress.final": str(stage.name in context.leaves and passed).lower(),
     }  # fmt: skip
     tracking = context.tracking
     tracking.log(result.run, result.metrics, tags=tags)
-    _log_series(context, task, result)
-    if isinstance(task.planned, Artifact):
+    _log_series(context, stage, result)
+    if isinstance(stage.product, Artifact):
         for file in CARRIED:
             tracking.log_file(result.run, Path(result.path) / file)
-    tracking.describe(result.run, _description(context, task, result), cached_identity=task.identity if result.state == "Cached" else None)
+    tracking.describe(
+        result.run, _description(context, stage, result), cached_identity=stage.identity if result.state == "Cached" else None
+    )
     tracking.end(result.run, "FINISHED")
 
 
-def _log_series(context: RunContext, task: PlannedStage, result: Result) -> None:
+def _log_series(context: RunContext, stage: PlannedStage, result: Result) -> None:
     """The stage's place in the charts of the pipeline's run."""
-    suffixes = context.series.get(task.name, ())
+    suffixes = context.series.get(stage.name, ())
     series = {metric + suffix: value for metric, value in charted(result.metrics).items() for suffix in suffixes}
     if series:  # what a stage of another identity left at this step is not true any more
-        context.tracking.log(context.run, series, step=task.index, again=task.name in context.superseded)
+        context.tracking.log(context.run, series, step=stage.index, again=stage.name in context.superseded)
 
 
 def _place_tags(result: Result) -> dict[str, str]:
@@ -383,12 +385,12 @@ def _place_tags(result: Result) -> dict[str, str]:
     return {"edgepress.path": result.path, "edgepress.content": result.content} if result.path else {}
 
 
-def _description(context: RunContext, task: PlannedStage, result: Result) -> str:
-    parent = task.inputs.get("parent", "base")
-    others = [name for name in dict.fromkeys((parent, "base")) if name != task.name and name in context.results]
+def _description(context: RunContext, stage: PlannedStage, result: Result) -> str:
+    parent = stage.inputs.get("parent", "base")
+    others = [name for name in dict.fromkeys((parent, "base")) if name != stage.name and name in context.results]
     return describe_stage(
         uses=result.uses, needs=result.needs, state=result.state, reason=result.reason, seconds=result.seconds, runtime=result.runtime,
-        columns={task.name: result.metrics, **{name: context.results[name].metrics for name in others}},
+        columns={stage.name: result.metrics, **{name: context.results[name].metrics for name in others}},
         warnings=result.warnings, verdicts=result.verdicts,
     )  # fmt: skip
 

@@ -11,16 +11,16 @@ from tasks.stage import Artifact, Planned, Stage
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage of a planned pipeline. `stage` is None for the base model, which is only measured."""
+    """One stage of a planned pipeline. `definition` is None for the base model, which is only measured."""
 
     name: str
     index: int  # topological, 0 is the base model
-    stage: Stage | None
+    definition: Stage | None
     identity: str
     document: dict[str, Any]  # what the identity is the digest of
     inputs: Mapping[str, str]  # names by role
     ancestors: tuple[str, ...]  # every stage it descends from, base first
-    planned: Planned
+    product: Planned
     outside: Mapping[str, Base] = field(default_factory=dict)  # models from outside the recipe, by role
     bounds: Mapping[str, Bound] = field(default_factory=dict)
     gates: Mapping[str, Bound] = field(default_factory=dict)
@@ -30,14 +30,14 @@ class PlannedStage:
     job_variables: Mapping[str, Any] = field(default_factory=dict)  # of a Prefect work pool
     cell: str = ""  # the cell of a sweep that alone needs it, if one does
     registered: str = ""  # the model in MLflow's registry that it becomes a version of
-    again: bool = False  # compute it even if the store has it
+    recompute: bool = False  # compute it even if the store has it
 
     @property
     def roles(self) -> tuple[str, ...]:
         """What it is compared with when it is measured."""
-        if self.stage is None:
+        if self.definition is None:
             return ()
-        return ("base", "parent") if isinstance(self.planned, Artifact) else ("base",)
+        return ("base", "parent") if isinstance(self.product, Artifact) else ("base",)
 
 
 @dataclass

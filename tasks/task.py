@@ -22,7 +22,7 @@ def stage_task(context: RunContext, stage: PlannedStage) -> Task[[], State[Any]]
     """The Prefect task of one stage, under the stage's own name."""
 
     @task(
-        name=stage.stage.uses if stage.stage else "base", task_run_name=stage.name, cache_policy=NO_CACHE, persist_result=False,
+        name=stage.definition.uses if stage.definition else "base", task_run_name=stage.name, cache_policy=NO_CACHE, persist_result=False,
         retries=stage.retries, retry_delay_seconds=1, retry_condition_fn=_retry_condition, tags=["edgepress"],
     )  # fmt: skip
     def run() -> State[Any]:

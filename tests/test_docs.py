@@ -71,14 +71,14 @@ def test_the_worked_example_is_a_stage_like_any_other(plug_in: None, checkpoint:
     assert "QuantizeRoundEntry" in json_schema()["$defs"]
     text = f"model: {checkpoint}\ndata: {{text: embedded, length: 64}}\nstages:\n  rounded: {{uses: quantize.round, bits: 3}}\n"
     plan = make_plan(written_recipe(text, tmp_path), Store(tmp_path / "store"))
-    assignment = plan.assignments[1]
-    assert isinstance(assignment.planned, Checkpoint) and assignment.planned.layout == "dense"
+    assignment = plan.stages[1]
+    assert isinstance(assignment.product, Checkpoint) and assignment.product.layout == "dense"
 
     out, work = tmp_path / "out", tmp_path / "work"
     out.mkdir()
-    assert assignment.stage is not None
+    assert assignment.definition is not None
     metrics = compute_stage(
-        stage=assignment.stage.model_dump(mode="json"), parent=str(checkpoint), others={}, out=str(out), work=str(work),
+        stage=assignment.definition.model_dump(mode="json"), parent=str(checkpoint), others={}, out=str(out), work=str(work),
         data=plan.parsed.recipe.data.model_dump(mode="json"), threads=1, context=Context(),
     )  # fmt: skip
     assert metrics == {"levels": 7}
@@ -159,7 +159,7 @@ def test_the_example_recipe_is_valid(checkpoint: Path, tmp_path: Path):
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(text.replace("data: embedded", "data: {text: embedded, questions: embedded, length: 64} #"))
     overrides = (f"model={checkpoint}",)
-    assert len(make_plan(load_recipe(tmp_path / "recipe.yaml", overrides), Store(tmp_path / "store")).assignments) == 6
+    assert len(make_plan(load_recipe(tmp_path / "recipe.yaml", overrides), Store(tmp_path / "store")).stages) == 6
     with (tmp_path / "recipe.yaml").open("a") as file:
         file.write(sweep)
     swept = make_plan(load_recipe(tmp_path / "recipe.yaml", overrides), Store(tmp_path / "store"))

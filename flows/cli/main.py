@@ -107,7 +107,7 @@ def validate(recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder
     from tasks.store.store import Store
 
     plan = make_plan(load_recipe(find_recipe(recipe), tuple(overrides or ())), Store(store))
-    print(f"{recipe}: valid, {len(plan.assignments) - 1} stages on {plan.base.source}")
+    print(f"{recipe}: valid, {len(plan.stages) - 1} stages on {plan.base.source}")
     for warning in plan.base.warnings:
         print(f"warning: {warning}")
     _print_gates(plan)

@@ -186,18 +186,18 @@ def print_comparison(console: Console, found: RunComparison) -> None:
 
 def plan_table(plan: Plan, store: Store) -> Table:
     """The graph in order, what is in the store already, and what the rest will take."""
-    table = Table(title=f"{plan.parsed.recipe.name}: {len(plan.assignments) - 1} stages, estimates from shapes")
+    table = Table(title=f"{plan.parsed.recipe.name}: {len(plan.stages) - 1} stages, estimates from shapes")
     for heading in ("stage", "uses", "needs", "identity", "state", "size", "memory", "disk"):
         table.add_column(heading, justify="right" if heading in {"size", "memory", "disk"} else "left")
-    for task in plan.assignments:
-        needed = estimate(task, plan)
-        state = "measured only" if task.stage is None else "[cyan]in the store[/]" if store.has(task.identity) else "to run"
+    for stage in plan.stages:
+        needed = estimate(stage, plan)
+        state = "measured only" if stage.definition is None else "[cyan]in the store[/]" if store.has(stage.identity) else "to run"
         sizes = [f"{n / 1e6:,.1f} MB" for n in (needed.size, needed.memory, needed.disk)]
         table.add_row(
-            task.name,
-            task.stage.uses if task.stage else "base",
-            ", ".join(dict.fromkeys(task.inputs.values())),
-            task.identity[:12],
+            stage.name,
+            stage.definition.uses if stage.definition else "base",
+            ", ".join(dict.fromkeys(stage.inputs.values())),
+            stage.identity[:12],
             state,
             *sizes,
         )

@@ -21,18 +21,18 @@ from tasks.stage import Corpus, stage_kinds
 _PRESET_METRICS = {metric for bounds in PRESETS.values() for metric in bounds}
 
 
-def check_gates(parsed: ParsedRecipe, tasks: Mapping[str, PlannedStage], settings: Any) -> None:
+def check_gates(parsed: ParsedRecipe, stages: Mapping[str, PlannedStage], settings: Any) -> None:
     """Raises EdgepressError with file, line and key for a gate, or a bound of a stage, that could never be judged.
 
     settings  the recipe's `evaluation`, on which it depends what is measured
     """
     _check_keys(parsed)
-    measured = {name: metrics_of(task, parsed.recipe.data, settings) for name, task in tasks.items()}
+    measured = {name: metrics_of(stage, parsed.recipe.data, settings) for name, stage in stages.items()}
     _check_bounds(
-        tasks[BASE].gates, tasks[BASE], measured, lambda metric, text: parsed.error(("gates", BASE, metric), text)
+        stages[BASE].gates, stages[BASE], measured, lambda metric, text: parsed.error(("gates", BASE, metric), text)
     )  # the base has no entry
     for node in parsed.nodes:
-        task = tasks[node.name]
+        stage = stages[node.name]
 
         def gate_mistake(metric: str, text: str, key: str = node.gated_by) -> EdgepressError:
             return parsed.error(("gates", key, metric), text)
@@ -40,8 +40,8 @@ def check_gates(parsed: ParsedRecipe, tasks: Mapping[str, PlannedStage], setting
         def bound_mistake(metric: str, text: str, node: Any = node) -> EdgepressError:
             return parsed.stage_error(node, ("bounds", metric), text)
 
-        _check_bounds(task.gates, task, measured, gate_mistake)
-        _check_bounds(node.execution.bounds, task, measured, bound_mistake)
+        _check_bounds(stage.gates, stage, measured, gate_mistake)
+        _check_bounds(node.execution.bounds, stage, measured, bound_mistake)
 
 
 def _check_keys(parsed: ParsedRecipe) -> None:
@@ -61,36 +61,36 @@ def _check_keys(parsed: ParsedRecipe) -> None:
             )
 
 
-def metrics_of(task: PlannedStage, data: DataSpec, settings: Any) -> tuple[str, ...]:
+def metrics_of(stage: PlannedStage, data: DataSpec, settings: Any) -> tuple[str, ...]:
     """Names of all metrics a stage will have; `*` in one stands for what only the result tells."""
     names = ["size_mb"]
-    if isinstance(task.planned, Checkpoint):
+    if isinstance(stage.product, Checkpoint):
         names.append("parameters")
-    if task.stage is not None:
-        names += ["seconds", *task.stage.metrics]
-    if not isinstance(task.planned, Corpus):
-        names += known_metrics(MeasurementRequest(task.planned, task.roles, data, settings))
+    if stage.definition is not None:
+        names += ["seconds", *stage.definition.metrics]
+    if not isinstance(stage.product, Corpus):
+        names += known_metrics(MeasurementRequest(stage.product, stage.roles, data, settings))
     return tuple(names)
 
 
 def _check_bounds(
-    bounds: Mapping[str, Bound], task: PlannedStage, measured: Mapping[str, tuple[str, ...]],
+    bounds: Mapping[str, Bound], stage: PlannedStage, measured: Mapping[str, tuple[str, ...]],
     mistake: Callable[[str, str], EdgepressError],
 ) -> None:  # fmt: skip
-    mine = measured[task.name]
+    mine = measured[stage.name]
     for metric, bound in bounds.items():
-        other = task.inputs.get("parent", "") if bound.relative_to == "parent" else bound.relative_to
-        before = [*task.ancestors, *(["parent"] if task.inputs else [])]
-        if (bound.relative or task.ancestors) and bound.relative_to not in before:
+        other = stage.inputs.get("parent", "") if bound.relative_to == "parent" else bound.relative_to
+        before = [*stage.ancestors, *(["parent"] if stage.inputs else [])]
+        if (bound.relative or stage.ancestors) and bound.relative_to not in before:
             there = ", ".join(before) or "nothing is before the base"
             raise mistake(metric, f"relative_to {bound.relative_to!r} is none of the stages before: {there}")
         if bound.if_measured and (metric in _PRESET_METRICS or any(_in(metric, names) for names in measured.values())):
             continue
         if not _in(metric, mine):
             near = nearest(metric, [name for name in mine if not name.endswith(("_low", "_high"))])
-            raise mistake(metric, f"there is no metric {metric!r} of {task.name}{near}; it has {', '.join(_of_their_own(mine))}")
+            raise mistake(metric, f"there is no metric {metric!r} of {stage.name}{near}; it has {', '.join(_of_their_own(mine))}")
         if bound.relative and not _in(metric, measured[other]):
-            raise mistake(metric, f"{metric!r} is not measured of {other}, so that of {task.name} cannot be relative to it")
+            raise mistake(metric, f"{metric!r} is not measured of {other}, so that of {stage.name} cannot be relative to it")
 
 
 def _in(metric: str, names: Iterable[str]) -> bool:
@@ -102,10 +102,10 @@ def _of_their_own(names: Sequence[str]) -> list[str]:
     return [name for name in names if not name.endswith(BESIDE) and not any(name.startswith(f"{other}.") for other in names)]
 
 
-def gate_lines(parsed: ParsedRecipe, tasks: Mapping[str, PlannedStage]) -> list[str]:
+def gate_lines(parsed: ParsedRecipe, stages: Mapping[str, PlannedStage]) -> list[str]:
     """What each stage of the recipe must keep, presets written out: `tuned: accuracy at most 0.02 below base`. Copies of a stage stand there once."""
-    gated = {BASE: tasks[BASE].gates} if BASE in tasks else {}
+    gated = {BASE: stages[BASE].gates} if BASE in stages else {}
     for node in parsed.nodes:
-        if node.name in tasks:
-            gated.setdefault(node.origin, tasks[node.name].gates)
+        if node.name in stages:
+            gated.setdefault(node.origin, stages[node.name].gates)
     return [f"{stage}: {'; '.join(f'{metric} {b.words()}' for metric, b in bounds.items())}" for stage, bounds in gated.items() if bounds]

@@ -47,7 +47,7 @@ class Plan:
     parsed: ParsedRecipe
     base: Base
     machine: Machine
-    assignments: tuple[PlannedStage, ...]
+    stages: tuple[PlannedStage, ...]
     measured_with: Mapping[str, str]
     ancestors: Mapping[str, tuple[str, ...]]
     only: tuple[str, ...] = ()  # what it was cut down to, as it was asked
@@ -56,7 +56,7 @@ class Plan:
 
     @cached_property
     def by_name(self) -> Mapping[str, PlannedStage]:
-        return {task.name: task for task in self.assignments}
+        return {stage.name: stage for stage in self.stages}
 
 
 @dataclass(frozen=True)
@@ -108,30 +108,30 @@ def make_plan(parsed: ParsedRecipe, store: Store, *, elsewhere: bool = False) ->
         part = node.stage.data_read()
         if part != "nothing" and part not in fingerprints:
             fingerprints[part] = fingerprint(recipe.data, part)  # of files: once, not for each stage of a sweep
-        task = _assign(parsed, node, index, done, fingerprints[part], machine, store)
+        stage = _assign(parsed, node, index, done, fingerprints[part], machine, store)
         try:
-            node.stage.check_text(check_accepts(node.stage, done[node.parent].planned), recipe.data, seed_of(task.identity))
+            node.stage.check_text(check_accepts(node.stage, done[node.parent].product), recipe.data, seed_of(stage.identity))
         except EdgepressError as error:
             if error.key in type(node.stage).model_fields:
                 raise parsed.stage_error(node, (error.key,), str(error)) from None
             raise _data_error(parsed, error, f"{node.name}: {error}") from None
-        done[node.name] = replace(task, cell=cells.get(node.name, ""))
+        done[node.name] = replace(stage, cell=cells.get(node.name, ""))
     check_gates(parsed, done, recipe.evaluation)
     _check_study(parsed, done)
-    ancestors = {name: task.ancestors for name, task in done.items()}
+    ancestors = {name: stage.ancestors for name, stage in done.items()}
     plan = Plan(parsed, base, machine, tuple(done.values()), _measured_with(recipe, done.values(), machine), ancestors)
-    models = registered(parsed, plan.assignments)
-    tasks = [replace(task, memory=estimate(task, plan).memory, registered=models.get(task.name, "")) for task in plan.assignments]
-    return replace(plan, assignments=tuple(tasks))
+    models = registered(parsed, plan.stages)
+    stages = [replace(stage, memory=estimate(stage, plan).memory, registered=models.get(stage.name, "")) for stage in plan.stages]
+    return replace(plan, stages=tuple(stages))
 
 
-def _check_study(parsed: ParsedRecipe, tasks: Mapping[str, PlannedStage]) -> None:
+def _check_study(parsed: ParsedRecipe, stages: Mapping[str, PlannedStage]) -> None:
     """Raises EdgepressError for a metric that the study shows or judges by, and that no result of the sweep will have."""
     recipe = parsed.recipe
     if recipe.study is None:
         return
     results = dict.fromkeys(branch.stages[leaf] for branch in parsed.branches for leaf in branch.leaves)
-    measured = dict.fromkeys(metric for name in results for metric in metrics_of(tasks[name], recipe.data, recipe.evaluation))
+    measured = dict.fromkeys(metric for name in results for metric in metrics_of(stages[name], recipe.data, recipe.evaluation))
     try:
         check_metrics(recipe.study, measured)
     except StudyError as mistake:
@@ -139,7 +139,7 @@ def _check_study(parsed: ParsedRecipe, tasks: Mapping[str, PlannedStage]) -> Non
 
 
 def _check_evaluation(parsed: ParsedRecipe, base: Base) -> None:
-    """Raises EdgepressError for packages, files and tasks of `evaluation` that are missing, or of another shape."""
+    """Raises EdgepressError for packages, files and stages of `evaluation` that are missing, or of another shape."""
     spec, key = parsed.recipe.evaluation, ""
     try:
         for extra, key in extras(spec).items():
@@ -166,13 +166,13 @@ def _data_error(parsed: ParsedRecipe, error: EdgepressError, message: str) -> Ed
     return parsed.error(("model",) if error.key == "model" else ("data", error.key) if error.key else ("data",), message)
 
 
-def _measured_with(recipe: Recipe, tasks: Iterable[PlannedStage], machine: Machine) -> dict[str, str]:
+def _measured_with(recipe: Recipe, stages: Iterable[PlannedStage], machine: Machine) -> dict[str, str]:
     """By measurement, or part of one, that is made of a stage or of the base, the digest of its version, data and settings."""
     found: dict[str, str] = {}
-    for task in tasks:
-        if isinstance(task.planned, Corpus):
+    for stage in stages:
+        if isinstance(stage.product, Corpus):
             continue
-        asked = MeasurementRequest(task.planned, task.roles, recipe.data, recipe.evaluation)
+        asked = MeasurementRequest(stage.product, stage.roles, recipe.data, recipe.evaluation)
         for one in measurements():
             parts = one.parts(asked) if not one.exclusive and one.applies(asked) else {}
             for name in parts.keys() - found.keys():
@@ -187,8 +187,8 @@ def _assign(
     recipe, stage = parsed.recipe, node.stage
     outside = {role: _open_outside(parsed, node, role, source, store) for role, source in stage.outside_inputs().items()}
     try:
-        parent = check_accepts(stage, done[node.parent].planned)
-        others = {role: done[name].planned for role, name in stage.other_inputs().items()}
+        parent = check_accepts(stage, done[node.parent].product)
+        others = {role: done[name].product for role, name in stage.other_inputs().items()}
         others |= {role: model.checkpoint for role, model in outside.items()}
         planned = stage.plan(parent, others, recipe.data)
         if stage.extra:
@@ -235,18 +235,18 @@ def _cells(parsed: ParsedRecipe) -> dict[str, str]:
     return {name: cells[0] for name, cells in users.items() if len(cells) == 1 and name in swept}
 
 
-def estimate(task: PlannedStage, plan: Plan) -> Estimate:
+def estimate(stage: PlannedStage, plan: Plan) -> Estimate:
     """Rough sizes from shapes: training holds weights, gradients and two moments in float32, and keeps two of its checkpoints on disk."""
-    size = content_bytes(task.planned)
-    parent = plan.by_name[task.inputs["parent"]].planned if task.stage is not None else task.planned
+    size = content_bytes(stage.product)
+    parent = plan.by_name[stage.inputs["parent"]].product if stage.definition is not None else stage.product
     weights = 4 * (parent.num_parameters if isinstance(parent, Checkpoint) else 0)
-    if isinstance(task.stage, TrainingStage):
-        outside = sum(4 * model.checkpoint.num_parameters for model in task.outside.values())
-        teacher = weights if "teacher" in task.inputs else outside
-        copies = task.stage.distributed.processes if task.stage.distributed else 1
-        best = weights if task.stage.evaluate_every else 0  # the best weights so far
+    if isinstance(stage.definition, TrainingStage):
+        outside = sum(4 * model.checkpoint.num_parameters for model in stage.outside.values())
+        teacher = weights if "teacher" in stage.inputs else outside
+        copies = stage.definition.distributed.processes if stage.definition.distributed else 1
+        best = weights if stage.definition.evaluate_every else 0  # the best weights so far
         return Estimate(size, copies * (4 * weights + teacher + best), size + 2 * 3 * weights)
-    return Estimate(size, weights + size, size if task.stage is not None else 0)
+    return Estimate(size, weights + size, size if stage.definition is not None else 0)
 
 
 def content_bytes(planned: Planned) -> int:
@@ -279,7 +279,7 @@ def select(plan: Plan, *, only: Sequence[str] = (), first: Sequence[str] = (), f
                 f"{option}: {', '.join(outside)} is not among what --only leaves: {', '.join(n for n in kept if n != BASE)}"
             )
     again = {
-        task.name for task in plan.assignments if task.name in forced or task.name in roots or not set(roots).isdisjoint(task.ancestors)
+        stage.name for stage in plan.stages if stage.name in forced or stage.name in roots or not set(roots).isdisjoint(stage.ancestors)
     }
     branches = [
         branch.model_copy(update={"leaves": leaves})
@@ -288,9 +288,9 @@ def select(plan: Plan, *, only: Sequence[str] = (), first: Sequence[str] = (), f
     ]
     nodes = tuple(node for node in plan.parsed.nodes if node.name in kept)
     parsed = plan.parsed.model_copy(update={"nodes": nodes, "branches": tuple(branches)})
-    assignments = tuple(replace(task, again=task.name in again) for task in plan.assignments if task.name in kept)
+    stages = tuple(replace(stage, recompute=stage.name in again) for stage in plan.stages if stage.name in kept)
     left_out = sum(len(branch.leaves) for branch in plan.parsed.branches) - sum(len(branch.leaves) for branch in branches)
-    return replace(plan, parsed=parsed, assignments=assignments, only=tuple(only), left_out=left_out)
+    return replace(plan, parsed=parsed, stages=stages, only=tuple(only), left_out=left_out)
 
 
 def _named(plan: Plan, option: str, words: Sequence[str]) -> list[str]:
@@ -315,7 +315,11 @@ def _named(plan: Plan, option: str, words: Sequence[str]) -> list[str]:
 
 def check_disk(plan: Plan, store: Store) -> None:
     """Raises EdgepressError when the disk of the store cannot hold what is still to be made."""
-    todo = [estimate(task, plan) for task in plan.assignments if task.stage is not None and (task.again or not store.has(task.identity))]
+    todo = [
+        estimate(stage, plan)
+        for stage in plan.stages
+        if stage.definition is not None and (stage.recompute or not store.has(stage.identity))
+    ]
     needed = sum(e.size for e in todo) + max((e.disk for e in todo), default=0)
     free = shutil.disk_usage(store.root).free
     if needed > free:

@@ -8,23 +8,23 @@ from tasks.planned_stage import PlannedStage
 from tasks.stage import Artifact, Corpus
 
 
-def registered(parsed: ParsedRecipe, tasks: Sequence[PlannedStage]) -> dict[str, str]:
+def registered(parsed: ParsedRecipe, stages: Sequence[PlannedStage]) -> dict[str, str]:
     """By stage the model it becomes a version of. Raises EdgepressError with file and line for a wish that cannot come true."""
     wish = parsed.recipe.registry
     if wish is None:
         return {}
     if parsed.branches:
         raise parsed.error(("registry",), "a sweep has many results and no best one; register one from a recipe without a matrix")
-    known = {task.name: task for task in tasks if task.stage is not None}
+    known = {stage.name: stage for stage in stages if stage.definition is not None}
     for name in wish.stages:
         if name not in known:
             raise parsed.error(
                 ("registry", "stages"), f"there is no stage {name!r}{nearest(name, list(known))}; stages: {', '.join(known)}"
             )
-        if isinstance(planned := known[name].planned, Corpus):
+        if isinstance(planned := known[name].product, Corpus):
             raise parsed.error(("registry", "stages"), f"{name} is {planned.words}")
-    followed = {name for task in tasks for name in task.inputs.values()}
-    exports = [name for name, task in known.items() if name not in followed and isinstance(task.planned, Artifact)]
+    followed = {name for stage in stages for name in stage.inputs.values()}
+    exports = [name for name, stage in known.items() if name not in followed and isinstance(stage.product, Artifact)]
     chosen = list(dict.fromkeys(wish.stages or exports))
     if not chosen:
         raise parsed.error(("registry",), "nothing is exported; name what is to be registered in `stages`")

@@ -57,7 +57,7 @@ def run_pipeline(
     """
     check_disk(plan, store)
     recipe = plan.parsed.recipe
-    check_links(outputs, recipe.name, [task.name for task in plan.assignments if task.stage is not None])
+    check_links(outputs, recipe.name, [stage.name for stage in plan.stages if stage.definition is not None])
     started = time.time()
 
     def shown(stage: str, event: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ def run_pipeline(
 
         context = RunContext(
             name=recipe.name, run_name=run_name, store=store, executor=executor, tracking=tracking, run=run, data=recipe.data, machine=plan.machine,
-            base=plan.base, outputs=outputs, documents={a.name: (a.identity, a.document) for a in plan.assignments}, progress=told,
+            base=plan.base, outputs=outputs, documents={a.name: (a.identity, a.document) for a in plan.stages}, progress=told,
             cells=open_cells(tracking, plan, run, run_name, begun), known_runs=known_runs, superseded=superseded, series=series(plan),
             leaves=leaves(plan), evaluation=recipe.evaluation, remeasure=plan.remeasure,
         )  # fmt: skip
@@ -158,14 +158,14 @@ def _described(plan: Plan, outputs: Path, resumes: Run | None, flow_run: UUID | 
     parsed, base = plan.parsed, plan.base
     file = parsed.source.file
     stages = [
-        RunStage(name=task.name, uses=task.stage.uses, identity=task.identity, inputs=dict(task.inputs))
-        for task in plan.assignments
-        if task.stage is not None
+        RunStage(name=stage.name, uses=stage.definition.uses, identity=stage.identity, inputs=dict(stage.inputs))
+        for stage in plan.stages
+        if stage.definition is not None
     ]
     return Run(
         recipe=parsed.recipe.name, file=str(file.absolute()), text=parsed.source.text, overrides=parsed.overrides, directory=str(Path.cwd()),
         outputs=str(outputs.absolute()), base=RunBase(source=base.source, identity=base.identity, content=base.content), stages=tuple(stages),
-        only=plan.only, again=tuple(task.name for task in plan.assignments if task.again), resumes=resumes.run if resumes else None,
+        only=plan.only, again=tuple(stage.name for stage in plan.stages if stage.recompute), resumes=resumes.run if resumes else None,
         tracking_uri=resumes.tracking_uri if resumes else "", tracking_run=resumes.tracking_run if resumes else "",
         flow_run=str(flow_run or ""),
     )  # fmt: skip
@@ -218,11 +218,11 @@ def _run_stages(context: RunContext, plan: Plan) -> "State[Any]":
     futures: dict[str, PrefectFuture[Any]] = {}
     with ThreadPoolTaskRunner[Any](max_workers=32) as runner:
         try:
-            for task in plan.assignments:
-                needed = [futures[name] for name in dict.fromkeys(task.inputs.values())]
-                if task.stage is not None and BASE not in task.inputs.values():
+            for stage in plan.stages:
+                needed = [futures[name] for name in dict.fromkeys(stage.inputs.values())]
+                if stage.definition is not None and BASE not in stage.inputs.values():
                     needed.append(futures[BASE])  # every stage is compared with the base model
-                futures[task.name] = runner.submit(stage_task(context, task), {}, wait_for=needed)
+                futures[stage.name] = runner.submit(stage_task(context, stage), {}, wait_for=needed)
             states = {name: _wait(future) for name, future in futures.items()}
         except BaseException:  # Ctrl-C: the runner's threads wait for the children, so these go first
             context.executor.close()

@@ -10,37 +10,37 @@ from tasks.planned_stage import PlannedStage
 from tasks.tracking.descriptions import table
 
 
-def register_results(context: RunContext, tasks: Sequence[PlannedStage], champion: bool) -> list[str]:
+def register_results(context: RunContext, stages: Sequence[PlannedStage], champion: bool) -> list[str]:
     """Register what was made and passed; returns what there is to say: each stage with its model and aliases."""
     said = []
-    for task in tasks:
-        result = context.results.get(task.name)
-        if not task.registered or result is None or result.state not in ("Completed", "Cached"):
+    for stage in stages:
+        result = context.results.get(stage.name)
+        if not stage.registered or result is None or result.state not in ("Completed", "Cached"):
             continue
-        judged = [verdict for name in (*task.ancestors, task.name) for verdict in context.results[name].verdicts]
-        open_ones = [verdict.message for verdict in judged if verdict.outcome != "PASS"] + _unjudged(task, result.verdicts)
+        judged = [verdict for name in (*stage.ancestors, stage.name) for verdict in context.results[name].verdicts]
+        open_ones = [verdict.message for verdict in judged if verdict.outcome != "PASS"] + _unjudged(stage, result.verdicts)
         aliases = ["candidate", *(["champion"] if champion and not open_ones else [])]
         base = context.results["base"].metrics
         kept = context.tracking.register(
-            result.run, name=task.registered, path=result.path, content=result.content, aliases=aliases,
+            result.run, name=stage.registered, path=result.path, content=result.content, aliases=aliases,
             tags={
-                "edgepress.identity": task.identity, "edgepress.recipe": context.name, "edgepress.stage": task.name,
+                "edgepress.identity": stage.identity, "edgepress.recipe": context.name, "edgepress.stage": stage.name,
                 "edgepress.runtime": result.runtime, "edgepress.base": context.base.source,
             },
-            description=f"{task.name} of {context.name}, for {result.runtime}.\n\n{table({task.name: result.metrics, 'base': base})}",
+            description=f"{stage.name} of {context.name}, for {result.runtime}.\n\n{table({stage.name: result.metrics, 'base': base})}",
             extra=PACKAGES[result.runtime].extra,
         )  # fmt: skip
         why = f"; not champion: {'; '.join(open_ones)}" if champion and open_ones else ""
         here = f"is {' and '.join(aliases)} of" if kept else "was refused by the registry, for"
-        said.append(f"{task.name} {here} {task.registered}{why}")
+        said.append(f"{stage.name} {here} {stage.registered}{why}")
     return said
 
 
-def _unjudged(task: PlannedStage, verdicts: Sequence[Verdict]) -> list[str]:
+def _unjudged(stage: PlannedStage, verdicts: Sequence[Verdict]) -> list[str]:
     """What to say of the stage's own gates of which a limit gave no verdict: what they are about was not measured (`if_measured`)."""
     given = Counter(verdict.metric for verdict in verdicts)
     return [
         f"its gate was not judged: {metric} {bound.words()}"
-        for metric, bound in task.gates.items()
-        if given[metric] < sum(len(list(both[metric].limits())) for both in (task.bounds, task.gates) if metric in both)
+        for metric, bound in stage.gates.items()
+        if given[metric] < sum(len(list(both[metric].limits())) for both in (stage.bounds, stage.gates) if metric in both)
     ]

@@ -24,7 +24,7 @@ def replan(store: Store, run: Run, say: Callable[[str], None]) -> Plan:
     made = {stage.name for stage in run.stages if stage.state == "Completed"}
     plan = select(plan, only=run.only, force=[name for name in run.again if name not in made])
     before = {stage.name: stage.identity for stage in run.stages}
-    if other := [task.name for task in plan.assignments if before.get(task.name, task.identity) != task.identity]:
+    if other := [stage.name for stage in plan.stages if before.get(stage.name, stage.identity) != stage.identity]:
         say(f"the model, data, edgepress or a library is another than in {run.run}, so these are new: {', '.join(other)}")
     return plan
 

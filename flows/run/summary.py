@@ -20,8 +20,8 @@ def summarize(context: RunContext, plan: Plan, started: float, run: str) -> dict
     run  its name in the journal
     """
     rows = []
-    for task in plan.assignments:
-        result = context.results.get(task.name) or _not_begun(context, task)
+    for stage in plan.stages:
+        result = context.results.get(stage.name) or _not_begun(context, stage)
         figures = {"stage": result.name, "size_bytes": result.metrics.get("size_mb", 0) * 1e6, "layers": _layers(result)}
         rows.append({**asdict(result), **figures})
     return {
@@ -36,12 +36,12 @@ def summarize(context: RunContext, plan: Plan, started: float, run: str) -> dict
     }  # fmt: skip
 
 
-def _not_begun(context: RunContext, task: PlannedStage) -> Result:
+def _not_begun(context: RunContext, stage: PlannedStage) -> Result:
     """The row of a stage that never began: what it needs failed, or the run was interrupted before it."""
-    broken = next((name for name in task.ancestors if name in context.results and context.results[name].state == "Failed"), None)
+    broken = next((name for name in stage.ancestors if name in context.results and context.results[name].state == "Failed"), None)
     reason = f"{broken} failed" if broken else "the run was interrupted"
-    uses = task.stage.uses if task.stage else "base"
-    return Result(task.name, uses, list(dict.fromkeys(task.inputs.values())), "Skipped", task.identity, reason=reason)
+    uses = stage.definition.uses if stage.definition else "base"
+    return Result(stage.name, uses, list(dict.fromkeys(stage.inputs.values())), "Skipped", stage.identity, reason=reason)
 
 
 def _layers(result: Result) -> dict[str, dict[str, float]]:

@@ -53,7 +53,7 @@ def open_parent(tracking: Tracking, plan: Plan, store: Store, name: str, begun: 
     }  # fmt: skip
     tracking.log_text(run, json.dumps(environment, indent=1), "environment/environment.json")
     tracking.log_text(run, lock(), "environment/requirements.txt")
-    tracking.log_data(run, "recipe data", plan.assignments[0].document["data"], recipe.data.model_dump_json(), "evaluation")
+    tracking.log_data(run, "recipe data", plan.stages[0].document["data"], recipe.data.model_dump_json(), "evaluation")
     return run
 
 
@@ -69,7 +69,7 @@ def open_cells(tracking: Tracking, plan: Plan, run: str, name: str, begun: OpenR
 
 def known_stages(plan: Plan, begun: OpenRun | None) -> tuple[dict[str, str], dict[str, str]]:
     """By stage the run in MLflow to go on with; and the run of a stage that has another identity now, whose place another run takes."""
-    identities = {task.name: task.identity for task in plan.assignments}
+    identities = {stage.name: stage.identity for stage in plan.stages}
     known: dict[str, str] = {}
     superseded: dict[str, str] = {}
     for (name, identity), run in begun.stages.items() if begun else ():
@@ -80,8 +80,8 @@ def known_stages(plan: Plan, begun: OpenRun | None) -> tuple[dict[str, str], dic
 
 def leaves(plan: Plan) -> list[str]:
     """Stages that nothing follows."""
-    followed = {name for task in plan.assignments for name in task.inputs.values()}
-    return [task.name for task in plan.assignments if task.name not in followed]
+    followed = {name for stage in plan.stages for name in stage.inputs.values()}
+    return [stage.name for stage in plan.stages if stage.name not in followed]
 
 
 def lineage(plan: Plan, stage: str) -> list[str]:
@@ -94,8 +94,8 @@ def lineage(plan: Plan, stage: str) -> list[str]:
 
 def auxiliary_stages(plan: Plan) -> list[str]:
     """Stages that others follow, and none as its parent: what only teaches, or is only trained on."""
-    parents, ends = {task.inputs.get("parent") for task in plan.assignments}, leaves(plan)
-    return [task.name for task in plan.assignments if task.name not in parents and task.name not in ends]
+    parents, ends = {stage.inputs.get("parent") for stage in plan.stages}, leaves(plan)
+    return [stage.name for stage in plan.stages if stage.name not in parents and stage.name not in ends]
 
 
 def series(plan: Plan) -> dict[str, list[str]]:
@@ -123,11 +123,11 @@ def series(plan: Plan) -> dict[str, list[str]]:
 def planned_stages(plan: Plan, store: Store) -> list[dict[str, Any]]:
     """The plan as JSON: stages in order with identity, inputs, and what they are estimated to take (bytes)."""
     found = []
-    for task in plan.assignments:
-        needed = estimate(task, plan)
+    for stage in plan.stages:
+        needed = estimate(stage, plan)
         found.append({
-            "step": task.index, "stage": task.name, "uses": task.stage.uses if task.stage else "base", "identity": task.identity,
-            "inputs": dict(task.inputs), "in_store": task.stage is not None and store.has(task.identity) and not task.again,
+            "step": stage.index, "stage": stage.name, "uses": stage.definition.uses if stage.definition else "base", "identity": stage.identity,
+            "inputs": dict(stage.inputs), "in_store": stage.definition is not None and store.has(stage.identity) and not stage.recompute,
             "size": needed.size, "memory": needed.memory, "disk": needed.disk,
         })  # fmt: skip
     return found
@@ -195,7 +195,7 @@ def close_interrupted(context: RunContext, summary: dict[str, Any], plan: Plan) 
 def end_parent(context: RunContext, summary: dict[str, Any], plan: Plan, files: list[Path]) -> None:
     """Register results, log the summary's files, describe and end the pipeline's run."""
     wish = plan.parsed.recipe.registry
-    registered = register_results(context, plan.assignments, wish is not None and wish.champion)
+    registered = register_results(context, plan.stages, wish is not None and wish.champion)
     for file in files:
         context.tracking.log_file(context.run, file)
     failed = [row for row in summary["rows"] if row["state"] in {"Failed", "Skipped"}]

@@ -253,4 +253,4 @@ def test_run_passes_on_what_is_to_be_done_again(
     for options in ([], ["--remeasure"], ["--force", "pruned"]):
         assert edgepress(["run", "micro.yaml", *options], capfd)[0] == 0
     assert [plan.remeasure for plan in plans] == [False, True, False]
-    assert [plan.by_name["pruned"].again for plan in plans] == [False, False, True]
+    assert [plan.by_name["pruned"].recompute for plan in plans] == [False, False, True]

@@ -139,7 +139,7 @@ def test_of_two_flows_one_computes_and_the_other_waits(pair: tuple[Lab, list[Fin
 def test_ctrl_c_ends_a_run_that_waits_for_the_stage_of_another(tmp_path: Path, checkpoint: Path) -> None:
     lab = Lab(tmp_path / "lab", checkpoint, "  pruned: {uses: prune.width, keep: 0.5}\n")
     store = Store(lab.store)
-    (_, pruned) = make_plan(load_recipe(lab.folder / "micro.yaml"), store).assignments
+    (_, pruned) = make_plan(load_recipe(lab.folder / "micro.yaml"), store).stages
 
     def waiting() -> bool:
         return any(stage.state == "Running" for run in read_runs(store) for stage in run.stages)

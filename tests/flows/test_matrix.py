@@ -214,7 +214,7 @@ def test_a_seed_copies_every_stage(plan: Any) -> None:
         hand = plan("null", f"seed={seed}")
         for name, task in hand.by_name.items():
             assert swept.by_name[name if name == "base" else f"{name}@seed={seed}"].identity == task.identity
-    assert len(swept.assignments) == 11
+    assert len(swept.stages) == 11
 
 
 def test_gates_and_bounds_hold_for_every_copy_and_follow_the_renaming(plan: Any) -> None:

@@ -26,7 +26,7 @@ def plan(tmp_path: Path, checkpoint: Path) -> Any:
 
 
 def identities(plan: Plan) -> dict[str, str]:
-    return {task.name: task.identity for task in plan.assignments}
+    return {task.name: task.identity for task in plan.stages}
 
 
 def changed(plan: Plan, other: Plan) -> set[str]:
@@ -35,17 +35,17 @@ def changed(plan: Plan, other: Plan) -> set[str]:
 
 
 def test_the_plan_follows_configs_through_the_graph(plan: Any) -> None:
-    tasks = {task.name: task for task in plan().assignments}
+    tasks = {task.name: task for task in plan().stages}
     assert list(tasks) == ["base", "pruned", "distilled", "gptq", "gguf", "onnx"]
     assert [task.index for task in tasks.values()] == list(range(6))
-    assert tasks["pruned"].planned.intermediate_size == tasks["distilled"].planned.intermediate_size == 64
-    assert tasks["gptq"].planned.layout == "gptq"
-    assert tasks["gguf"].planned.runtime == "llama.cpp" and tasks["gguf"].planned.change == "carried"
+    assert tasks["pruned"].product.intermediate_size == tasks["distilled"].product.intermediate_size == 64
+    assert tasks["gptq"].product.layout == "gptq"
+    assert tasks["gguf"].product.runtime == "llama.cpp" and tasks["gguf"].product.change == "carried"
     assert tasks["gguf"].ancestors == ("base", "pruned", "distilled", "gptq")
 
 
 def test_an_export_is_bounded_by_its_format_unless_the_recipe_says_otherwise(plan: Any) -> None:
-    bounds = {task.name: task.bounds for task in plan("stages.onnx.bounds={kl_to_parent: {max: 0.5}}").assignments}
+    bounds = {task.name: task.bounds for task in plan("stages.onnx.bounds={kl_to_parent: {max: 0.5}}").stages}
     assert bounds["gguf"]["kl_to_parent"].max == 1e-3 and bounds["onnx"]["kl_to_parent"].max == 0.5
     assert bounds["pruned"] == {}
 
@@ -127,12 +127,12 @@ def test_a_gpu_that_cannot_be_used_is_neither_taken_nor_planned_with(plan: Any, 
 
 def test_estimates_stand_near_the_files(plan: Any, checkpoint: Path) -> None:
     made = plan()
-    first = made.assignments[0]
+    first = made.stages[0]
     real = (checkpoint / "model.safetensors").stat().st_size
     assert 0.9 * real < estimate(first, made).size <= 1.1 * real
-    for task in made.assignments[1:]:
+    for task in made.stages[1:]:
         assert estimate(task, made).size > 0 and estimate(task, made).memory > 0
-        assert isinstance(task.planned, Artifact) or task.planned.num_parameters > 0
+        assert isinstance(task.product, Artifact) or task.product.num_parameters > 0
 
 
 def test_a_disk_that_is_too_small_is_refused(plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,11 +50,11 @@ def plan(tmp_path: Path, checkpoint: Path) -> Callable[..., Plan]:
 
 
 def names(plan: Plan) -> list[str]:
-    return [task.name for task in plan.assignments]
+    return [task.name for task in plan.stages]
 
 
 def again(plan: Plan) -> list[str]:
-    return [task.name for task in plan.assignments if task.again]
+    return [task.name for task in plan.stages if task.recompute]
 
 
 def test_without_options_a_plan_stays_as_it_is(plan: Callable[..., Plan]) -> None:
@@ -244,7 +244,7 @@ def test_the_last_run_that_did_not_complete_is_resumed(
     ((plan, outputs, resumed),) = carried
     assert (resumed.run, outputs) == ("micro-2", tmp_path / "links")
     assert names(plan) == ["base", "pruned", "distilled"] and again(plan) == ["distilled"]  # pruned was computed again already
-    stage = plan.by_name["pruned"].stage
+    stage = plan.by_name["pruned"].definition
     assert stage is not None and stage.model_dump()["keep"] == 0.25
     assert "these are new: pruned, distilled" in told  # the journal of this test has identities of no plan
 

@@ -21,6 +21,6 @@ def test_it_plans(file: Path, tmp_path: Path) -> None:
 def test_exports_shows_every_way_out(tmp_path: Path) -> None:
     """But ExecuTorch, whose package is not among the extra `export`."""
     plan = make_plan(load_recipe(RECIPES / "exports.yaml"), Store(tmp_path))
-    found = {task.stage.uses for task in plan.assignments if task.stage and isinstance(task.planned, Artifact)}
+    found = {task.definition.uses for task in plan.stages if task.definition and isinstance(task.product, Artifact)}
     assert found == {"export.onnx", "export.openvino", "export.gguf", "export.genai"}
-    assert len(plan.assignments) == 13, "the base and twelve stages"
+    assert len(plan.stages) == 13, "the base and twelve stages"

@@ -39,7 +39,7 @@ def test_every_shipped_study_plans(name: str, tmp_path: Path) -> None:
     assert {branch.values["seed"] for branch in parsed.branches} == {0, 1, 2}
     plan = make_plan(parsed, Store(tmp_path))
     assert set(study.beside) <= {node.origin for node in parsed.nodes}
-    assert len(plan.assignments) == len(parsed.nodes) + 1
+    assert len(plan.stages) == len(parsed.nodes) + 1
     assert Study.model_validate_json(study.model_dump_json()) == study, "as run.json keeps it"
 
 

@@ -71,11 +71,11 @@ def test_a_cell_has_the_roads_to_its_leaves_and_helpers(plan: Callable[..., Plan
     tracking = SimpleNamespace(
         log_curve=lambda run, points, again: curves.update({run: points}), describe=lambda *_: None, end=lambda *_: None
     )
-    results = {t.name: Result(t.name, "x", [], "Completed", metrics={"accuracy": t.index / 10}) for t in made.assignments}
+    results = {t.name: Result(t.name, "x", [], "Completed", metrics={"accuracy": t.index / 10}) for t in made.stages}
     cells = {branch.name: branch.name for branch in made.parsed.branches}
     pipeline: Any = SimpleNamespace(name="micro", run="f00", results=results, cells=cells, tracking=tracking, superseded={})
     end_cells(pipeline, summarize(pipeline, made, 0.0, "micro-1"), made, finished=True)
-    index = {task.name: task.index for task in made.assignments}
+    index = {task.name: task.index for task in made.stages}
     assert curves.keys() == {"steps=1", "steps=2"}
     for cell, points in curves.items():
         found: dict[str, list[int]] = {}
@@ -130,7 +130,7 @@ def test_the_environment_is_told(tmp_path: Path) -> None:
 
 def test_leaves_are_registered_under_the_name_or_one_for_each(plan: Callable[..., Plan]) -> None:
     def models(made: Plan) -> dict[str, str]:
-        return {task.name: task.registered for task in made.assignments if task.registered}
+        return {task.name: task.registered for task in made.stages if task.registered}
 
     assert models(plan()) == {}
     assert models(plan(rest="registry: {name: tiny}\n")) == {"gguf": "tiny-gguf", "onnx": "tiny-onnx"}
@@ -166,7 +166,7 @@ def test_a_champion_passed_every_gate_before_it(plan: Callable[..., Plan], outco
     made = plan(rest=GATE + "registry: {name: tiny, stages: [gguf, onnx]}\n")
     results = {
         task.name: Result(task.name, "x", [], "Failed" if task.name == "onnx" else "Completed", runtime="llama.cpp", run=task.name)
-        for task in made.assignments
+        for task in made.stages
     }
     results["pruned"].verdicts = [Verdict("accuracy", outcome, "accuracy fell within noise")]
     results["gguf"].verdicts = [Verdict("perplexity", "PASS", "perplexity 3 is at most 9")]
@@ -177,7 +177,7 @@ def test_a_champion_passed_every_gate_before_it(plan: Callable[..., Plan], outco
         base=made.base,
         tracking=SimpleNamespace(register=lambda run, **what: calls.append((run, what)) or True),
     )
-    (said,) = register_results(pipeline, made.assignments, champion)
+    (said,) = register_results(pipeline, made.stages, champion)
     ((run, what),) = calls
     assert (run, what["name"], what["aliases"], what["extra"]) == ("gguf", "tiny-gguf", aliases, "llamacpp")
     assert ("not champion: accuracy fell within noise" in said) == (outcome == "INCONCLUSIVE")
@@ -201,7 +201,7 @@ def test_a_champion_passed_every_gate_before_it(plan: Callable[..., Plan], outco
 def test_a_gate_that_was_not_judged_makes_no_champion(plan: Callable[..., Plan], gate: str, verdicts: list[str], unjudged: str) -> None:
     stages = "  q: {uses: quantize.rtn, group_size: 32}\n"
     made = plan(stages, f"gates: {{q: {{{gate}}}}}\nregistry: {{name: tiny, stages: [q], champion: true}}\n")
-    results = {task.name: Result(task.name, "x", [], "Completed", runtime="transformers", run=task.name) for task in made.assignments}
+    results = {task.name: Result(task.name, "x", [], "Completed", runtime="transformers", run=task.name) for task in made.stages}
     results["q"].verdicts = [Verdict(metric, "PASS", "kept") for metric in verdicts]
     given: list[list[str]] = []
     pipeline: Any = SimpleNamespace(
@@ -210,6 +210,6 @@ def test_a_gate_that_was_not_judged_makes_no_champion(plan: Callable[..., Plan],
         base=made.base,
         tracking=SimpleNamespace(register=lambda run, aliases, **_: given.append(aliases) or True),
     )
-    (said,) = register_results(pipeline, made.assignments, champion=True)
+    (said,) = register_results(pipeline, made.stages, champion=True)
     assert given == [["candidate"] if unjudged else ["candidate", "champion"]]
     assert said.endswith(f"not champion: its gate was not judged: {unjudged}" if unjudged else "of tiny")

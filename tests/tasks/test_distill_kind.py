@@ -36,20 +36,20 @@ def plan(home: Path, base: Path, teacher: object, more: str = "alpha: 1") -> Pla
 
 
 def test_a_teacher_from_elsewhere_is_an_input_by_its_content(tmp_path: Path, checkpoint: Path, large: Path) -> None:
-    taught = plan(tmp_path, checkpoint, large).assignments[-1]
+    taught = plan(tmp_path, checkpoint, large).stages[-1]
     assert taught.outside["teacher"].path == large
     assert taught.document["inputs"].keys() == {"parent", "teacher"}
     assert "teacher" not in taught.document["parameters"]
     moved = shutil.copytree(large, tmp_path / "moved")
-    assert plan(tmp_path, checkpoint, moved).assignments[-1].identity == taught.identity
+    assert plan(tmp_path, checkpoint, moved).stages[-1].identity == taught.identity
     tiny_checkpoint(moved, hidden=96, layers=3, seed=6)
-    assert plan(tmp_path, checkpoint, moved).assignments[-1].identity != taught.identity
-    assert plan(tmp_path, checkpoint, "base").assignments[-1].identity != taught.identity
+    assert plan(tmp_path, checkpoint, moved).stages[-1].identity != taught.identity
+    assert plan(tmp_path, checkpoint, "base").stages[-1].identity != taught.identity
 
 
 def test_its_memory_is_counted(tmp_path: Path, checkpoint: Path, large: Path) -> None:
     inside, outside = plan(tmp_path, checkpoint, "pruned"), plan(tmp_path, checkpoint, large)
-    assert estimate(outside.assignments[-1], outside).memory > estimate(inside.assignments[-1], inside).memory
+    assert estimate(outside.stages[-1], outside).memory > estimate(inside.stages[-1], inside).memory
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,11 @@ def test_stages_of_a_store_share_what_the_teacher_said(tmp_path: Path, checkpoin
             progress=lambda *_: None, base=made.base,
         )  # fmt: skip
         results["base"].identity = made.base.identity
-        for task in made.assignments[1:]:
-            assert task.stage is not None
-            results[task.name] = Result(task.name, task.stage.uses, [], "Running", identity=task.identity)
-            _compute(pipeline, task, task.stage, results[task.name], again=False)
+        for task in made.stages[1:]:
+            assert task.definition is not None
+            results[task.name] = Result(task.name, task.definition.uses, [], "Running", identity=task.identity)
+            _compute(pipeline, task, task.definition, results[task.name], again=False)
         built.append(results["taught"].metrics["teacher_cache_built"])
-        assert str(tmp_path) not in str(made.assignments[-1].document)  # where the cache is decides nothing
+        assert str(tmp_path) not in str(made.stages[-1].document)  # where the cache is decides nothing
     assert built == [1, 0, 1]
     assert len(list((tmp_path / "store" / "shared" / "teachers").glob("*/checkpoint-1/complete.json"))) == 2

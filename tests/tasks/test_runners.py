@@ -216,7 +216,7 @@ def test_each_gpu_is_held_by_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_plans_estimate_is_what_a_stage_claims(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "r.yaml").write_text(recipe(checkpoint))
     plan = make_plan(load_recipe(tmp_path / "r.yaml"), Store(tmp_path / "store"))
-    memory = {task.name: task.memory for task in plan.assignments}
+    memory = {task.name: task.memory for task in plan.stages}
     assert memory["distilled"] > memory["pruned"] > 0  # gradients and moments
 
 
@@ -319,7 +319,7 @@ def test_a_wrong_combination_is_told_with_its_line(tmp_path: Path, settings: str
 def test_neither_runner_nor_job_variables_belong_to_an_identity(tmp_path: Path, checkpoint: Path) -> None:
     def identities(*overrides: str) -> list[str]:
         (tmp_path / "r.yaml").write_text(recipe(checkpoint))
-        return [task.identity for task in make_plan(load_recipe(tmp_path / "r.yaml", overrides), Store(tmp_path / "store")).assignments]
+        return [task.identity for task in make_plan(load_recipe(tmp_path / "r.yaml", overrides), Store(tmp_path / "store")).stages]
 
     variables = 'stages.distilled.job_variables={"memory": "8Gi"}'
     assert identities() == identities("execution.runner=dask", "execution.address=tcp://host:8786", "execution.memory_gib=1", variables)

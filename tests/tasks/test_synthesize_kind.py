@@ -37,8 +37,8 @@ def plan(home: Path, base: Path, *overrides: str, writes: str = "", uses: str = 
 @pytest.mark.parametrize("uses", TRAINING)
 def test_a_stage_that_trains_reads_it_as_an_input(tmp_path: Path, checkpoint: Path, uses: str) -> None:
     made = plan(tmp_path, checkpoint, uses=uses)
-    tasks = {task.name: task for task in made.assignments}
-    assert isinstance(tasks["corpus"].planned, Corpus)
+    tasks = {task.name: task for task in made.stages}
+    assert isinstance(tasks["corpus"].product, Corpus)
     assert tasks["trained"].document["inputs"]["corpus"] == tasks["corpus"].identity
     assert "corpus" not in tasks["trained"].document["parameters"] and "corpus" in tasks["trained"].ancestors
     assert 0 < estimate(tasks["corpus"], made).size < estimate(tasks["corpus"], made).memory
@@ -48,7 +48,7 @@ def test_a_stage_that_trains_reads_it_as_an_input(tmp_path: Path, checkpoint: Pa
 
 def test_what_decides_the_bytes(tmp_path: Path, checkpoint: Path) -> None:
     def identities(*overrides: str, writes: str = "", trains: str = "") -> dict[str, str]:
-        return {task.name: task.identity for task in plan(tmp_path, checkpoint, *overrides, writes=writes, trains=trains).assignments}
+        return {task.name: task.identity for task in plan(tmp_path, checkpoint, *overrides, writes=writes, trains=trains).stages}
 
     plain, prompted = identities(), identities(writes=", prompt_tokens: 4")
     assert plain["corpus"] != prompted["corpus"] and plain["trained"] != prompted["trained"]

@@ -248,7 +248,7 @@ def test_run_passes_on_what_is_to_be_done_again(
     checkpoint: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[Plan] = []
-    monkeypatch.setattr("flows.cli.main.carry_out", lambda plan, store, outputs: plans.append(plan))
+    monkeypatch.setattr("flows.cli.main.execute_plan", lambda plan, store, outputs: plans.append(plan))
     Path("micro.yaml").write_text(recipe(checkpoint, GOOD))
     for options in ([], ["--remeasure"], ["--force", "pruned"]):
         assert edgepress(["run", "micro.yaml", *options], capfd)[0] == 0

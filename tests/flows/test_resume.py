@@ -191,7 +191,7 @@ def write(store: Store, checkpoint: Path, tmp_path: Path) -> Callable[..., Run]:
 def carried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Plan, Path, Run]]:
     """What `resume` would have run."""
     calls: list[tuple[Plan, Path, Run]] = []
-    monkeypatch.setattr("flows.cli.run.carry_out", lambda plan, store, outputs, resumes: calls.append((plan, outputs, resumes)))
+    monkeypatch.setattr("flows.cli.run.execute_plan", lambda plan, store, outputs, resumes: calls.append((plan, outputs, resumes)))
     return calls
 
 

@@ -220,7 +220,7 @@ def hold_machine(folder: Path) -> subprocess.Popen[str]:
     """A process of another pipeline that works, and so holds the machine's lock shared."""
     code = (
         f"import tempfile; tempfile.tempdir = {str(folder)!r}\nimport sys\nfrom tasks.runners.machine import machine_lock\n"
-        "with machine_lock(alone=False):\n    print('held', flush=True); sys.stdin.read()"
+        "with machine_lock(exclusive=False):\n    print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen([sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
     assert process.stdout is not None

@@ -97,7 +97,7 @@ def test_stages_of_a_store_share_what_the_teacher_said(tmp_path: Path, checkpoin
         store = Store(tmp_path / "store")
         tracking = SimpleNamespace(log_curve=lambda *_: None, log=lambda *_, **__: None)
         pipeline: Any = SimpleNamespace(
-            store=store, children=Here(), machine=made.machine, data=made.parsed.recipe.data, tracking=tracking, results=results,
+            store=store, executor=Here(), machine=made.machine, data=made.parsed.recipe.data, tracking=tracking, results=results,
             progress=lambda *_: None, base=made.base,
         )  # fmt: skip
         results["base"].identity = made.base.identity

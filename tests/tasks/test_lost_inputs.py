@@ -56,7 +56,7 @@ def compute(store: Store, parent: Entry, child: Child, data: Path | None = None,
     pipeline = cast(
         RunContext,
         SimpleNamespace(
-            store=store, children=child, tracking=SimpleNamespace(log_curve=lambda *_: None), base=SimpleNamespace(identity="base"), progress=None,
+            store=store, executor=child, tracking=SimpleNamespace(log_curve=lambda *_: None), base=SimpleNamespace(identity="base"), progress=None,
             data=spec, machine=Machine(), results={"pruned": before}, documents={},
         ),
     )  # fmt: skip

@@ -99,9 +99,12 @@ class Objective(nn.Module):
         return {"loss": torch.stack([weights[name] * value for name, value in terms.items()]).sum(), **terms}
 
     def extra_repr(self) -> str:
-        names = ("alpha", "beta", "gamma", "temperature", "divergence", "jsd_beta", "feature", "layers")
-        terms = ", ".join(f"{name}={getattr(self, name)}" for name in names)
-        return f"{terms}, cache={self.cache.settings if self.cache else None}"
+        """What decides the loss. Unfinished trainings are continued by this text, so it keeps the names it first had."""
+        values = {
+            "alpha": self.alpha, "beta": self.beta, "gamma": self.gamma, "temperature": self.temperature, "divergence": self.divergence,
+            "mixture": self.jsd_beta, "feature": self.feature, "layers": self.layers, "cache": self.cache.settings if self.cache else None,
+        }  # fmt: skip
+        return ", ".join(f"{name}={value}" for name, value in values.items())
 
     def _output_terms(self, student: torch.Tensor, said: tuple[torch.Tensor, ...], targets: torch.Tensor) -> dict[str, torch.Tensor]:
         head = self.student.get_output_embeddings()

@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from tests.tiny import tiny_checkpoint
 # A shell starts what it puts into the background with SIGINT ignored, and every process that is started from there inherits that:
 # tests of Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two that compute with two threads each would take turns at the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,21 @@
-import os
 from pathlib import Path
 
 import pytest
 
-from tests.docker.images import copy_context, install_worker
+from tests.docker.images import copy_context, make_worker
 
 
 @pytest.fixture(scope="session")
-def worker_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The environment that the worker's image has in /opt/edgepress: installed from what its build sees, not the one of the tests."""
-    context = tmp_path_factory.mktemp("context")
-    copy_context(context)
-    install_worker(context, context / "venv", dict(os.environ))
-    return context / "venv"
+def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the build of the worker's image sees of the checkout."""
+    folder = tmp_path_factory.mktemp("context")
+    copy_context(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def worker_environment(context: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The environment that the worker's image has in /opt/edgepress."""
+    environment = tmp_path_factory.mktemp("worker") / "venv"
+    make_worker(context, environment)
+    return environment

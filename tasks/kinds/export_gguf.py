@@ -1,20 +1,18 @@
 """`export.gguf`: a file for llama.cpp."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from compression.checkpoints.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from compression.data import DataSpec
-from export.gguf.check import check_gguf
-from export.gguf.types import CARRY, FLOATS, TENSOR_TYPES, TYPES, bits_per_weight
+from export.gguf import GgufSettings, check_gguf
+from export.gguf.types import CARRY, FLOATS, bits_per_weight
 from export.proof import Change
 from tasks.stage import Artifact, Inputs, Planned, Reads, Stage, Workplace
 
 
-class ExportGguf(Stage):
+class ExportGguf(GgufSettings, Stage):
     """GGUF; `type: carry` keeps the codes of a GPTQ or AWQ checkpoint, nothing is rounded again."""
 
     uses: Literal["export.gguf"] = "export.gguf"
@@ -32,29 +30,6 @@ class ExportGguf(Stage):
     sparse: ClassVar[bool] = True
     extra: ClassVar[str | None] = "llamacpp"
 
-    type: Annotated[
-        str,
-        Field(
-            examples=list(TYPES),
-            description="f32, f16, bf16, q8_0, carry, or a type of llama.cpp's quantizer (q4_0, q4_k_m, q6_k, iq3_xxs, ...).",
-        ),
-    ] = "f16"
-    embedding_type: Annotated[
-        str | None,
-        Field(
-            description=f"{', '.join(TENSOR_TYPES)}; default: a float `type` itself, else the checkpoint's dtype.",
-        ),
-    ] = None
-    head_type: Annotated[str | None, Field(description="As embedding_type, for the output head.")] = None
-    importance: Annotated[
-        bool,
-        Field(
-            description="Weigh the errors of llama.cpp's quantizer by the mean squares of each layer's inputs in the calibration data "
-            "(its importance matrix); types below about 3 bits need it."
-        ),
-    ] = False
-    requantize: Annotated[bool, Field(description="Round the weights of a GPTQ or AWQ checkpoint a second time, to another type.")] = False
-
     def data_read(self) -> Reads:
         return "calibration" if self.importance else "nothing"
 
@@ -62,7 +37,7 @@ class ExportGguf(Stage):
         return (*self.libraries, "tokenizers") if self.importance else self.libraries
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
-        check_gguf(parent, **self.model_dump(exclude={"uses"}))
+        check_gguf(parent, self)
         change: Change = "float" if self.type in FLOATS else "carried" if self.type == CARRY else "int8" if self.type == "q8_0" else "int4"
         return Artifact("llama.cpp", change, int(parent.num_parameters * bits_per_weight(self.type) / 8))
 
@@ -71,10 +46,8 @@ class ExportGguf(Stage):
 
         from compression.checkpoints.loading import load_tokenizer
         from compression.data import calibration_windows
-        from export.gguf.writer import export_gguf
+        from export.gguf import export_gguf
 
         windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed) if self.importance else None
-        parameters = self.model_dump(exclude={"uses", "importance"})
-        return export_gguf(
-            inputs.parent, place.out, windows, **parameters, threads=torch.get_num_threads(), origin=inputs.origin, context=context
-        )
+        threads = torch.get_num_threads()
+        return export_gguf(inputs.parent, place.out, self, windows=windows, threads=threads, origin=inputs.origin, context=context)

@@ -10,9 +10,9 @@ from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.errors import UnusableModel
 from export.contents import Contents, read_contents
-from export.genai import export_genai
-from export.gguf.writer import export_gguf
-from export.onnx import export_onnx
+from export.genai import GenaiSettings, export_genai
+from export.gguf import GgufSettings, export_gguf
+from export.onnx import OnnxSettings, export_onnx
 from tests.tiny import tiny_checkpoint
 
 
@@ -42,7 +42,7 @@ def test_checkpoint(source: Path, matrices: int) -> None:
 
 
 def test_gguf_says_the_same_as_its_checkpoint(source: Path, matrices: int, tmp_path: Path) -> None:
-    export_gguf(source, tmp_path, type="q8_0", embedding_type="q8_0", head_type="q8_0", context=Context())
+    export_gguf(source, tmp_path, GgufSettings(type="q8_0", embedding_type="q8_0", head_type="q8_0"), context=Context())
     contents = read_contents(tmp_path / "model.gguf")
     norms = sum(p.numel() for p in load_model(source).parameters() if p.ndim == 1)
     assert contents.parameters == matrices + norms
@@ -57,7 +57,7 @@ def test_gguf_says_the_same_as_its_checkpoint(source: Path, matrices: int, tmp_p
 
 
 def test_onnx(source: Path, matrices: int, tmp_path: Path) -> None:
-    export_onnx(source, tmp_path, dtype="int8", context=Context())
+    export_onnx(source, tmp_path, OnnxSettings(dtype="int8"), context=Context())
     contents = read_contents(tmp_path)
     assert contents.parameters == matrices
     layers = sum(p.numel() for n, p in load_model(source).named_parameters() if p.ndim == 2 and "layers" in n)
@@ -69,7 +69,7 @@ def test_onnx(source: Path, matrices: int, tmp_path: Path) -> None:
 
 
 def test_genai_counts_packed_codes(source: Path, matrices: int, tmp_path: Path) -> None:
-    export_genai(source, tmp_path, precision="int4", context=Context())
+    export_genai(source, tmp_path, GenaiSettings(precision="int4"), context=Context())
     contents = read_contents(tmp_path)
     assert contents.parameters == matrices
     layers = sum(p.numel() for n, p in load_model(source).named_parameters() if p.ndim == 2 and "layers" in n)

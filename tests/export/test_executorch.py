@@ -15,9 +15,9 @@ from compression.context import Context
 from compression.data import DataSpec
 from compression.errors import EdgepressError, Incompatible, UnusableModel
 from compression.evaluation.generation import generate
+from export.checks import TRACED_FAMILIES
 from export.contents import read_contents
-from export.edge_checks import check_executorch
-from export.refusals import TRACED_FAMILIES
+from export.executorch import ExecutorchSettings, check_executorch
 from export.runtimes import open_runtime
 from tasks.stage import Artifact, stage_kinds
 from tests.export.judging import contents, greedy, kl, model_of
@@ -26,14 +26,13 @@ from tests.tiny import tiny_windows
 if find_spec("executorch") is None:
     pytest.skip("ExecuTorch is not installed: pip install 'edgepress[executorch]'", allow_module_level=True)
 
-import export.executorch
 from export.executorch import export_executorch
 
 
 @pytest.fixture(scope="module")
 def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("executorch")
-    figures = export_executorch(checkpoint, out, context=Context())
+    figures = export_executorch(checkpoint, out, ExecutorchSettings(), context=Context())
     assert figures["bytes"] == sum(f.stat().st_size for f in out.iterdir())
     return out
 
@@ -42,7 +41,7 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_every_family_equals_transformers_in_prefill_and_decode(family: str, tmp_path: Path) -> None:
     """In several calls of 16 tokens, far beyond a sliding window of 8 (gemma3_text, mistral), and with a head of its own (qwen2)."""
     source = model_of(tmp_path / "model", family)
-    export_executorch(source, tmp_path / "out", max_length=64, chunk=16, context=Context())
+    export_executorch(source, tmp_path / "out", ExecutorchSettings(max_length=64, chunk=16), context=Context())
     runtime = open_runtime(tmp_path / "out", threads=1)
     assert (runtime.name, runtime.version, runtime.max_length) == ("executorch", metadata.version("executorch"), 64)
     ids = tiny_windows(2, 40)
@@ -55,7 +54,7 @@ def test_every_family_equals_transformers_in_prefill_and_decode(family: str, tmp
 
 
 def test_generates_what_transformers_does_up_to_the_last_token_and_repeats_itself(checkpoint: Path, tmp_path: Path) -> None:
-    export_executorch(checkpoint, tmp_path, max_length=33, chunk=128, context=Context())
+    export_executorch(checkpoint, tmp_path, ExecutorchSettings(max_length=33, chunk=128), context=Context())
     runtime = open_runtime(tmp_path, threads=2)
     tokens = greedy(checkpoint, 9, 24)
     for _ in range(2):  # a second time: the cache of the first is forgotten
@@ -91,7 +90,7 @@ def test_same_bytes_from_another_place_and_nothing_said(
     checkpoint: Path, artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(checkpoint, tmp_path / "elsewhere")
-    export_executorch(tmp_path / "elsewhere", tmp_path / "out", context=Context())
+    export_executorch(tmp_path / "elsewhere", tmp_path / "out", ExecutorchSettings(), context=Context())
     assert capfd.readouterr() == ("", "")
     assert contents(tmp_path / "out") == contents(artifact)
 
@@ -124,11 +123,8 @@ def test_inspect_tells_its_bytes(checkpoint: Path, artifact: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "parameters", "key", "words"),
     [
-        ({}, {"dtype": "float16"}, "dtype", "float32"),
         ({}, {"max_length": 129}, "max_length", "16 to the 128 tokens"),
-        ({}, {"max_length": 8}, "max_length", "16 to the 128 tokens"),
         ({"max_position_embeddings": 8}, {}, "max_length", "16 to the 8 tokens"),
-        ({}, {"chunk": 1}, "chunk", "8 tokens"),
         ({"model_type": "gpt_neox"}, {}, "uses", "'gpt_neox'"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, {}, "uses", "'dynamic'"),
     ],
@@ -138,10 +134,10 @@ def test_refuses_before_work(changes: dict, parameters: dict, key: str, words: s
     shutil.copytree(checkpoint, source)
     (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | changes))
     with pytest.raises(Incompatible, match=words) as error:
-        check_executorch(open_checkpoint(source), **{"dtype": "float32", "chunk": 128} | parameters)
+        check_executorch(open_checkpoint(source), ExecutorchSettings(**parameters))
     assert error.value.key == key
     with pytest.raises(Incompatible, match=words):
-        export_executorch(source, tmp_path / "out", **parameters, context=Context())
+        export_executorch(source, tmp_path / "out", ExecutorchSettings(**parameters), context=Context())
     assert not (tmp_path / "out").exists()
 
 
@@ -150,7 +146,7 @@ def test_a_truncated_checkpoint_leaves_nothing_behind(checkpoint: Path, tmp_path
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(EdgepressError):
-        export_executorch(tmp_path / "model", tmp_path / "out", context=Context())
+        export_executorch(tmp_path / "model", tmp_path / "out", ExecutorchSettings(), context=Context())
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
@@ -159,11 +155,11 @@ def test_a_write_error_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypa
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export.executorch, "trace_generation", lambda *_: None)
-    monkeypatch.setattr(export.executorch, "lower", lambda *_: None)
-    monkeypatch.setattr(export.executorch, "write_program", full)
+    monkeypatch.setattr("export.executorch.writer.trace_generation", lambda *_: None)
+    monkeypatch.setattr("export.executorch.writer.lower", lambda *_: None)
+    monkeypatch.setattr("export.executorch.writer.write_program", full)
     with pytest.raises(OSError, match="No space left"):
-        export_executorch(checkpoint, tmp_path / "out", context=Context())
+        export_executorch(checkpoint, tmp_path / "out", ExecutorchSettings(), context=Context())
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,6 @@ import onnx
 import onnx_ir
 import pytest
 
-import export.genai
 from compression.checkpoints.checkpoint import open_checkpoint
 from compression.checkpoints.layouts import read_quantized_linears
 from compression.checkpoints.loading import load_model
@@ -18,8 +17,8 @@ from compression.context import Context
 from compression.errors import Incompatible
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
-from export.checks import GENAI_FAMILIES, GENAI_LACKS, check_genai
-from export.genai import export_genai
+from export.genai import GenaiSettings, check_genai, export_genai
+from export.genai.check import GENAI_FAMILIES, GENAI_LACKS
 from export.runtimes.genai_runtime import GenaiRuntime
 from tests.export.judging import of_type
 from tests.tiny import tiny_checkpoint, tiny_windows
@@ -52,13 +51,13 @@ def initializers(artifact: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 0.05)])
 def test_float_packages_equal_transformers(family: str, precision: str, tolerance: float, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "model", family, layers=1, tied=family != "qwen2")
-    export_genai(source, tmp_path / "out", precision=precision, context=CONTEXT)
+    export_genai(source, tmp_path / "out", GenaiSettings(precision=precision), context=CONTEXT)
     assert difference(source, tmp_path / "out") < tolerance
 
 
 @pytest.mark.parametrize("layout", ["gptq", "awq"])
 def test_carried_codes_give_the_checkpoints_own_logits(layout: str, quantized: dict[str, Path], tmp_path: Path) -> None:
-    export_genai(quantized[layout], tmp_path, precision="int4", accuracy_level=1, context=CONTEXT)
+    export_genai(quantized[layout], tmp_path, GenaiSettings(precision="int4", accuracy_level=1), context=CONTEXT)
     assert difference(quantized[layout], tmp_path) < 1e-3  # rounding them again would move logits by more than 1
     found = initializers(tmp_path)
     layers = dict(read_quantized_linears(quantized[layout]))
@@ -73,7 +72,7 @@ def test_carried_codes_give_the_checkpoints_own_logits(layout: str, quantized: d
 
 def test_int4_rounds_blocks_only_unless_told(checkpoint: Path, tmp_path: Path) -> None:
     def quantized_nodes(out: Path, **options: str) -> set[str]:
-        export_genai(checkpoint, out, precision="int4", context=CONTEXT, **options)
+        export_genai(checkpoint, out, GenaiSettings(precision="int4", **options), context=CONTEXT)
         graph = onnx.load(out / "model.onnx", load_external_data=False).graph
         return {n.name.split("/")[1] + n.name.split("/")[2] for n in graph.node if n.op_type in ("MatMulNBits", "GatherBlockQuantized")}
 
@@ -89,7 +88,7 @@ def test_same_bytes_offline_without_a_word(
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
     for name in ("one", "two"):
-        export_genai(checkpoint, tmp_path / name, precision="int4", context=CONTEXT)
+        export_genai(checkpoint, tmp_path / name, GenaiSettings(precision="int4"), context=CONTEXT)
     assert capfd.readouterr() == ("", "")
     one, two = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
@@ -101,23 +100,20 @@ def test_same_bytes_offline_without_a_word(
 def test_chat_template_is_included(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "model", layers=1)
     (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    export_genai(source, tmp_path / "out", precision="fp32", context=CONTEXT)
+    export_genai(source, tmp_path / "out", GenaiSettings(precision="fp32"), context=CONTEXT)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
 
 
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"precision": "int3"}, "precision"),
-        ({"precision": "int4", "block_size": 48}, "block_size"),
-        ({"precision": "int4", "accuracy_level": 2}, "accuracy_level"),
         ({"precision": "fp32", "head_type": "int4"}, "head_type"),
         ({"precision": "int4", "embedding_type": "int4", "head_type": "float32"}, "head_type"),
     ],
 )
 def test_refuses_bad_options(checkpoint: Path, options: dict, key: str) -> None:
     with pytest.raises(Incompatible) as error:
-        check_genai(open_checkpoint(checkpoint), **options)
+        check_genai(open_checkpoint(checkpoint), GenaiSettings(**options))
     assert error.value.key == key
 
 
@@ -134,32 +130,32 @@ def test_refuses_bad_options(checkpoint: Path, options: dict, key: str) -> None:
 )
 def test_refuses_codes_it_cannot_carry(quantized: dict[str, Path], layout: str, change: dict, precision: str, pattern: str) -> None:
     checkpoint = open_checkpoint(quantized[layout])
-    check_genai(checkpoint, precision="int4")
+    check_genai(checkpoint, GenaiSettings(precision="int4"))
     config = checkpoint.config | {"quantization_config": checkpoint.config["quantization_config"] | change}
     with pytest.raises(Incompatible, match=pattern):
-        check_genai(dataclasses.replace(checkpoint, config=config), precision=precision)
+        check_genai(dataclasses.replace(checkpoint, config=config), GenaiSettings(precision=precision))
 
 
 @pytest.mark.parametrize("family", GENAI_LACKS)
 def test_refuses_a_family_the_builder_lacks(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_checkpoint(tmp_path / "model", family)
     with pytest.raises(Incompatible, match=f"{family!r}.*its builder"):
-        export_genai(source, tmp_path / "out", precision="fp32", context=CONTEXT)
-    monkeypatch.setattr(export.genai, "check_genai", lambda *_, **__: None)
+        export_genai(source, tmp_path / "out", GenaiSettings(precision="fp32"), context=CONTEXT)
+    monkeypatch.setattr("export.genai.writer.check_genai", lambda *_, **__: None)
     with pytest.raises((KeyError, NotImplementedError)):  # if this passes one day, the builder has learned it
-        export_genai(source, tmp_path / "out", precision="fp32", context=CONTEXT)
+        export_genai(source, tmp_path / "out", GenaiSettings(precision="fp32"), context=CONTEXT)
     assert not (tmp_path / "out").exists()
 
 
 def test_refuses_windows_and_lengths_of_rope(tmp_path: Path) -> None:
     window = open_checkpoint(tiny_checkpoint(tmp_path / "window", "mistral", layers=1, sliding_window=16))
     with pytest.raises(Incompatible, match="16 tokens of 128") as error:
-        check_genai(window, precision="fp32")
+        check_genai(window, GenaiSettings(precision="fp32"))
     assert error.value.key == "uses"
     phi = open_checkpoint(tiny_checkpoint(tmp_path / "phi", "phi3", layers=1))
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     with pytest.raises(Incompatible, match="'longrope'"):
-        check_genai(dataclasses.replace(phi, config=phi.config | {"rope_parameters": rope}), precision="fp32")
+        check_genai(dataclasses.replace(phi, config=phi.config | {"rope_parameters": rope}), GenaiSettings(precision="fp32"))
 
 
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
@@ -181,7 +177,7 @@ LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_facto
 )
 def test_refuses_what_the_builder_writes_wrong(checkpoint: Path, family: str, config: dict, pattern: str) -> None:
     with pytest.raises(Incompatible, match=pattern) as error:
-        check_genai(of_type(open_checkpoint(checkpoint), family, **config), precision="fp32")
+        check_genai(of_type(open_checkpoint(checkpoint), family, **config), GenaiSettings(precision="fp32"))
     assert error.value.key == "uses"
 
 
@@ -195,19 +191,22 @@ def test_what_it_writes_right(tmp_path: Path, family: str, config: dict) -> None
         shape = json.loads((source / "config.json").read_text())
         shape |= {"max_position_embeddings": 16, "original_max_position_embeddings": 16}
         (source / "config.json").write_text(json.dumps(shape))
-    export_genai(source, tmp_path / "out", precision="fp32", context=CONTEXT)
+    export_genai(source, tmp_path / "out", GenaiSettings(precision="fp32"), context=CONTEXT)
     assert difference(source, tmp_path / "out", 16) < 1e-4
 
 
 def test_the_tokenizer_is_tried_on_texts(checkpoint: Path, tmp_path: Path) -> None:
     said: list[str] = []
     context = Context(warn=said.append)
-    assert export_genai(checkpoint, tmp_path / "right", precision="fp32", context=context)["tokenizer_differences"] == 0 and not said
+    assert (
+        export_genai(checkpoint, tmp_path / "right", GenaiSettings(precision="fp32"), context=context)["tokenizer_differences"] == 0
+        and not said
+    )
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
     source = tiny_checkpoint(tmp_path / "model", layers=1)
     tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[0-9]"}, "content": "#"}  # which GenAI does not know
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
-    figures = export_genai(source, tmp_path / "wrong", precision="fp32", context=context)
+    figures = export_genai(source, tmp_path / "wrong", GenaiSettings(precision="fp32"), context=context)
     assert figures["tokenizer_differences"] > 0 and len(said) == 1 and "GenAI's tokenizer" in said[0]
 
 
@@ -215,7 +214,7 @@ def test_a_failure_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export.genai, "copy_tokenizer", full)
+    monkeypatch.setattr("export.genai.writer.copy_tokenizer", full)
     with pytest.raises(OSError, match="No space left"):
-        export_genai(checkpoint, tmp_path / "out", precision="fp32", context=CONTEXT)
+        export_genai(checkpoint, tmp_path / "out", GenaiSettings(precision="fp32"), context=CONTEXT)
     assert not list(tmp_path.iterdir())

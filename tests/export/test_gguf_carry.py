@@ -19,8 +19,8 @@ from compression.checkpoints.quantization_config import ROW, awq_config
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.quantization.settings import gptq_config
+from export.gguf import GgufSettings, export_gguf
 from export.gguf.carry import pack
-from export.gguf.writer import export_gguf
 from tests.export.test_gguf import divergence, types_in
 from tests.tiny import tiny_checkpoint, tiny_windows
 
@@ -114,7 +114,7 @@ CARRIED = {
 def test_llama_cpp_runs_the_checkpoints_own_weights(tmp_path: Path, kind: str) -> None:
     (type, layout, bits, group_size), family = CARRIED[kind], kind.partition(",")[0]
     source = quantized_checkpoint(tmp_path / "model", layout, bits, group_size, family=family)
-    metrics = export_gguf(source, tmp_path / "out", type="carry", context=Context())
+    metrics = export_gguf(source, tmp_path / "out", GgufSettings(type="carry"), context=Context())
     tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
     assert {found for name, found in tensors.items() if name.startswith("blk.") and "norm" not in name} == {type}
     assert tensors["token_embd.weight"] == "F32"  # the checkpoint's own
@@ -124,7 +124,7 @@ def test_llama_cpp_runs_the_checkpoints_own_weights(tmp_path: Path, kind: str) -
 
 def test_groups_between_blocks_become_f16(tmp_path: Path) -> None:
     source, warnings = quantized_checkpoint(tmp_path / "model", "gptq", 4, ROW, intermediate=144), list[str]()
-    metrics = export_gguf(source, tmp_path / "out", type="carry", context=Context(warn=warnings.append))
+    metrics = export_gguf(source, tmp_path / "out", GgufSettings(type="carry"), context=Context(warn=warnings.append))
     types = types_in(tmp_path / "out")
     assert (types["blk.0.ffn_up.weight"], types["blk.0.ffn_down.weight"]) == ("Q4_0", "F16")
     assert metrics["fallback_tensors"] == 2 and any("rows of 144" in warning for warning in warnings)
@@ -133,19 +133,25 @@ def test_groups_between_blocks_become_f16(tmp_path: Path) -> None:
 
 def test_dequantized_weights_are_exact_in_f32(tmp_path: Path) -> None:
     source = quantized_checkpoint(tmp_path / "model", "gptq", 4, 32)
-    export_gguf(source, tmp_path / "out", type="f32", context=Context())
+    export_gguf(source, tmp_path / "out", GgufSettings(type="f32"), context=Context())
     assert divergence(source, tmp_path / "out") < 1e-5
 
 
 def test_requantize_rounds_openly_what_cannot_be_carried(tmp_path: Path) -> None:
     source = quantized_checkpoint(tmp_path / "model", "gptq", 3, 32)
     with pytest.raises(Incompatible, match="3 bits.*requantize: true"):
-        export_gguf(source, tmp_path / "out", type="carry", context=Context())
+        export_gguf(source, tmp_path / "out", GgufSettings(type="carry"), context=Context())
     with pytest.raises(Incompatible, match="a second time.*requantize: true"):
-        export_gguf(source, tmp_path / "out", type="q5_1", context=Context())
+        export_gguf(source, tmp_path / "out", GgufSettings(type="q5_1"), context=Context())
     for type, windows, bound in (("q8_0", None, 1e-2), ("q5_1", None, 0.1), ("q5_1", tiny_windows(2), 0.1)):
         warnings: list[str] = []
-        export_gguf(source, tmp_path / type, windows, type=type, requantize=True, context=Context(warn=warnings.append))
+        export_gguf(
+            source,
+            tmp_path / type,
+            GgufSettings(type=type, requantize=True, importance=windows is not None),
+            windows=windows,
+            context=Context(warn=warnings.append),
+        )
         assert f"rounded a second time, to {type}" in warnings[0]
         assert divergence(source, tmp_path / type) < bound
 
@@ -153,8 +159,8 @@ def test_requantize_rounds_openly_what_cannot_be_carried(tmp_path: Path) -> None
 def test_groups_out_of_order_are_refused(tmp_path: Path) -> None:
     source = quantized_checkpoint(tmp_path / "model", "gptq", 4, 32, act_order=True)
     with pytest.raises(Incompatible, match="out of storage order.*requantize: true"):
-        export_gguf(source, tmp_path / "out", type="carry", context=Context())
-    export_gguf(source, tmp_path / "out", type="q8_0", requantize=True, context=Context())
+        export_gguf(source, tmp_path / "out", GgufSettings(type="carry"), context=Context())
+    export_gguf(source, tmp_path / "out", GgufSettings(type="q8_0", requantize=True), context=Context())
     assert divergence(source, tmp_path / "out") < 1e-2
 
 
@@ -165,4 +171,4 @@ def test_a_layer_left_dense_is_refused(tmp_path: Path) -> None:
     save_file(kept | {"model.layers.0.mlp.up_proj.weight": torch.zeros(128, 128)}, source / "model.safetensors", {"format": "pt"})
     assert open_checkpoint(source).layout == "gptq"
     with pytest.raises(Incompatible, match=r"model\.layers\.0\.mlp\.up_proj\.weight is not quantized"):
-        export_gguf(source, tmp_path / "out", type="carry", context=Context())
+        export_gguf(source, tmp_path / "out", GgufSettings(type="carry"), context=Context())

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from compression.checkpoints.checkpoint import open_checkpoint
 from compression.checkpoints.families import FAMILIES
 from compression.context import Context
+from export.gguf import GgufSettings, check_gguf, export_gguf
 from export.gguf.architectures import ARCHITECTURES
-from export.gguf.check import check_gguf
-from export.gguf.writer import export_gguf
 from tests.export.test_gguf import LLAMA3, YARN, divergence, write
 from tests.tiny import tiny_checkpoint
 
@@ -74,7 +73,7 @@ def test_llama_cpp_gives_the_logits_of_transformers(tmp_path: Path, shape: str) 
     if shape == "phi3, longrope":
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
-    check_gguf(open_checkpoint(source), type="f32")
+    check_gguf(open_checkpoint(source), GgufSettings(type="f32"))
     write(source, tmp_path / "out", "f32")
     # A lost bias or a wrong row order gives more than 0.1. llama.cpp's GELU is a table of float16 values.
     assert divergence(source, tmp_path / "out", 96) < (1e-6 if family == "gemma3_text" else 1e-9)
@@ -94,7 +93,7 @@ def test_q8_0_of_the_newer_families_stays_close(tmp_path: Path, family: str) -> 
 def test_where_llama_cpp_does_not_slide_the_context_is_cut(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
     source = tiny_checkpoint(tmp_path / "model", family, sliding_window=64, **settings)
     warnings: list[str] = []
-    export_gguf(source, tmp_path / "out", type="f16", context=Context(warn=warnings.append))
+    export_gguf(source, tmp_path / "out", GgufSettings(type="f16"), context=Context(warn=warnings.append))
     name = ARCHITECTURES[family].name
     assert gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields[f"{name}.context_length"].contents() == 64
     assert any("128 to the window of 64" in warning for warning in warnings)
@@ -114,7 +113,7 @@ def test_longrope_says_up_to_where_it_is_right(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
     warnings: list[str] = []
-    export_gguf(source, tmp_path / "out", type="f16", context=Context(warn=warnings.append))
+    export_gguf(source, tmp_path / "out", GgufSettings(type="f16"), context=Context(warn=warnings.append))
     assert "the file says 256 of 1024" in warnings[0]
 
 

@@ -13,10 +13,10 @@ from compression.checkpoints.checkpoint import open_checkpoint
 from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.errors import Incompatible
+from export.gguf import GgufSettings, export_gguf
 from export.gguf.importance import gather_importance
 from export.gguf.native import encode
 from export.gguf.types import NEEDS_IMPORTANCE, TENSOR_TYPES
-from export.gguf.writer import export_gguf
 from tasks.kinds.export_gguf import ExportGguf
 from tests.export.test_gguf import divergence
 from tests.export.test_gguf_carry import quantized_checkpoint
@@ -86,8 +86,14 @@ def test_the_quantizer_spends_its_precision_where_inputs_are_large(tmp_path: Pat
     squares = mean_squares(source, windows)["model.layers.0.mlp.up_proj.weight"]
     weight = load_file(source / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].double().numpy()
     losses = []
-    for out, given in (("without", None), ("with", windows)):
-        export_gguf(source, tmp_path / out, given, type="q2_k", embedding_type="q6_k", context=Context())
+    for out, importance in (("without", False), ("with", True)):
+        export_gguf(
+            source,
+            tmp_path / out,
+            GgufSettings(type="q2_k", embedding_type="q6_k", importance=importance),
+            windows=windows if importance else None,
+            context=Context(),
+        )
         tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / out / "model.gguf").tensors}
         assert tensors["token_embd.weight"].tensor_type.name == "Q6_K"
         stored = gguf.dequantize(tensors["blk.0.ffn_up.weight"].data, tensors["blk.0.ffn_up.weight"].tensor_type)
@@ -101,8 +107,14 @@ def test_iq_types(tmp_path: Path, type: str) -> None:
     windows = tiny_windows(4) if type in NEEDS_IMPORTANCE else None
     if windows is not None:
         with pytest.raises(Incompatible, match="importance: true"):
-            export_gguf(source, tmp_path / "out", type=type, context=Context())
-    metrics = export_gguf(source, tmp_path / "out", windows, type=type, embedding_type="q8_0", context=Context())
+            export_gguf(source, tmp_path / "out", GgufSettings(type=type), context=Context())
+    metrics = export_gguf(
+        source,
+        tmp_path / "out",
+        GgufSettings(type=type, embedding_type="q8_0", importance=windows is not None),
+        windows=windows,
+        context=Context(),
+    )
     found = {t.name: t.tensor_type.name.lower() for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
     assert found["blk.0.ffn_gate.weight"] == {"iq3_m": "iq3_s", "q2_k_s": "q2_k"}.get(type, type)
     assert metrics["fallback_tensors"] == 0
@@ -119,7 +131,7 @@ def test_embedding_and_head_types_are_llama_cpps_own(type: str) -> None:
 
 def test_embedding_and_head_beside_carried_codes(tmp_path: Path) -> None:
     source = quantized_checkpoint(tmp_path / "model", "gptq", 4, 32)
-    metrics = export_gguf(source, tmp_path / "out", type="carry", embedding_type="q4_0", head_type="q4_0", context=Context())
+    metrics = export_gguf(source, tmp_path / "out", GgufSettings(type="carry", embedding_type="q4_0", head_type="q4_0"), context=Context())
     tensors = gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors
     assert {t.tensor_type.name for t in tensors if len(t.shape) == 2} == {"Q4_0"}
     assert metrics["fallback_tensors"] == 0 and metrics["bits_per_weight"] == pytest.approx(

@@ -12,15 +12,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.checkpoints.tokenizer_corpus import TEXTS
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible
-from export.gguf import native
-from export.gguf.check import check_gguf
+from export.gguf import GgufSettings, check_gguf, export_gguf, native
 from export.gguf.pretokenizer import LLAMA3, O200K, QWEN2, QWEN35, TEKKEN, Definition, recognize
 from export.gguf.special import model_name
 from export.gguf.tokenizer import TokenType, Vocabulary, merge_scores, read_vocabulary
-from export.gguf.torture import TEXTS
-from export.gguf.writer import export_gguf
 from export.runtimes.llamacpp import LlamaCppRuntime
 from export.runtimes.llamacpp_text import LlamaCppText
 from tests.tiny import SENTENCES, tiny_tokenizer
@@ -97,7 +95,7 @@ def model_with(
 def export_with(tokenizer: Tokenizer, tmp_path: Path, context: Context | None = None, **settings: Any) -> dict[str, Any]:
     """Export a model that has this tokenizer and return the file's tokenizer.ggml.* fields and its name."""
     source, out = model_with(tokenizer, tmp_path / "model", **settings), tmp_path / "out"
-    export_gguf(source, out, type="f16", context=context or Context())
+    export_gguf(source, out, GgufSettings(type="f16"), context=context or Context())
     fields = gguf.GGUFReader(out / "model.gguf").fields
     return {
         name.removeprefix("tokenizer."): field.contents()
@@ -111,7 +109,7 @@ def vocabulary_of(path: Path) -> Vocabulary:
 
 
 def check(path: Path) -> None:
-    check_gguf(open_checkpoint(path), type="f16")
+    check_gguf(open_checkpoint(path), GgufSettings(type="f16"))
 
 
 BYTE_LEVEL = {
@@ -234,7 +232,7 @@ def test_a_user_defined_piece_is_written(tmp_path: Path) -> None:
 
 def test_a_sentencepiece_tokenizer_in_a_qwen2(tmp_path: Path) -> None:
     source = model_with(sentencepiece(), tmp_path / "model", unk_token="<unk>", model_type="qwen2")
-    export_gguf(source, tmp_path / "out", type="f16", context=Context())
+    export_gguf(source, tmp_path / "out", GgufSettings(type="f16"), context=Context())
     fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
     assert fields["general.architecture"].contents() == "qwen2" and fields["tokenizer.ggml.model"].contents() == "llama"
 

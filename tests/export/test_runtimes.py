@@ -17,8 +17,8 @@ from compression.context import Context
 from compression.errors import Incompatible, MissingExtra, UnusableModel
 from compression.evaluation.generation import generate
 from compression.evaluation.runtime import Runtime
-from export.genai import export_genai
-from export.onnx import export_onnx
+from export.genai import GenaiSettings, export_genai
+from export.onnx import OnnxSettings, export_onnx
 from export.runtimes import installed_runtimes, open_runtime, runtime_name
 from tests.tiny import tiny_checkpoint, tiny_windows
 
@@ -48,8 +48,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def artifacts(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("artifacts")
-    export_onnx(source, out / "onnx", dtype="float32", context=Context())
-    export_genai(source, out / "genai", precision="fp32", context=Context())
+    export_onnx(source, out / "onnx", OnnxSettings(dtype="float32"), context=Context())
+    export_genai(source, out / "genai", GenaiSettings(precision="fp32"), context=Context())
     return {"onnxruntime": out / "onnx", "onnxruntime-genai": out / "genai"}
 
 
@@ -141,6 +141,13 @@ def test_installed_versions() -> None:
 
 
 def test_planning_imports_nothing_heavy() -> None:
-    heavy = "{'torch', 'transformers', 'onnx', 'onnxruntime', 'onnxruntime_genai', 'llama_cpp', 'gguf'}"
-    code = f"import sys, export.checks, export.proof, export.runtimes; print(sorted({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = """
+import importlib, sys
+heavy = {"torch", "transformers", "onnx", "onnxruntime", "onnxruntime_genai", "openvino", "llama_cpp", "gguf"}
+for kind in ("executorch", "genai", "gguf", "onnx", "openvino"):
+    importlib.import_module(f"tasks.kinds.export_{kind}")
+print(sorted((heavy | {"numpy"}) & set(sys.modules)))
+import export.runtimes
+print(sorted(heavy & set(sys.modules)))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n[]\n"

@@ -11,7 +11,7 @@ from compression.checkpoints.loading import load_tokenizer
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
 from compression.evaluation.text import Text, stream_text
-from export.gguf.writer import export_gguf
+from export.gguf import GgufSettings, export_gguf
 from export.runtimes import open_runtime, open_text
 from tests.tiny import SENTENCES, tiny_tokenizer
 
@@ -35,7 +35,7 @@ def chatty(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gguf(chatty: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GGUF file alone, under another name."""
     out = tmp_path_factory.mktemp("gguf")
-    export_gguf(chatty, out / "whole", type="f32", context=Context())
+    export_gguf(chatty, out / "whole", GgufSettings(type="f32"), context=Context())
     shutil.copy(out / "whole" / "model.gguf", out / "copied.gguf")
     return out / "copied.gguf"
 
@@ -61,7 +61,7 @@ def test_a_prompt_ends_without_end_of_text(checkpoint: Path, tmp_path: Path) -> 
     shutil.copytree(checkpoint, tmp_path / "model")
     tiny_tokenizer(eos=True).save_pretrained(tmp_path / "model")
     expected = load_tokenizer(checkpoint)("The lamp is in the").input_ids
-    export_gguf(tmp_path / "model", tmp_path / "gguf", type="f32", context=Context())
+    export_gguf(tmp_path / "model", tmp_path / "gguf", GgufSettings(type="f32"), context=Context())
     for path in (tmp_path / "model", tmp_path / "gguf"):
         runtime = open_runtime(path, threads=1)
         assert open_text(path, runtime).encode("The lamp is in the") == expected

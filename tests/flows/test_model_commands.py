@@ -11,7 +11,7 @@ import pytest
 
 from compression.checkpoints.checkpoint import file_digests, open_checkpoint
 from compression.context import Context
-from export.gguf.writer import export_gguf
+from export.gguf import GgufSettings, export_gguf
 from tasks.artifact import complete_artifact
 from tasks.base import Base
 from tasks.execution import _compare_speed
@@ -28,7 +28,7 @@ EDGEPRESS = [sys.executable, "-P", "-m", "flows.cli.main"]
 def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GGUF artifact with edgepress.json and card, as an export stage leaves it."""
     out = tmp_path_factory.mktemp("artifact") / "gguf"
-    export_gguf(checkpoint, out, type="q8_0", context=Context())
+    export_gguf(checkpoint, out, GgufSettings(type="q8_0"), context=Context())
     document = {"uses": "export.gguf", "parameters": {"uses": "export.gguf", "type": "q8_0", "head_type": None}, "libraries": {"gguf": "1"}}
     before = [("2" * 64, {**document, "uses": "prune.width", "parameters": {"keep": 0.5}})]
     base = Base(open_checkpoint(checkpoint), "1" * 64, "1" * 64, str(checkpoint), None, "mit", checkpoint, "1" * 64)

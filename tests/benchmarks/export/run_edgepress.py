@@ -8,10 +8,11 @@ from compression.context import Context
 
 what, checkpoint, out, options = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
 if what == "gguf":
-    from export.gguf.writer import export_gguf
+    from export.gguf import GgufSettings, export_gguf
 
-    export_gguf(checkpoint, out, **options, context=Context())
+    threads = options.pop("threads")
+    export_gguf(checkpoint, out, GgufSettings(**options), threads=threads, context=Context())
 else:
-    from export.genai import export_genai
+    from export.genai import GenaiSettings, export_genai
 
-    export_genai(checkpoint, out, **options, context=Context())
+    export_genai(checkpoint, out, GenaiSettings(**options), context=Context())

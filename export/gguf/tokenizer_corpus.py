@@ -7,7 +7,7 @@ from export.gguf.pretokenizer import SPACE
 from export.gguf.tokenizer import TokenType, Vocabulary
 
 
-def torture_texts(vocabulary: Vocabulary) -> list[str]:
+def tokenizer_corpus(vocabulary: Vocabulary) -> list[str]:
     """The texts above, one of every two-byte character, and every special token alone and between words.
 
     Left out is what llama.cpp cannot do and the export warns of: texts that are not composed, where the tokenizer composes to NFC;

@@ -1,11 +1,13 @@
 """What `evaluation:` turns on: when each measurement applies, what decides its key, and that its job gives the metrics it announces."""
 
 import importlib
+import importlib.metadata
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +18,11 @@ from compression.context import Context
 from compression.data import DataSpec
 from compression.evaluation.findings import Findings
 from compression.evaluation.spec import EvaluationSpec
+from tasks.measurement.measure import measure
 from tasks.measurement.measurement import Measurement, MeasurementRequest, ReferenceModel, Subject, measurements
+from tasks.runners.executor import Job, JobResult
 from tasks.store.identity import Machine
+from tasks.store.store import Store
 
 OPTIONAL = {"samples", "question_answering", "summarization", "red_team", "harness", "latency", "energy"}
 DATA = DataSpec.model_validate(
@@ -90,6 +95,19 @@ def test_quantized_checkpoints_have_no_latency_and_no_energy(checkpoint: Path) -
     quantized = replace(open_checkpoint(checkpoint), layout="gptq")
     of = MeasurementRequest(quantized, ("base",), DATA, EvaluationSpec(suite="release"))
     assert applying(of) == {"samples", "red_team"}
+
+
+PINNED_KEYS = {
+    "energy": "7af3f6e7f0df0b973688946752ae4cebdd522f37fbddd4e3f84536d2c68342eb",
+    "harness.lamp": "8e172cd17a892c3a1a4a89b0f4cd69f0c4372b946e3e9593f97b196d97dd778e",
+    "latency": "71443d8bad198724b103b703a1c0cd25d25d6d056005cccb4155cc7bd6beae2a",
+    "quality": "3bd9f3c6699d0767ece2583217ccb3b24c431e24192d06f56eae873a2d9bc0c4",
+    "question_answering": "64b7e9e74d6bae43fc46db92ab9562c0e07d4aa1f63c459a4ec8295d11845d90",
+    "red_team": "727b0705dabc5e58bcaa9dd131de326e5bfe02cdcac08fa5a06c4c7ca1f60e76",
+    "samples": "28a35af45c07eb881a900948f08c3f33ab303ed2a264e356a6338a0118efe167",
+    "speed": "1038041031a5c8c4d3cb6fd3de0ac531c9dbf23131693c04117893efc9679c16",
+    "summarization": "71035f63ed09d1bb31882f8c8bd76832e9f93218f25d0e1ffc62f2bd662495b4",
+}
 
 
 CASES: list[tuple[str, Callable[[dict[str, str]], dict[str, Any]]]] = [
@@ -165,3 +183,36 @@ def test_the_system_message_is_in_key_and_job(checkpoint: Path, files: dict[str,
         told, measurement = replace(plain, asked=replace(plain.asked, data=data)), by_name(key)
         assert measurement.document(told) == measurement.document(plain) | {"system": "Be brief."}
         assert measurement.job(told)[1] == measurement.job(plain)[1] | {"system": "Be brief."}
+
+
+class Recorder:
+    """An executor that answers every job alike."""
+
+    closed = False
+
+    def run(self, job: Job, folder: Path, on_event: Any) -> JobResult:
+        return JobResult({}, 0.0, {}, {})
+
+
+def test_record_keys_stay_those_of_earlier_versions(
+    checkpoint: Path, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that changes makes every stored measurement of its kind worthless."""
+    packages = {"lm-eval": "0.4.13", "rouge-score": "0.1.2", "codecarbon": "3.2.6"}
+    real = importlib.metadata.distribution
+    monkeypatch.setattr(
+        "importlib.metadata.distribution", lambda name: SimpleNamespace(version=packages[name]) if name in packages else real(name)
+    )
+    monkeypatch.setattr("tasks.measurement.measure.version", lambda _: "2.13.0")
+    monkeypatch.setattr("tasks.measurement.measure.installed_runtimes", lambda: {"transformers": "5.23.0"})
+    monkeypatch.setattr("tasks.measurement.measure.machine_fingerprint", lambda: {"host": "edge", "cores": 2})
+    monkeypatch.setattr("tasks.measurement.kinds.energy.readable", lambda: ["RAPL package-0"])
+    data = DataSpec.model_validate(DATA.model_dump() | {"questions": {"path": "embedded", "system": "Be brief."}})
+    asked = MeasurementRequest(
+        open_checkpoint(checkpoint), ("base", "parent"), data,
+        EvaluationSpec.model_validate({"suite": "release", "limit": 2, "num_fewshot": 1, "harness_chat": True, **files, "harness": [files["harness"]]}),
+    )  # fmt: skip
+    references = {role: ReferenceModel(checkpoint, digit * 64) for role, digit in (("base", "1"), ("parent", "2"))}
+    of = Subject(asked, ReferenceModel(checkpoint, "0" * 64), references, checkpoint, Machine("cpu", 2))
+    found = measure(of, Store(tmp_path / "store"), Recorder(), lambda event: None)  # type: ignore[arg-type]
+    assert found.keys == PINNED_KEYS

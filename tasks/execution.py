@@ -295,9 +295,9 @@ def _measure(context: RunContext, stage: PlannedStage, result: Result) -> None:
         elif "progress" in event:
             context.progress(stage.name, event)
 
-    asked = MeasurementRequest(stage.product, stage.roles, context.data, context.evaluation)
-    subject = Subject(asked, ReferenceModel(Path(result.path), result.content), references, context.base.path, context.machine)
-    measured = measure(subject, context.store, context.executor, on_event, again=context.remeasure, order=stage.index)
+    request = MeasurementRequest(stage.product, stage.roles, context.data, context.evaluation)
+    subject = Subject(request, ReferenceModel(Path(result.path), result.content), references, context.base.path, context.machine)
+    measured = measure(subject, context.store, context.executor, on_event, remeasure=context.remeasure, order=stage.index)
     context.measured[stage.name] = measured
     result.metrics |= measured.metrics | _static(result.path, stage.product)
     result.details = measured.details

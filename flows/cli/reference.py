@@ -153,7 +153,7 @@ def _about(kind: type[Stage]) -> str:
 
 def _presets() -> str:
     """What presets of gates stand for."""
-    bounds = [[f"`{name}`", "<br>".join(f"{metric} {b.words()}" for metric, b in found.items())] for name, found in PRESETS.items()]
+    bounds = [[f"`{name}`", "<br>".join(f"{metric} {b.requirement()}" for metric, b in found.items())] for name, found in PRESETS.items()]
     selections = [
         [f"`preset: {name}`", "<br>".join(f"`{key}: {preset}`" for key, preset in found.items())] for name, found in SELECTIONS.items()
     ]

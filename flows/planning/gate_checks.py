@@ -108,4 +108,6 @@ def gate_lines(parsed: ParsedRecipe, stages: Mapping[str, PlannedStage]) -> list
     for node in parsed.nodes:
         if node.name in stages:
             gated.setdefault(node.origin, stages[node.name].gates)
-    return [f"{stage}: {'; '.join(f'{metric} {b.words()}' for metric, b in bounds.items())}" for stage, bounds in gated.items() if bounds]
+    return [
+        f"{stage}: {'; '.join(f'{metric} {b.requirement()}' for metric, b in bounds.items())}" for stage, bounds in gated.items() if bounds
+    ]

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from compression.checkpoints.checkpoint import Checkpoint
 from compression.checkpoints.quantization_config import linear_bits
@@ -24,7 +23,8 @@ from tasks.base import Base, open_base
 from tasks.extras import require
 from tasks.kinds._training import TrainingStage
 from tasks.measurement.gates import Bound
-from tasks.measurement.measurement import MeasurementRequest, ReferenceModel, Subject, measurements
+from tasks.measurement.kinds import MEASUREMENTS
+from tasks.measurement.measurement import MeasurementRequest
 from tasks.planned_stage import PlannedStage
 from tasks.runners.machine import default_device, why_no_cuda
 from tasks.stage import Artifact, Corpus, Planned, Reads, check_accepts
@@ -119,7 +119,7 @@ def make_plan(parsed: ParsedRecipe, store: Store, *, elsewhere: bool = False) ->
     check_gates(parsed, done, recipe.evaluation)
     _check_study(parsed, done)
     ancestors = {name: stage.ancestors for name, stage in done.items()}
-    plan = Plan(parsed, base, machine, tuple(done.values()), _measured_with(recipe, done.values(), machine), ancestors)
+    plan = Plan(parsed, base, machine, tuple(done.values()), _measured_with(recipe, done.values()), ancestors)
     models = registered(parsed, plan.stages)
     stages = [replace(stage, memory=estimate(stage, plan).memory, registered=models.get(stage.name, "")) for stage in plan.stages]
     return replace(plan, stages=tuple(stages))
@@ -166,18 +166,17 @@ def _data_error(parsed: ParsedRecipe, error: EdgepressError, message: str) -> Ed
     return parsed.error(("model",) if error.key == "model" else ("data", error.key) if error.key else ("data",), message)
 
 
-def _measured_with(recipe: Recipe, stages: Iterable[PlannedStage], machine: Machine) -> dict[str, str]:
+def _measured_with(recipe: Recipe, stages: Iterable[PlannedStage]) -> dict[str, str]:
     """By measurement, or part of one, that is made of a stage or of the base, the digest of its version, data and settings."""
     found: dict[str, str] = {}
     for stage in stages:
         if isinstance(stage.product, Corpus):
             continue
-        asked = MeasurementRequest(stage.product, stage.roles, recipe.data, recipe.evaluation)
-        for one in measurements():
-            parts = one.parts(asked) if not one.exclusive and one.applies(asked) else {}
+        request = MeasurementRequest(stage.product, stage.roles, recipe.data, recipe.evaluation)
+        for one in MEASUREMENTS:
+            parts = {} if one.exclusive else one.parts(request)
             for name in parts.keys() - found.keys():
-                anything = Subject(parts[name], ReferenceModel(Path(), ""), {}, Path(), machine)
-                found[name] = digest({"version": one.version, **one.document(anything)})[:12]
+                found[name] = digest({"version": one.version, **one.document(parts[name])})[:12]
     return found
 
 

@@ -11,7 +11,7 @@ from flows.report.rows import MANY, Row, leaves
 from tasks.measurement.figures import Figure, contended, measured, within_noise
 
 Judgement = Literal["better", "worse", "noise", "same", "unlike"]
-_GIVES = {  # of each measurement (tasks/measurement/kinds) the figures; those of the harness begin with its name, and what is not here the files alone tell
+_GIVES = {  # of each measurement (tasks/measurement/kinds.py) the figures; those of the harness begin with its name, and what is not here the files alone tell
     "quality": ("accuracy", "accuracy_stderr", "perplexity", "kl_to_base", "top1_agreement"),
     "question_answering": ("exact_match", "f1"),
     "summarization": ("rouge_l",),

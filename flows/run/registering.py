@@ -40,7 +40,7 @@ def _unjudged(stage: PlannedStage, verdicts: Sequence[Verdict]) -> list[str]:
     """What to say of the stage's own gates of which a limit gave no verdict: what they are about was not measured (`if_measured`)."""
     given = Counter(verdict.metric for verdict in verdicts)
     return [
-        f"its gate was not judged: {metric} {bound.words()}"
+        f"its gate was not judged: {metric} {bound.requirement()}"
         for metric, bound in stage.gates.items()
         if given[metric] < sum(len(list(both[metric].limits())) for both in (stage.bounds, stage.gates) if metric in both)
     ]

@@ -1,4 +1,4 @@
-"""Figures as tables and charts show them: their headings and formats, which way is better, and how far noise reaches. Imports no torch."""
+"""Figures as tables and charts show them: headings, formats, which direction is better, and how far noise reaches. Imports no torch."""
 
 import math
 import re
@@ -14,9 +14,13 @@ Metrics = Mapping[str, float]
 class Figure:
     """A metric and how it is shown.
 
-    better  1 where higher is better, -1 where lower is, 0 where neither is
-    scale   what a value is divided by
-    plain   a text that says nothing: where every value reads so, there is nothing to show
+    Attributes:
+        metric: Its name.
+        heading: Of its column.
+        form: How `str.format` writes the value.
+        better: 1 where higher is better, -1 where lower is, 0 where neither is.
+        scale: Divides the value.
+        plain: A text without information: a column that holds nothing else is left out.
     """
 
     metric: str
@@ -30,7 +34,7 @@ class Figure:
         return self.form.format(value / self.scale)
 
     def text(self, metrics: Metrics) -> str:
-        """The value as text; empty where none was measured."""
+        """Format the value; empty where it was not measured."""
         return self.value(metrics[self.metric]) if self.metric in metrics else ""
 
 
@@ -58,37 +62,36 @@ FIGURES = (
     Figure("energy_joules_per_token", "J/token", "{:.2g}", -1),
     Figure("energy_joules_per_token_estimated", "J/token (estimate)", "{:.2g}", -1),
 )
-SANITY = (  # of generated text: said below the samples, no columns of every table
+SANITY = (  # of generated text: shown below the samples, not as columns of every table
     Figure("repetition_rate", "repeated 4-grams", "{:.2f}", -1),
     Figure("empty_rate", "empty", "{:.2f}", -1),
     Figure("invalid_utf8_rate", "invalid UTF-8", "{:.2f}", -1),
 )
 BETTER = {figure.metric: figure.better for figure in FIGURES if figure.better}
 _HARNESS = "harness."
-_LOWER = re.compile(r"perplexity|bits_per_byte|brier|(^|_)(ter|wer|cer)$")  # metrics of the harness of which less is better,
-_HIGHER = re.compile(
-    r"(^|_)(acc|exact_match|em$|f1|mcc|matthews|bleu|chrf|rouge|pass@|precision|recall|score)"
-)  # more; of others nobody knows
-_TIMED = {  # by the share of waiting (compression/evaluation/contention.py) that was found while they were taken
+# Metrics of the harness of which less or more is better. Of others the direction is not known.
+_LOWER = re.compile(r"perplexity|bits_per_byte|brier|(^|_)(ter|wer|cer)$")
+_HIGHER = re.compile(r"(^|_)(acc|exact_match|em$|f1|mcc|matthews|bleu|chrf|rouge|pass@|precision|recall|score)")
+_TIMED = {  # timings by the metric that tells how long their threads waited for cores (compression/evaluation/contention.py)
     "cpu_wait_share": ("tokens_per_second", "prefill_tokens_per_second", "first_token_seconds"),
     "latency_cpu_wait_share": ("first_token_seconds_p50", "first_token_seconds_p95", "token_seconds_p50", "token_seconds_p95"),
 }
-BESIDE = ("count", "_stderr", "_low", "_high", "_delta", "_ratio")  # how metrics end that stand beside another
+BESIDE = ("count", "_stderr", "_low", "_high", "_delta", "_ratio")  # endings of metrics that belong to another metric
 
 
 def measured(metrics: Iterable[Metrics]) -> list[Figure]:
-    """The figures that at least one of these has something to say of; those of the harness's tasks come last."""
-    each = list(metrics)
-    names = {name: None for one in each for name in one}
-    tasks = [_of_a_task(name) for name in names if name.startswith(_HARNESS) and not name.endswith(BESIDE)]
-    return [figure for figure in FIGURES if any(figure.text(one) not in ("", figure.plain) for one in each)] + tasks
+    """Select the figures of which at least one set of metrics has something to show; those of the harness's tasks come last."""
+    rows = list(metrics)
+    names = {name: None for row in rows for name in row}
+    tasks = [_task_figure(name) for name in names if name.startswith(_HARNESS) and not name.endswith(BESIDE)]
+    return [figure for figure in FIGURES if any(figure.text(row) not in ("", figure.plain) for row in rows)] + tasks
 
 
-def _of_a_task(name: str) -> Figure:
-    """That of harness.{task}.{metric} or harness.{task}.{metric}.{filter}."""
-    words = name.removeprefix(_HARNESS).split(".")
-    at = len(words) - 2 if len(words) > 2 and _direction(words[-2]) else len(words) - 1
-    return Figure(name, " ".join([".".join(words[:at]), *words[at:]]), "{:.3f}", _direction(words[at]))
+def _task_figure(name: str) -> Figure:
+    """The figure of `harness.{task}.{metric}` or `harness.{task}.{metric}.{filter}`; the task's name may have dots."""
+    parts = name.removeprefix(_HARNESS).split(".")
+    at = len(parts) - 2 if len(parts) > 2 and _direction(parts[-2]) else len(parts) - 1
+    return Figure(name, " ".join([".".join(parts[:at]), *parts[at:]]), "{:.3f}", _direction(parts[at]))
 
 
 def _direction(metric: str) -> int:
@@ -96,7 +99,7 @@ def _direction(metric: str) -> int:
 
 
 def noise(metrics: Metrics, metric: str) -> tuple[float, float] | None:
-    """From where to where noise reaches: the interval that was measured (`<metric>_low`, `_high`), or 1.96 standard errors; None: not known."""
+    """Return the ends of a metric's 95 % interval: the measured one (`<metric>_low`, `_high`), or 1.96 standard errors; None where it is not known."""
     low, high = metrics.get(f"{metric}_low"), metrics.get(f"{metric}_high")
     if low is not None and high is not None:
         return low, high
@@ -112,24 +115,23 @@ def contended(metrics: Metrics, metric: str) -> bool:
 
 
 def most_contended(metrics: Metrics) -> float:
-    """The largest share of waiting of what was timed, where it makes figures doubtful; else 0."""
+    """Return the largest share of time that timings waited for cores, where it makes figures doubtful; else 0."""
     return max((metrics[share] for share in _TIMED if metrics.get(share, 0.0) > CROWDED), default=0.0)
 
 
 def noise_text(metrics: Metrics, figure: Figure) -> str:
-    """`0.81–0.94`; empty where it is not known."""
-    found = noise(metrics, figure.metric)
-    return f"{figure.value(found[0])}–{figure.value(found[1])}" if found else ""
+    """Format the interval as `0.81–0.94`; empty where it is not known."""
+    interval = noise(metrics, figure.metric)
+    return f"{figure.value(interval[0])}–{figure.value(interval[1])}" if interval else ""
 
 
-def within_noise(first: Metrics, second: Metrics, metric: str) -> bool | None:
-    """Whether two measurements of a metric differ by no more than both reach together, as independent errors add; None: nothing is known.
+def within_noise(one: Metrics, other: Metrics, metric: str) -> bool | None:
+    """Whether two measurements of a metric differ by no more than their joint noise, as independent errors add; None where noise is not known.
 
-    Where both were measured on the same items their errors are not independent but alike, and the rule is on the safe side.
+    Errors of measurements on the same items are not independent but alike; then the rule is on the safe side.
     """
-    mine, theirs = noise(first, metric), noise(second, metric)
-    if mine is None or theirs is None:
+    intervals = [(metrics[metric], *interval) for metrics in (one, other) if (interval := noise(metrics, metric)) is not None]
+    if len(intervals) < 2:
         return None
-    lower, upper = ((first, mine), (second, theirs)) if first[metric] <= second[metric] else ((second, theirs), (first, mine))
-    gap = upper[0][metric] - lower[0][metric]
-    return gap <= math.hypot(lower[1][1] - lower[0][metric], upper[0][metric] - upper[1][0])
+    (lower, _, lower_end), (upper, upper_begin, _) = sorted(intervals)
+    return upper - lower <= math.hypot(lower_end - lower, upper - upper_begin)

@@ -1,4 +1,4 @@
-"""Gates by name, and which stages a key of `gates:` is about. Imports no torch."""
+"""Gates by name, and which stages a key of `gates:` holds for. Imports no torch."""
 
 import difflib
 from collections.abc import Mapping
@@ -9,22 +9,22 @@ from pydantic import BeforeValidator
 
 from tasks.measurement.gates import Bound
 
-LEAF = "leaf"  # as a key of `gates:` every stage that nothing follows
+LEAF = "leaf"  # the key of `gates:` for every stage that nothing follows
 
 PRESETS: Mapping[str, Mapping[str, Bound]] = {
-    # right after pruning, where figures say little about what training will bring back: only what is broken
+    # Right after pruning figures say little about what training will recover: fail only what is broken.
     "loose": {"perplexity": Bound(max_increase=9.0, if_measured=True)},
-    # at the end: what is shipped is about as good as what it came from
+    # At the end: what ships is about as good as its base.
     "strict": {"perplexity": Bound(max_increase=0.1, if_measured=True), "accuracy": Bound(max_drop=0.02, if_measured=True)},
 }
 SELECTIONS: Mapping[str, Mapping[str, str]] = {"default": {"prune.*": "loose", LEAF: "strict"}}
-"""What `preset:` at the top of `gates:` stands for: presets by key."""
+"""Presets by key, for each name that `preset:` at the top of `gates:` may have."""
 
 StageGates = dict[str, Bound]
 
 
 def gate_key(gates: Mapping[str, StageGates], name: str, uses: str, leaf: bool) -> str | None:
-    """The one key of `gates:` that holds for a stage: its name, or `leaf` where nothing follows it, or the longest pattern that its kind fits."""
+    """Return the one key of `gates:` that holds for a stage: its name, `leaf` where nothing follows it, or the longest pattern that matches its kind."""
     if name in gates:
         return name
     if leaf and LEAF in gates:
@@ -33,36 +33,36 @@ def gate_key(gates: Mapping[str, StageGates], name: str, uses: str, leaf: bool) 
 
 
 def is_pattern(key: str) -> bool:
-    """Whether a key of `gates:` means kinds (`prune.*`): no stage can be called so."""
+    """Whether a key of `gates:` matches kinds (`prune.*`): no stage's name has a star."""
     return "*" in key
 
 
 def _expanded(gates: Any) -> Any:
-    """Presets replaced by what they stand for: a whole selection (`preset: default`), a stage's (`tuned: strict`), a stage's beside bounds of its own."""
+    """Replace presets by their bounds: of a whole selection (`preset: default`), of a stage (`tuned: strict`), or beside a stage's own bounds."""
     if not isinstance(gates, Mapping):
         return gates
-    given = {key: _of_stage(key, value) for key, value in gates.items() if key != "preset"}
+    own = {key: _expanded_stage(key, value) for key, value in gates.items() if key != "preset"}
     if "preset" not in gates:
-        return given
-    selection = SELECTIONS[_known("preset", gates["preset"], SELECTIONS)]
-    return {key: dict(PRESETS[preset]) for key, preset in selection.items()} | given
+        return own
+    selection = _preset("preset", gates["preset"], SELECTIONS)
+    return {key: dict(PRESETS[preset]) for key, preset in selection.items()} | own
 
 
-def _of_stage(key: str, value: Any) -> Any:
+def _expanded_stage(key: str, value: Any) -> Any:
     if isinstance(value, str):
-        return dict(PRESETS[_known(key, value, PRESETS)])
+        return dict(_preset(key, value, PRESETS))
     if isinstance(value, Mapping) and "preset" in value:
         own = {metric: bound for metric, bound in value.items() if metric != "preset"}
-        return {**PRESETS[_known(f"{key}.preset", value["preset"], PRESETS)], **own}
+        return {**_preset(f"{key}.preset", value["preset"], PRESETS), **own}
     return value
 
 
-def _known(key: str, word: Any, presets: Mapping[str, Any]) -> str:
-    if isinstance(word, str) and word in presets:
-        return word
-    close = difflib.get_close_matches(str(word), list(presets), n=1, cutoff=0.5)
+def _preset(key: str, name: Any, presets: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    if isinstance(name, str) and name in presets:
+        return presets[name]
+    close = difflib.get_close_matches(str(name), list(presets), n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"{key}: there is no preset {word!r}{hint}; presets: {', '.join(presets)}")
+    raise ValueError(f"{key}: there is no preset {name!r}{hint}; presets: {', '.join(presets)}")
 
 
 Gates = Annotated[dict[str, StageGates], BeforeValidator(_expanded, json_schema_input_type=dict[str, str | dict[str, Bound | str]])]

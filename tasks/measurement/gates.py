@@ -1,14 +1,14 @@
 """Bounds on metrics, and the verdicts computed from records. Loosening a bound never runs a stage again. Imports no torch.
 
-One rule judges every bound. The value has an interval of 95 %: that of the metric (its `_low` and `_high`), and where the limit is relative to another
-stage, that of the difference: from the same items of both where there are some (compression/evaluation/bootstrap.py), else from both intervals.
+One rule judges every bound. The value has a 95 % interval: that of the metric (its `_low` and `_high`) or, where the limit is relative to another
+stage, that of the difference: from items that both stages share (compression/evaluation/bootstrap.py), else from both intervals.
 
-    PASS          the value and all of its interval keep the limit
-    FAIL          neither the value nor any of its interval does: the bound is broken beyond noise
+    PASS          the value and its whole interval satisfy the limit
+    FAIL          neither the value nor any part of its interval does: the bound is broken beyond noise
     INCONCLUSIVE  in between: the limit lies within the noise. It stops nothing, unless the bound is `strict`: then it fails
 
-A metric without an interval (a size) has no noise and is never INCONCLUSIVE, but what was timed while other programs had the cores: it fails no bound.
-What is not a finite number fails, whatever the bound, and so does what is relative to one.
+A metric without an interval (a size) has no noise and is never INCONCLUSIVE. The exception are timings taken while other programs had the cores: these
+fail no bound. A value that is not a finite number fails every bound, and so does a value that is compared with one.
 """
 
 import math
@@ -32,7 +32,7 @@ def _share(value: object) -> object:
         try:
             return float(value.strip()[:-1]) / 100
         except ValueError:
-            raise ValueError(f"{value!r} is no share: write 5% or 0.05") from None
+            raise ValueError(f"{value!r} is not a share: write 5% or 0.05") from None
     return value
 
 
@@ -41,7 +41,7 @@ Decrease = Annotated[float, Field(ge=0, le=1), BeforeValidator(_share, json_sche
 
 
 class Bound(Settings):
-    """Bounds of one metric: absolute, or relative to another stage's value of it. What breaks one beyond noise fails its stage."""
+    """Bounds of one metric: absolute, or relative to another stage's value of it. A value that breaks one beyond noise fails its stage."""
 
     min: float | None = Field(default=None, description="Smallest value that passes.")
     max: float | None = Field(default=None, description="Largest value that passes.")
@@ -52,8 +52,8 @@ class Bound(Settings):
         default=None, ge=0, description="Largest decrease from `relative_to`, in the metric's own unit: 0.02 of accuracy is two points."
     )
     relative_to: str = Field(default="base", description="The stage to compare with: a name, `base` or `parent`.")
-    strict: bool = Field(default=False, description="Whether it fails too what the noise leaves open (INCONCLUSIVE).")
-    if_measured: bool = Field(default=False, description="Whether it says nothing where the metric was not measured, instead of failing.")
+    strict: bool = Field(default=False, description="Whether a value that the noise leaves open (INCONCLUSIVE) fails too.")
+    if_measured: bool = Field(default=False, description="Whether it is skipped, instead of failing, where the metric was not measured.")
 
     @model_validator(mode="after")
     def _bounds_something(self) -> "Bound":
@@ -66,7 +66,7 @@ class Bound(Settings):
         return any(limit.relative for limit in self.limits())
 
     def limits(self) -> "Iterator[Limit]":
-        """Each of the limits it sets."""
+        """Yield each of the limits it sets."""
         absolute: list[tuple[Relation, float | None]] = [("at least", self.min), ("at most", self.max)]
         for relation, value in absolute:
             if value is not None:
@@ -79,29 +79,33 @@ class Bound(Settings):
             if amount is not None:
                 yield Limit(relation, amount, relative=True, share=share)
 
-    def words(self) -> str:
-        """What it asks for: `at most 5% above base`."""
-        told = [limit.words(self.relative_to) for limit in self.limits()]
-        notes = [word for word, said in (("strict", self.strict), ("if measured", self.if_measured)) if said]
-        return " and ".join(told) + (f" ({', '.join(notes)})" if notes else "")
+    def requirement(self) -> str:
+        """Write down what it requires: `at most 5% above base`."""
+        limits = " and ".join(limit.requirement(self.relative_to) for limit in self.limits())
+        notes = ", ".join(note for note, applies in (("strict", self.strict), ("if measured", self.if_measured)) if applies)
+        return f"{limits} ({notes})" if notes else limits
 
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit of a bound: `amount` itself, or so much above or below a reference (a share of it, or in its unit)."""
+    """One limit of a bound: `amount` itself, or an amount above or below a reference (a share of it, or in its unit)."""
 
     relation: Relation
     amount: float
     relative: bool = False
     share: bool = False
 
-    def of(self, reference: Any) -> Any:
-        """The number that bounds the value, given the reference's value, or many of them as an array; `reference` may be None of an absolute one."""
+    def threshold(self, reference: Any) -> Any:
+        """Compute the number that bounds the value.
+
+        Args:
+            reference: The reference's value, or an array of values, which gives an array; ignored by an absolute limit.
+        """
         if not self.relative:
             return self.amount
         return reference + (1 if self.relation == "at most" else -1) * self.amount * (abs(reference) if self.share else 1)
 
-    def words(self, relative_to: str) -> str:
+    def requirement(self, relative_to: str) -> str:
         if not self.relative:
             return f"{self.relation} {self.amount:g}"
         amount = _percent(self.amount) if self.share else f"{self.amount:g}"
@@ -110,22 +114,29 @@ class Limit:
 
 @dataclass(frozen=True)
 class Figures:
-    """What is known of a stage: its metrics, with the intervals among them, and the items that some are made of."""
+    """The measurements of a stage: its metrics, with the intervals among them, and the items that some are computed from."""
 
     metrics: Mapping[str, float]
     items: Mapping[str, Items] = field(default_factory=dict)
 
     def interval(self, metric: str) -> tuple[float, float]:
-        """How far the metric's noise reaches; where that is not known, the value twice."""
+        """Return the interval of a metric; where its noise is not known, the value twice."""
         return noise(self.metrics, metric) or (self.metrics[metric], self.metrics[metric])
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One limit of one metric, judged.
+    """The judgement on one limit of one metric.
 
-    value, limit  of a metric that was measured, the limit as a number whatever it was relative to
-    low, high     of 95 %: where the value lies, the reference held still (its noise is counted to the value's); None without noise
+    Attributes:
+        metric: Its name.
+        outcome: PASS, FAIL or INCONCLUSIVE.
+        message: The judgement as a sentence for people.
+        relation: Whether the limit is a smallest or a largest value; None, as all that follows, where the metric was not measured.
+        value: The metric's value.
+        limit: The limit as a number, whatever it is relative to.
+        low: Lower end of the value's 95 % interval, which includes the reference's noise; None without noise.
+        high: Its upper end.
     """
 
     metric: str
@@ -138,73 +149,83 @@ class Verdict:
     high: float | None = None
 
 
-def judge(bounds: Mapping[str, Bound], mine: Figures, others: Mapping[str, Figures]) -> list[Verdict]:
-    """Judge every bound; `others` are the stages named by `relative_to`. A metric that is absent fails, unless the bound says `if_measured`."""
-    return [verdict for metric, bound in bounds.items() for verdict in _judge_bound(metric, bound, mine, others)]
+def judge(bounds: Mapping[str, Bound], figures: Figures, references: Mapping[str, Figures]) -> list[Verdict]:
+    """Judge every bound on a stage.
+
+    Args:
+        bounds: Bounds by metric.
+        figures: The stage's own.
+        references: Those of the stages that `relative_to` names.
+
+    Returns:
+        A verdict for each limit. A metric that was not measured fails, or has no verdict where the bound says `if_measured`.
+    """
+    return [verdict for metric, bound in bounds.items() for verdict in _judge_bound(metric, bound, figures, references)]
 
 
-def _judge_bound(metric: str, bound: Bound, mine: Figures, others: Mapping[str, Figures]) -> Iterator[Verdict]:
-    if metric not in mine.metrics:
+def _judge_bound(metric: str, bound: Bound, figures: Figures, references: Mapping[str, Figures]) -> Iterator[Verdict]:
+    if metric not in figures.metrics:
         if not bound.if_measured:
-            yield Verdict(metric, "FAIL", f"{metric} was not measured; measured: {', '.join(sorted(mine.metrics))}")
+            yield Verdict(metric, "FAIL", f"{metric} was not measured; measured: {', '.join(sorted(figures.metrics))}")
         return
-    other = others.get(bound.relative_to, Figures({}))
+    reference = references.get(bound.relative_to, Figures({}))
     for limit in bound.limits():
-        if limit.relative and metric not in other.metrics:
+        if limit.relative and metric not in reference.metrics:
             if not bound.if_measured:
                 yield Verdict(metric, "FAIL", f"{metric} of {bound.relative_to} was not measured, so nothing can be relative to it")
         else:
-            yield _judge_limit(metric, limit, bound, mine, other)
+            yield _judge_limit(metric, limit, bound, figures, reference)
 
 
-def _judge_limit(metric: str, limit: Limit, bound: Bound, mine: Figures, other: Figures) -> Verdict:
-    value = mine.metrics[metric]
-    bar = limit.of(other.metrics.get(metric))
-    if not (math.isfinite(value) and math.isfinite(bar)):
-        whose = metric if not math.isfinite(value) else f"{metric} of {bound.relative_to}"
-        return Verdict(metric, "FAIL", f"{whose} is not a finite number, so it keeps no bound", limit.relation, value, bar)
-    margins = _paired_margins(metric, limit, mine, other) if limit.relative else None
-    low, high = margins or _margins(metric, limit, bar, mine, other)
-    low, high = value + min(low, 0.0), value + max(high, 0.0)
-    kept, all_kept, any_kept = (
-        (value <= bar, high <= bar, low <= bar) if limit.relation == "at most" else (value >= bar, low >= bar, high >= bar)
-    )
-    outcome: Outcome = "PASS" if kept and all_kept else "INCONCLUSIVE" if any_kept else "FAIL"
-    noisy = high > low
-    message = _message(metric, limit, bound, value, bar, other.metrics.get(metric), outcome, (high - low) / 2)
-    if outcome == "FAIL" and (contended(mine.metrics, metric) or (limit.relative and contended(other.metrics, metric))):
+def _judge_limit(metric: str, limit: Limit, bound: Bound, figures: Figures, reference: Figures) -> Verdict:
+    value = figures.metrics[metric]
+    threshold = limit.threshold(reference.metrics.get(metric))
+    if not (math.isfinite(value) and math.isfinite(threshold)):
+        culprit = metric if not math.isfinite(value) else f"{metric} of {bound.relative_to}"
+        return Verdict(metric, "FAIL", f"{culprit} is not a finite number, so it satisfies no bound", limit.relation, value, threshold)
+    margins = _paired_margins(metric, limit, figures, reference) if limit.relative else None
+    below, above = margins or _margins(metric, limit, threshold, figures, reference)
+    low, high = value + min(below, 0.0), value + max(above, 0.0)
+    if limit.relation == "at most":
+        satisfied, all_of_it, any_of_it = value <= threshold, high <= threshold, low <= threshold
+    else:
+        satisfied, all_of_it, any_of_it = value >= threshold, low >= threshold, high >= threshold
+    outcome: Outcome = "PASS" if satisfied and all_of_it else "INCONCLUSIVE" if any_of_it else "FAIL"
+    message = _message(metric, limit, bound, value, threshold, reference.metrics.get(metric), outcome, (high - low) / 2)
+    if outcome == "FAIL" and (contended(figures.metrics, metric) or (limit.relative and contended(reference.metrics, metric))):
         outcome, message = "INCONCLUSIVE", f"{message}, but other programs had the cores while it was timed (`edgepress run --remeasure`)"
     final: Outcome = "FAIL" if outcome == "INCONCLUSIVE" and bound.strict else outcome
-    return Verdict(metric, final, message, limit.relation, value, bar, low if noisy else None, high if noisy else None)
+    interval = (low, high) if high > low else (None, None)
+    return Verdict(metric, final, message, limit.relation, value, threshold, *interval)
 
 
-def _paired_margins(metric: str, limit: Limit, mine: Figures, other: Figures) -> tuple[float, float] | None:
-    """How far below and above its value the value may lie, from the items that both stages have; None where these do not pair."""
-    one, reference = mine.items.get(metric), other.items.get(metric)
-    if one is None or reference is None:
+def _paired_margins(metric: str, limit: Limit, figures: Figures, reference: Figures) -> tuple[float, float] | None:
+    """How far below and above its value the value may lie, from items that both stages share; None where they do not pair."""
+    items, reference_items = figures.items.get(metric), reference.items.get(metric)
+    if items is None or reference_items is None:
         return None
     from compression.evaluation.bootstrap import middle, paired, resample
 
-    if not paired(one, reference):
+    if not paired(items, reference_items):
         return None
-    values, references = resample(f"{metric} {one.digest()} {reference.digest()}", one, reference)
-    found = middle(values - limit.of(references))
-    margin = mine.metrics[metric] - limit.of(other.metrics[metric])
-    return found.low - margin, found.high - margin
+    values, reference_values = resample(f"{metric} {items.digest()} {reference_items.digest()}", items, reference_items)
+    interval = middle(values - limit.threshold(reference_values))
+    margin = figures.metrics[metric] - limit.threshold(reference.metrics[metric])
+    return interval.low - margin, interval.high - margin
 
 
-def _margins(metric: str, limit: Limit, bar: float, mine: Figures, other: Figures) -> tuple[float, float]:
-    """The same from both intervals, where measured apart: MOVER (Zou and Donner 2008), which adds the distances to their ends in quadrature."""
-    value = mine.metrics[metric]
-    low, high = mine.interval(metric)
+def _margins(metric: str, limit: Limit, threshold: float, figures: Figures, reference: Figures) -> tuple[float, float]:
+    """The same from both intervals, where these are independent: MOVER (Zou and Donner 2008), which adds the distances to their ends in quadrature."""
+    value = figures.metrics[metric]
+    low, high = figures.interval(metric)
     if not limit.relative:
         return low - value, high - value
-    bars = [limit.of(end) for end in other.interval(metric)]
-    return -math.hypot(value - low, max(bars) - bar), math.hypot(high - value, bar - min(bars))
+    thresholds = [limit.threshold(end) for end in reference.interval(metric)]
+    return -math.hypot(value - low, max(thresholds) - threshold), math.hypot(high - value, threshold - min(thresholds))
 
 
 def _message(
-    metric: str, limit: Limit, bound: Bound, value: float, bar: float, reference: float | None, outcome: Outcome, noise: float
+    metric: str, limit: Limit, bound: Bound, value: float, threshold: float, reference: float | None, outcome: Outcome, noise: float
 ) -> str:  # fmt: skip
     """`accuracy 0.79 is not at least 0.798 (base 0.8: a drop of 0.01, allowed 0.002); the limit is within the noise of ±0.013`."""
     unit = abs(reference) if limit.share and reference else None
@@ -212,17 +233,17 @@ def _message(
     def amount(number: float) -> str:
         return f"{number:.3g}" if unit is None else _percent(number / unit)
 
-    kept = value <= bar if limit.relation == "at most" else value >= bar
-    words = f"{metric} {value:.5g} is {'' if kept else 'not '}{limit.relation} {bar:.5g}"
+    satisfied = value <= threshold if limit.relation == "at most" else value >= threshold
+    text = f"{metric} {value:.5g} is {'' if satisfied else 'not '}{limit.relation} {threshold:.5g}"
     if reference is not None and limit.relative:
         change = "no change" if value == reference else f"a {'rise' if value > reference else 'drop'} of {amount(abs(value - reference))}"
-        words += f" ({bound.relative_to} {reference:.5g}: {change}, allowed {amount(abs(bar - reference))})"
-    elif not kept:
-        words += f" ({amount(abs(value - bar))} too {'much' if limit.relation == 'at most' else 'little'})"
+        text += f" ({bound.relative_to} {reference:.5g}: {change}, allowed {amount(abs(threshold - reference))})"
+    elif not satisfied:
+        text += f" ({amount(abs(value - threshold))} too {'much' if limit.relation == 'at most' else 'little'})"
     if outcome == "INCONCLUSIVE":
-        words += f"; the limit is within the noise of ±{amount(noise)}"
-        return words + ", and the bound is strict, so it fails" if bound.strict else words
-    return words + f", beyond the noise of ±{amount(noise)}" if outcome == "FAIL" and noise > 0 else words
+        text += f"; the limit is within the noise of ±{amount(noise)}"
+        return text + ", and the bound is strict, so it fails" if bound.strict else text
+    return text + f", beyond the noise of ±{amount(noise)}" if outcome == "FAIL" and noise > 0 else text
 
 
 def _percent(share: float) -> str:

@@ -1,7 +1,9 @@
-"""What a child is asked to measure when a recipe's `evaluation:` says so. Works with torch, inside its functions."""
+"""Measurements as a child carries them out, one function for each row of tasks/measurement/kinds.py. Works with torch, inside its functions."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,110 +14,191 @@ from compression.evaluation.spec import EvaluationSpec
 from export.runtimes import import_runtime, open_runtime, open_text, runtime_name
 
 if TYPE_CHECKING:
+    import torch
+
+    from compression.evaluation.runtime import Runtime
     from compression.evaluation.writing import Writer
 
 
-def generate_samples(
-    *, target: str, tokenizer: str, data: dict[str, Any], evaluation: dict[str, Any], threads: int, context: Context
-) -> Findings:
-    """Continuations of the beginnings of evaluation windows, and how sane they are."""
-    from compression.checkpoints.loading import load_tokenizer
-    from compression.data import evaluation_windows
-    from compression.evaluation.samples import generate_samples as generate
+@dataclass
+class _Subject:
+    """A checkpoint or artifact in the child that measures it."""
 
-    spec = EvaluationSpec.model_validate(evaluation)
-    windows = evaluation_windows(DataSpec.model_validate(data), load_tokenizer(Path(tokenizer)))
-    with _writer(target, spec, threads, context) as writer:
-        return generate(writer, windows, count=spec.generations, shown=spec.samples, context=context)
+    path: Path
+    tokenizer_folder: Path
+    references: Mapping[str, Path]  # by role
+    data: DataSpec
+    evaluation: EvaluationSpec
+    threads: int
+    context: Context
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        from compression.checkpoints.loading import load_tokenizer
 
-def answer_questions(*, target: str, evaluation: dict[str, Any], threads: int, context: Context, system: str | None = None) -> Findings:
-    """Exact match and F1 of written answers."""
-    from compression.evaluation.answers import answer_questions as answer
-    from compression.evaluation.answers import open_questions
+        return load_tokenizer(self.tokenizer_folder)
 
-    spec = EvaluationSpec.model_validate(evaluation)
-    assert spec.question_answering is not None  # else nobody asks
-    with _writer(target, spec, threads, context, system) as writer:
-        return answer(writer, list(open_questions(spec.question_answering, spec.limit)), context)
+    @cached_property
+    def windows(self) -> "torch.Tensor":
+        """Of the evaluation text, [count, length]."""
+        from compression.data import evaluation_windows
 
+        return evaluation_windows(self.data, self.tokenizer)
 
-def summarize(*, target: str, evaluation: dict[str, Any], threads: int, context: Context, system: str | None = None) -> Findings:
-    """ROUGE-L of written summaries."""
-    from compression.evaluation.summaries import articles
-    from compression.evaluation.summaries import summarize as summaries
+    @property
+    def prompt(self) -> list[int]:
+        """Half a window of the evaluation text, as token ids."""
+        window = self.windows[0].tolist()
+        return window[: len(window) // 2]
 
-    spec = EvaluationSpec.model_validate(evaluation)
-    assert spec.summarization is not None  # else nobody asks
-    with _writer(target, spec, threads, context, system) as writer:
-        return summaries(writer, list(articles(spec.summarization, spec.limit)), context)
+    def open(self) -> "Runtime":
+        return open_runtime(self.path, device=self.context.device, threads=self.threads)
 
+    @contextmanager
+    def writer(self) -> "Iterator[Writer]":
+        """The model as it answers prompts, in its chat template where it has one."""
+        from compression.evaluation.writing import Writer
 
-def probe_refusals(*, target: str, evaluation: dict[str, Any], threads: int, context: Context, system: str | None = None) -> Findings:
-    """Refusals of the red-team set."""
-    from compression.evaluation.red_team import probe_refusals as probe
-    from compression.evaluation.red_team import probes
-
-    spec = EvaluationSpec.model_validate(evaluation)
-    assert spec.red_team_set is not None  # else nobody asks
-    with _writer(target, spec, threads, context, system) as writer:
-        return probe(writer, list(probes(spec.red_team_set)), context)
+        with closing(self.open()) as runtime:
+            yield Writer(runtime, open_text(self.path, runtime), self.evaluation.new_tokens, self.data.system)
 
 
-def run_harness(
-    *, target: str, tokenizer: str, evaluation: dict[str, Any], threads: int, context: Context, system: str | None = None
-) -> Findings:
-    """Tasks of lm-evaluation-harness."""
-    from compression.checkpoints.loading import load_tokenizer
-    from compression.evaluation.harness import HarnessModel, evaluate_tasks
-    from compression.evaluation.harness_tasks import find_tasks
+def measure(
+    *,
+    measurement: str,
+    target: str,
+    tokenizer: str,
+    references: dict[str, str],
+    data: dict[str, Any],
+    evaluation: dict[str, Any],
+    threads: int,
+    context: Context,
+) -> Findings | dict[str, float]:
+    """Make one measurement of a checkpoint or artifact.
 
-    spec = EvaluationSpec.model_validate(evaluation)
-    tasks = find_tasks(spec.harness)
-    with closing(open_runtime(Path(target), device=context.device, threads=threads)) as runtime:
-        model = HarnessModel(runtime, load_tokenizer(Path(tokenizer)), open_text(Path(target), runtime), context)
-        return evaluate_tasks(model, tasks, limit=spec.limit, num_fewshot=spec.num_fewshot, chat=spec.harness_chat, system=system)
+    Args:
+        measurement: Its name in tasks/measurement/kinds.py.
+        target: The directory (or file) of the checkpoint or artifact.
+        tokenizer: A directory that holds the tokenizer.
+        references: Directories of the checkpoints to compare with, by role.
+        data: The recipe's `data` as JSON.
+        evaluation: The recipe's `evaluation` as JSON.
+        threads: Threads of the runtime.
+        context: Device, seed and progress of the job.
+    """
+    subject = _Subject(
+        Path(target), Path(tokenizer), {role: Path(path) for role, path in references.items()}, DataSpec.model_validate(data),
+        EvaluationSpec.model_validate(evaluation), threads, context,
+    )  # fmt: skip
+    return JOBS[measurement](subject)
 
 
-def measure_latency(
-    *, target: str, tokenizer: str, data: dict[str, Any], evaluation: dict[str, Any], threads: int, context: Context
-) -> dict[str, float]:
-    """Seconds by token, after half a window of the evaluation text."""
-    from compression.evaluation.latency import measure_latency as measure
+def _energy(subject: _Subject) -> Findings:
+    from compression.evaluation.energy import measure_energy
 
-    prompt = _prompt(tokenizer, data)
-    new_tokens = EvaluationSpec.model_validate(evaluation).new_tokens
-    with closing(open_runtime(Path(target), device=context.device, threads=threads)) as runtime:
-        return measure(runtime, prompt, new_tokens=new_tokens)
-
-
-def measure_energy(
-    *, target: str, tokenizer: str, data: dict[str, Any], evaluation: dict[str, Any], threads: int, context: Context
-) -> Findings:
-    """Joules of a generation, after half a window of the evaluation text."""
-    from compression.evaluation.energy import measure_energy as measure
-
-    spec = EvaluationSpec.model_validate(evaluation)
-    name = runtime_name(Path(target))
+    name = runtime_name(subject.path)
     import_runtime(name)
-    prompt = _prompt(tokenizer, data)
-    return measure(
-        lambda: open_runtime(Path(target), device=context.device, threads=threads), prompt, new_tokens=spec.new_tokens,
-        device=context.device if name == "transformers" else "cpu", estimate=spec.energy_source == "estimate", context=context,
+    return measure_energy(
+        subject.open, subject.prompt, new_tokens=subject.evaluation.new_tokens,
+        device=subject.context.device if name == "transformers" else "cpu", estimate=subject.evaluation.energy_source == "estimate",
+        context=subject.context,
     )  # fmt: skip
 
 
-@contextmanager
-def _writer(target: str, spec: EvaluationSpec, threads: int, context: Context, system: str | None = None) -> "Iterator[Writer]":
-    from compression.evaluation.writing import Writer
+def _harness(subject: _Subject) -> Findings:
+    from compression.evaluation.harness import HarnessModel, evaluate_tasks
+    from compression.evaluation.harness_tasks import find_tasks
 
-    with closing(open_runtime(Path(target), device=context.device, threads=threads)) as runtime:
-        yield Writer(runtime, open_text(Path(target), runtime), spec.new_tokens, system)
+    spec = subject.evaluation
+    tasks = find_tasks(spec.harness)
+    with closing(subject.open()) as runtime:
+        model = HarnessModel(runtime, subject.tokenizer, open_text(subject.path, runtime), subject.context)
+        return evaluate_tasks(
+            model, tasks, limit=spec.limit, num_fewshot=spec.num_fewshot, chat=spec.harness_chat, system=subject.data.system
+        )
 
 
-def _prompt(tokenizer: str, data: dict[str, Any]) -> list[int]:
-    from compression.checkpoints.loading import load_tokenizer
-    from compression.data import evaluation_windows
+def _latency(subject: _Subject) -> dict[str, float]:
+    from compression.evaluation.latency import measure_latency
 
-    window = evaluation_windows(DataSpec.model_validate(data), load_tokenizer(Path(tokenizer)))[0].tolist()
-    return window[: len(window) // 2]
+    prompt = subject.prompt
+    with closing(subject.open()) as runtime:
+        return measure_latency(runtime, prompt, new_tokens=subject.evaluation.new_tokens)
+
+
+def _quality(subject: _Subject) -> Findings:
+    """Perplexity, accuracy and divergence from each reference checkpoint, in the runtime that opens the target; sparsity of a dense checkpoint."""
+    from compression.data import questions
+    from compression.evaluation.scorers import evaluate_quality
+    from compression.evaluation.sparsity import sparsity
+    from compression.evaluation.transformers_runtime import TransformersRuntime
+
+    data, context = subject.data, subject.context
+    runtime = subject.open()
+    by_path = {path: TransformersRuntime(path, device=context.device, threads=subject.threads) for path in set(subject.references.values())}
+    items = questions(data, "test") if data.questions is not None else []
+    try:
+        references = {role: by_path[path] for role, path in subject.references.items()}
+        findings = evaluate_quality(
+            runtime, subject.tokenizer, subject.windows, items, references=references, context=context, system=data.system
+        )
+    finally:
+        for opened in (runtime, *by_path.values()):
+            opened.close()
+    if runtime.name == "transformers" and (share := sparsity(subject.path)) is not None:
+        findings.metrics["sparsity"] = share
+    return findings
+
+
+def _question_answering(subject: _Subject) -> Findings:
+    from compression.evaluation.answers import answer_questions, open_questions
+
+    spec = subject.evaluation
+    assert spec.question_answering is not None  # or the measurement is not wanted
+    with subject.writer() as writer:
+        return answer_questions(writer, list(open_questions(spec.question_answering, spec.limit)), subject.context)
+
+
+def _red_team(subject: _Subject) -> Findings:
+    from compression.evaluation.red_team import probe_refusals, probes
+
+    assert subject.evaluation.red_team_set is not None  # or the measurement is not wanted
+    with subject.writer() as writer:
+        return probe_refusals(writer, list(probes(subject.evaluation.red_team_set)), subject.context)
+
+
+def _samples(subject: _Subject) -> Findings:
+    from compression.evaluation.samples import generate_samples
+
+    spec, windows = subject.evaluation, subject.windows
+    with subject.writer() as writer:
+        return generate_samples(writer, windows, count=spec.generations, shown=spec.samples, context=subject.context)
+
+
+def _speed(subject: _Subject) -> dict[str, float]:
+    from compression.evaluation.speed import measure_speed
+
+    import_runtime(runtime_name(subject.path))  # or its time and memory would count as the model's
+    return measure_speed(subject.open, subject.prompt, new_tokens=len(subject.prompt))
+
+
+def _summarization(subject: _Subject) -> Findings:
+    from compression.evaluation.summaries import articles, summarize
+
+    spec = subject.evaluation
+    assert spec.summarization is not None  # or the measurement is not wanted
+    with subject.writer() as writer:
+        return summarize(writer, list(articles(spec.summarization, spec.limit)), subject.context)
+
+
+JOBS: Mapping[str, Callable[[_Subject], Findings | dict[str, float]]] = {
+    "energy": _energy,
+    "harness": _harness,
+    "latency": _latency,
+    "quality": _quality,
+    "question_answering": _question_answering,
+    "red_team": _red_team,
+    "samples": _samples,
+    "speed": _speed,
+    "summarization": _summarization,
+}

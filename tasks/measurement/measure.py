@@ -1,8 +1,8 @@
-"""Records: what was measured about a checkpoint or artifact, when, and under which key. Imports no torch.
+"""Records: what was measured of a checkpoint or artifact, when, and under which key. Imports no torch.
 
-Every record depends on the bytes, the runtime's version (and torch's), the device and the threads, and on what its measurement names
-(tasks/measurement/kinds); one that is taken alone on the machine depends on the machine too. Comparisons with the base are records as well, computed
-from two others without another measurement.
+The key of a record covers the bytes, the runtime's version (and torch's), the device, the threads, and what its measurement names
+(tasks/measurement/kinds.py); figures of time and energy also depend on the machine. Comparisons with the base are records as well, computed from two
+others without another measurement.
 """
 
 import os
@@ -20,7 +20,8 @@ import psutil
 
 from compression.evaluation.findings import Items
 from export.runtimes import installed_runtimes, runtime_name
-from tasks.measurement.measurement import Measurement, MeasurementRequest, Subject, measurements
+from tasks.measurement.kinds import MEASUREMENTS
+from tasks.measurement.measurement import Measurement, MeasurementRequest, Subject
 from tasks.runners.executor import EventHandler, Executor, Job
 from tasks.store.files import size_of
 from tasks.store.identity import digest
@@ -29,7 +30,7 @@ from tasks.store.store import Store
 
 @lru_cache(maxsize=1)
 def machine_fingerprint() -> dict[str, Any]:
-    """What speed depends on: the processor, its cores, the memory, the graphics cards, the host's name."""
+    """Describe what speed depends on: the processor, its cores, the memory, the graphics cards, the host's name."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -50,11 +51,12 @@ def machine_fingerprint() -> dict[str, Any]:
 class Measured:
     """What is known of a target.
 
-    metrics  by name, with the intervals of those that have items
-    items    of metrics, by name
-    keys     of the records, by the names of the measurements' parts
-    details  what measurements keep besides (texts, per-item results), by its own keys
-    seconds  that children worked for it now: 0 when every record was there already
+    Attributes:
+        metrics: By name, with the intervals of those that have items.
+        items: Of metrics, by name.
+        keys: Of the records, by the names of the measurements' parts.
+        details: What measurements keep besides (texts, per-item results), by its own keys.
+        seconds: How long children worked for it now; 0 when the store had every record.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -64,48 +66,52 @@ class Measured:
     seconds: float = 0.0
 
 
-def measure(subject: Subject, store: Store, executor: Executor, on_event: EventHandler, *, again: bool = False, order: int = 0) -> Measured:
-    """Every record that the recipe asks for about a target: from the store, or made now and kept. `again`: what is taken alone is made now, and takes
-    the place of what the store has. `order`: that of its jobs."""
-    found = Measured()
-    for measurement in measurements():
-        parts = measurement.parts(subject.asked) if measurement.applies(subject.asked) else {}
-        for name, asked in parts.items():
+def measure(
+    subject: Subject, store: Store, executor: Executor, on_event: EventHandler, *, remeasure: bool = False, order: int = 0
+) -> Measured:
+    """Collect every record that the recipe wants of a target, from the store where it has one.
+
+    Args:
+        subject: The target, with what it is compared with.
+        store: Keeps the records.
+        executor: Runs the jobs of missing records.
+        on_event: Gets the events of these jobs.
+        remeasure: Take the timings again, even if the store has them; new ones replace the stored ones.
+        order: The order of the jobs among those of other stages.
+    """
+    result = Measured()
+    for measurement in MEASUREMENTS:
+        for name, request in measurement.parts(subject.request).items():
             key, record, seconds = _record(
-                measurement, replace(subject, asked=asked), store, executor, on_event, again=again and measurement.exclusive, order=order
-            )
-            found.metrics |= record["metrics"]
-            found.items |= {metric: Items.read(items) for metric, items in record["items"].items()}
-            found.details |= record["details"]
-            found.keys[name] = key
-            found.seconds += seconds
-    return found
+                measurement, replace(subject, request=request), store, executor, on_event,
+                remeasure=remeasure and measurement.exclusive, order=order,
+            )  # fmt: skip
+            result.metrics |= record["metrics"]
+            result.items |= {metric: Items.read(items) for metric, items in record["items"].items()}
+            result.details |= record["details"]
+            result.keys[name] = key
+            result.seconds += seconds
+    return result
 
 
 def _record(
-    measurement: Measurement, subject: Subject, store: Store, executor: Executor, on_event: EventHandler, *, again: bool, order: int
+    measurement: Measurement, subject: Subject, store: Store, executor: Executor, on_event: EventHandler, *, remeasure: bool, order: int
 ) -> tuple[str, dict[str, Any], float]:  # fmt: skip
-    """A record with its key, and the seconds a child worked for it now."""
+    """A record with its key, and the seconds that a child worked for it now."""
     from compression.evaluation.bootstrap import BOOTSTRAP_VERSION, interval_figures
 
-    name = runtime_name(subject.target.path)
+    runtime = runtime_name(subject.target.path)
     document = {
-        "record": measurement.name, "version": measurement.version, "content": subject.target.content, "runtime": name,
-        "runtime_version": installed_runtimes()[name], "device": subject.machine.device, "threads": subject.machine.threads,
-        **({"torch": version("torch")} if name == "transformers" else {}), "bootstrap": BOOTSTRAP_VERSION,
-        **({"machine": machine_fingerprint()} if measurement.exclusive else {}), **measurement.document(subject),
+        "record": measurement.name, "version": measurement.version, "content": subject.target.content, "runtime": runtime,
+        "runtime_version": installed_runtimes()[runtime], "device": subject.machine.device, "threads": subject.machine.threads,
+        **({"torch": version("torch")} if runtime == "transformers" else {}), "bootstrap": BOOTSTRAP_VERSION,
+        **({"machine": machine_fingerprint()} if measurement.exclusive else {}),
+        **measurement.document(subject.request, subject.references),
     }  # fmt: skip
 
-    def made() -> tuple[dict[str, Any], float]:
-        call, arguments = measurement.job(subject)
-        opened = {subject.target.path, *(reference.path for reference in subject.references.values())}
-        job = Job(
-            call, arguments, subject.machine.threads, device=subject.machine.device, exclusive=measurement.exclusive, name=measurement.name,
-            memory=2 * sum(size_of(path) for path in opened),  # files of 16 bits, worked with in 32
-            order=order,
-        )  # fmt: skip
-        folder = store.root / "work" / f"measure-{digest(document)}"  # whoever holds the lock of the key is alone in it
-        done = executor.run(job, folder, on_event)
+    def compute() -> tuple[dict[str, Any], float]:
+        folder = store.root / "work" / f"measure-{digest(document)}"  # only the holder of the key's lock uses it
+        done = executor.run(make_job(measurement, subject, order), folder, on_event)
         shutil.rmtree(folder, ignore_errors=True)
         metrics = dict(done.metrics)
         for metric, items in done.items.items():
@@ -113,61 +119,87 @@ def _record(
         stored = {metric: asdict(items) for metric, items in done.items.items()}
         return {"metrics": metrics, "items": stored, "details": done.details, "seconds": done.seconds}, done.seconds
 
-    return _kept(store, document, made, lambda: executor.closed, again=again)
+    return _stored(store, document, compute, lambda: executor.closed, recompute=remeasure)
+
+
+def make_job(measurement: Measurement, subject: Subject, order: int = 0) -> Job:
+    """Make the job of a measurement, which a child runs."""
+    arguments = {
+        "measurement": measurement.name,
+        "target": str(subject.target.path),
+        "tokenizer": str(subject.tokenizer),
+        "references": {role: str(reference.path) for role, reference in subject.references.items()} if measurement.compares else {},
+        "data": subject.request.data.model_dump(mode="json"),
+        "evaluation": subject.request.evaluation.model_dump(mode="json"),
+    }
+    opened = {subject.target.path, *(reference.path for reference in subject.references.values())}
+    memory = 2 * sum(size_of(path) for path in opened)  # files hold 16 bits a weight, runtimes compute with 32
+    return Job(
+        "tasks.measurement.jobs:measure", arguments, subject.machine.threads, device=subject.machine.device, exclusive=measurement.exclusive,
+        name=measurement.name, memory=memory, order=order,
+    )  # fmt: skip
 
 
 def compare(target: Measured, base: Measured, content: str, store: Store) -> dict[str, float]:
-    """The differences and ratios to the base, with intervals, of every metric that has items in both. From the store, or computed and kept.
+    """The differences and ratios to the base, with intervals, of every metric that has items in both: from the store, or computed and kept.
 
-    content  of the target: the record is kept as long as that
+    Args:
+        target: What was measured of the checkpoint or artifact.
+        base: What was measured of the base.
+        content: Digest of the target's bytes; the record is kept as long as these.
+        store: Keeps the record.
     """
     from compression.evaluation.bootstrap import BOOTSTRAP_VERSION, comparison_figures
 
     shared = sorted(target.items.keys() & base.items.keys())
-    # records may be made again under their keys, so what they hold decides
+    # Timings can be taken again under the same key, so the items belong to the key of the comparison.
     items = {metric: [asdict(target.items[metric]), asdict(base.items[metric])] for metric in shared}
     document = {
         "record": "comparison", "version": BOOTSTRAP_VERSION, "content": content, "of": target.keys, "with": base.keys, "items": digest(items),
         "metrics": shared,
     }  # fmt: skip
 
-    def made() -> tuple[dict[str, Any], float]:
+    def compute() -> tuple[dict[str, Any], float]:
         metrics: dict[str, float] = {}
         for metric in shared:
             metrics |= comparison_figures(metric, target.items[metric], base.items[metric], f"{digest(document)} {metric}")
         return {"metrics": metrics}, 0.0
 
-    return _kept(store, document, made)[1]["metrics"] if shared else {}
+    return _stored(store, document, compute)[1]["metrics"] if shared else {}
 
 
-def _kept(
-    store: Store, document: dict[str, Any], made: Callable[[], tuple[dict[str, Any], float]], is_cancelled: Callable[[], bool] = lambda: False,
-    *, again: bool = False,
-) -> tuple[str, dict[str, Any], float]:  # fmt: skip
-    """The record of a key and the seconds that went into it now; where the store has none, or it is to be made `again`, what `made` makes.
+def _stored(
+    store: Store,
+    document: dict[str, Any],
+    compute: Callable[[], tuple[dict[str, Any], float]],
+    is_cancelled: Callable[[], bool] = lambda: False,
+    *,
+    recompute: bool = False,
+) -> tuple[str, dict[str, Any], float]:
+    """The key of a document, its record, and the seconds spent on it now; `compute` makes a record that the store does not have.
 
-    is_cancelled  asked while another process makes it; raises Cancelled when it says so
+    Raises Cancelled when `is_cancelled` says so while another process holds the key.
     """
     key = digest(document)
     with store.lock(key, is_cancelled):
-        record = None if again else store.record(key)
+        record = None if recompute else store.record(key)
         seconds = 0.0
         if record is None:
-            made_now, seconds = made()
-            record = {"key": document, **made_now, "measured": time.time()}
+            computed, seconds = compute()
+            record = {"key": document, **computed, "measured": time.time()}
             store.put_record(key, record)
     return key, record, seconds
 
 
-def known_metrics(asked: MeasurementRequest) -> Mapping[str, None]:
+def known_metrics(request: MeasurementRequest) -> Mapping[str, None]:
     """Names of all metrics that measuring may give, in order; `*` in one stands for what only the result tells."""
     names: dict[str, None] = {}
-    of_the_base = MeasurementRequest(asked.planned, (), asked.data, asked.settings)
-    for measurement in measurements():
-        if not measurement.applies(asked):
+    base_request = replace(request, roles=())
+    for measurement in MEASUREMENTS:
+        if not measurement.applies(request):
             continue
-        compared = measurement.metrics(of_the_base) if "base" in asked.roles else {}
-        for metric, transform in measurement.metrics(asked).items():
+        compared = measurement.metrics(base_request) if "base" in request.roles else {}
+        for metric, transform in measurement.metrics(request).items():
             names[metric] = None
             if transform is not None:
                 names |= dict.fromkeys((f"{metric}_low", f"{metric}_high"))

@@ -1,20 +1,18 @@
-"""What a measurement is: a kind of record about a checkpoint or artifact, and the job that makes it. Imports no torch.
+"""The contract of a measurement: what is measured of a checkpoint or artifact, and which settings decide its figures. Imports no torch.
 
-A measurement is one file with one subclass of `Measurement` in tasks/measurement/kinds. Nothing else has to be edited: measuring (tasks/measurement/measure.py), caching,
-comparing with the base, gates, MLflow and the report find it.
+A measurement is one row of the table in tasks/measurement/kinds.py and one function of tasks/measurement/jobs.py. Measuring
+(tasks/measurement/measure.py), caching, comparing with the base, gates, MLflow and the report find it there.
 """
 
-import importlib
-import pkgutil
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.data import DataSpec
 from compression.evaluation.findings import Transform
+from compression.evaluation.spec import EvaluationSpec
 from tasks.stage import Planned
 from tasks.store.identity import Machine
 
@@ -31,84 +29,78 @@ class ReferenceModel:
 class MeasurementRequest:
     """What is known of a measurement while planning.
 
-    planned   the checkpoint or artifact
-    roles     what it will be compared with: "base" (not of the base itself), "parent" (of an artifact)
-    data      the recipe's
-    settings  the recipe's `evaluation`, for measurements that it turns on
+    Attributes:
+        planned: The checkpoint or artifact.
+        roles: What it is compared with: "base" (not of the base itself), "parent" (of an artifact).
+        data: The recipe's `data`.
+        evaluation: The recipe's `evaluation`, which turns measurements on.
     """
 
     planned: Planned
     roles: Sequence[str]
     data: DataSpec
-    settings: Any
-
-    @property
-    def chat(self) -> dict[str, str]:
-        """The system message of prompts in a chat template, where the recipe gives one: in the record's key, and an argument of the job."""
-        return {} if self.data.system is None else {"system": self.data.system}
+    evaluation: EvaluationSpec
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: `asked` come true."""
+    """What is measured now: the model that a request stands for, and where.
 
-    asked: MeasurementRequest
+    Attributes:
+        request: What the plan knows of it.
+        target: The checkpoint or artifact.
+        references: What it is compared with, by role.
+        tokenizer: A directory that holds the tokenizer.
+        machine: The device and the threads to measure with.
+    """
+
+    request: MeasurementRequest
     target: ReferenceModel
-    references: Mapping[str, ReferenceModel]  # by role
-    tokenizer: Path  # a directory that holds it
+    references: Mapping[str, ReferenceModel]
+    tokenizer: Path
     machine: Machine
 
 
-class Measurement(ABC):
-    """Base of every kind of record.
+@dataclass(frozen=True)
+class Measurement:
+    """A kind of record.
 
-    name     the record's
-    version  raise it when a figure changes its value or meaning
-    alone    whether it is taken alone on the machine; then the machine is part of its key
-
-    Part of every key are the content, the runtime and its version, the type of the device and the number of threads.
+    Attributes:
+        name: The name of the record, and of the job's function (tasks/measurement/jobs.py).
+        version: Part of the key. Raise it when a figure changes its value or meaning.
+        metrics: Every metric that it may give, by name (`*` stands for what only the result tells), with the transform of its items, or None where
+            it has no items. Metrics with items get intervals and comparisons with the base.
+        settings: What decides the figures besides the model, as JSON: data by fingerprint, settings of the recipe. Part of the key.
+        wanted: Whether a recipe turns it on; None where every recipe does.
+        split: Requests by name that get a record of their own each, so that one more of them computes only itself. The name is this
+            measurement's followed by a dot and what the metrics begin with. None where all of it is one record.
+        compares: Whether it compares with the references, whose content is then part of the key.
+        exclusive: Whether its figures belong to the machine, as those of time and energy do. Then it runs alone on the machine, the machine is part
+            of the key, and quantized checkpoints have no such figures: they run dequantized.
     """
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    exclusive: ClassVar[bool] = False
+    name: str
+    version: int
+    metrics: Callable[[MeasurementRequest], Mapping[str, Transform | None]]
+    settings: Callable[[MeasurementRequest], dict[str, Any]]
+    wanted: Callable[[EvaluationSpec], bool] | None = None
+    split: Callable[[MeasurementRequest], Mapping[str, MeasurementRequest]] | None = None
+    compares: bool = False
+    exclusive: bool = False
 
-    def applies(self, asked: MeasurementRequest) -> bool:
-        """Whether it is made of this checkpoint or artifact, in a recipe with these settings. Never asked of a corpus, which no runtime opens."""
-        return True
+    def applies(self, request: MeasurementRequest) -> bool:
+        """Whether it is made of a checkpoint or artifact (never a corpus, which no runtime opens)."""
+        if self.exclusive and isinstance(request.planned, Checkpoint) and request.planned.layout != "dense":
+            return False
+        return self.wanted is None or self.wanted(request.evaluation)
 
-    def parts(self, asked: MeasurementRequest) -> Mapping[str, MeasurementRequest]:
-        """What gets a record of its own each, so that one more that is asked for computes only that. Default: all of it is one.
+    def parts(self, request: MeasurementRequest) -> Mapping[str, MeasurementRequest]:
+        """What gets a record each, by name; empty where the measurement does not apply."""
+        if not self.applies(request):
+            return {}
+        return {self.name: request} if self.split is None else self.split(request)
 
-        By a name: this measurement's, or one with a dot behind that its metrics begin with.
-        """
-        return {self.name: asked}
-
-    @abstractmethod
-    def metrics(self, asked: MeasurementRequest) -> Mapping[str, Transform | None]:
-        """Every metric it may give, by name (`*` stands for what only the result tells), with the transform of its items or None without items.
-
-        Metrics with items get intervals, and comparisons with the base, without further ado.
-        """
-
-    @abstractmethod
-    def document(self, subject: Subject) -> dict[str, Any]:
-        """What else decides its figures: data by fingerprint, references by content, settings. JSON."""
-
-    @abstractmethod
-    def job(self, subject: Subject) -> tuple[str, dict[str, Any]]:
-        """What a child calls, as `module:function`, and its arguments. The function gets `threads` and `context` too, and returns Findings."""
-
-
-@lru_cache(maxsize=1)
-def measurements() -> tuple[Measurement, ...]:
-    """Every measurement of tasks/measurement/kinds, by name."""
-    package = importlib.import_module("tasks.measurement.kinds")
-    modules = [importlib.import_module(f"tasks.measurement.kinds.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
-    kinds = {
-        value
-        for module in modules
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Measurement) and value.__module__ == module.__name__
-    }
-    return tuple(sorted((kind() for kind in kinds), key=lambda measurement: measurement.name))
+    def document(self, request: MeasurementRequest, references: Mapping[str, ReferenceModel] | None = None) -> dict[str, Any]:
+        """What decides the figures besides the model and the machine, as JSON."""
+        contents = {role: reference.content for role, reference in (references or {}).items()}
+        return self.settings(request) | ({"references": contents} if self.compares else {})

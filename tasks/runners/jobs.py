@@ -1,4 +1,4 @@
-"""What a child can be asked to do: normalise a base, run a stage, measure quality, measure speed. The only place in tasks/ that works with torch."""
+"""What a child can be asked to do besides measuring (tasks/measurement/jobs.py): normalise a base, run a stage, bench a model. Works with torch."""
 
 import shutil
 from dataclasses import asdict
@@ -49,49 +49,6 @@ def compute_stage(
     if unnamed := [metric for metric in metrics if not any(fnmatchcase(metric, name) for name in (*kind.metrics, "seconds"))]:
         context.warn(f"{kind.__name__}.metrics does not name {', '.join(unnamed)}, so gates on it are refused")
     return metrics
-
-
-def measure_quality(
-    *, target: str, references: dict[str, str], tokenizer: str, data: dict[str, Any], threads: int, context: Context
-) -> Findings:
-    """Perplexity, accuracy, and divergence from each reference checkpoint, in the runtime that opens `target`; sparsity of a dense checkpoint."""
-    from compression.checkpoints.loading import load_tokenizer
-    from compression.data import evaluation_windows, questions
-    from compression.evaluation.scorers import evaluate_quality
-    from compression.evaluation.sparsity import sparsity
-    from compression.evaluation.transformers_runtime import TransformersRuntime
-    from export.runtimes import open_runtime
-
-    spec = DataSpec.model_validate(data)
-    encoder = load_tokenizer(Path(tokenizer))
-    runtime = open_runtime(Path(target), device=context.device, threads=threads)
-    by_path = {path: TransformersRuntime(Path(path), device=context.device, threads=threads) for path in set(references.values())}
-    items = questions(spec, "test") if spec.questions is not None else []
-    try:
-        others = {name: by_path[path] for name, path in references.items()}
-        findings = evaluate_quality(
-            runtime, encoder, evaluation_windows(spec, encoder), items, references=others, context=context, system=spec.system
-        )
-    finally:
-        for opened in (runtime, *by_path.values()):
-            opened.close()
-    if runtime.name == "transformers" and (share := sparsity(Path(target))) is not None:
-        findings.metrics["sparsity"] = share
-    return findings
-
-
-def measure_speed(*, target: str, tokenizer: str, data: dict[str, Any], threads: int, context: Context) -> dict[str, float]:
-    """Tokens/s of prefill and decode, load time and peak memory, on one window of the evaluation text as the prompt."""
-    from compression.checkpoints.loading import load_tokenizer
-    from compression.data import evaluation_windows
-    from compression.evaluation.speed import measure_speed as measure
-    from export.runtimes import import_runtime, open_runtime, runtime_name
-
-    import_runtime(runtime_name(Path(target)))  # so that neither its time nor its memory counts as the model's
-    spec = DataSpec.model_validate(data)
-    window = evaluation_windows(spec, load_tokenizer(Path(tokenizer)))[0].tolist()
-    prompt = window[: len(window) // 2]
-    return measure(lambda: open_runtime(Path(target), device=context.device, threads=threads), prompt, new_tokens=len(window) // 2)
 
 
 def bench(*, target: str, prompt: int, new_tokens: int, repeats: int, threads: int, context: Context) -> dict[str, float]:

@@ -11,7 +11,8 @@ from flows.cli.screen import print_comparison
 from flows.report.compare import render_comparison
 from flows.report.run_comparison import _GIVES, _OF_THE_MACHINE, RunComparison, _measurement, compare_runs
 from tasks.measurement.figures import FIGURES
-from tasks.measurement.measurement import MeasurementRequest, measurements
+from tasks.measurement.kinds import MEASUREMENTS
+from tasks.measurement.measurement import MeasurementRequest
 from tasks.stage import Artifact
 from tests.flows.summaries import Summary, row, summary
 from tests.flows.test_report import read
@@ -134,9 +135,9 @@ def test_every_figure_is_known_by_the_measurement_that_gives_it() -> None:
         suite="release", harness=("arc_easy",), question_answering="embedded", summarization="x.jsonl", energy="estimate"
     )
     data = DataSpec.model_validate({"text": "embedded", "questions": "embedded"})
-    asked = MeasurementRequest(Artifact("llama.cpp", "carried", 1), ("base", "parent"), data, settings)
-    for one in measurements():
-        given = [f.metric for f in FIGURES if f.metric in one.metrics(asked) and f.better]
+    request = MeasurementRequest(Artifact("llama.cpp", "carried", 1), ("base", "parent"), data, settings)
+    for one in MEASUREMENTS:
+        given = [f.metric for f in FIGURES if f.metric in one.metrics(request) and f.better]
         assert [_measurement(metric) for metric in given] == [one.name] * len(given)
         assert one.exclusive == (one.name in _OF_THE_MACHINE)
     assert {metric for metrics in _GIVES.values() for metric in metrics} <= {figure.metric for figure in FIGURES}

@@ -115,7 +115,10 @@ def test_a_wrong_override_is_told(tmp_path: Path, override: str, words: str) -> 
         ("gates: {pruned: {accuracy: 0.5}}", "gates.pruned.accuracy: this must be a mapping of min, max"),
         ("gates: {pruned: {accuracy: {}}}", "gates.pruned.accuracy: a bound needs min"),
         ("gates: {pruned: {accuracy: {max_drop: some%}}}", "gates.pruned.accuracy.max_drop: Input should be a valid number"),
-        ("gates: {pruned: {accuracy: {max_decrease: some%}}}", "gates.pruned.accuracy.max_decrease: 'some%' is no share: write 5% or 0.05"),
+        (
+            "gates: {pruned: {accuracy: {max_decrease: some%}}}",
+            "gates.pruned.accuracy.max_decrease: 'some%' is not a share: write 5% or 0.05",
+        ),
         ("registry: tiny", "registry: this must be a mapping of name, stages, champion"),
         ("evaluation: {harness: arc_easy}", "evaluation.harness: this must be a list: [one, another]"),
     ],

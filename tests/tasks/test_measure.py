@@ -1,23 +1,21 @@
 """Records: what makes their keys, what they keep, and what is computed from two of them."""
 
-import dataclasses
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
 from compression.checkpoints.checkpoint import open_checkpoint
-from compression.context import Context
 from compression.data import DataSpec
-from compression.evaluation.findings import Items, Transform
+from compression.evaluation.findings import Items
+from compression.evaluation.spec import EvaluationSpec
 from tasks.execution import _compare_speed
 from tasks.measurement import measure as module
 from tasks.measurement.measure import Measured, compare, known_metrics, measure
-from tasks.measurement.measurement import Measurement, MeasurementRequest, ReferenceModel, Subject, measurements
+from tasks.measurement.measurement import Measurement, MeasurementRequest, ReferenceModel, Subject
 from tasks.planned_stage import Result
 from tasks.runners.executor import Job, JobResult
-from tasks.runners.jobs import measure_quality
 from tasks.stage import Artifact, Planned
 from tasks.store.identity import Machine
 from tasks.store.store import Store
@@ -28,28 +26,14 @@ SPEC = DataSpec.model_validate(
 RIGHT = Items((1.0, 1.0, 0.0, 1.0), (1.0,) * 4)
 
 
-class Graded(Measurement):
-    """Gives a grade with items, and says when it applies."""
-
-    name: ClassVar[str] = "graded"
-    version: ClassVar[int] = 1
-
-    def applies(self, asked: MeasurementRequest) -> bool:
-        return asked.settings == "graded"
-
-    def metrics(self, asked: MeasurementRequest) -> Mapping[str, Transform | None]:
-        return {"grade": "mean", "grade.*": None}
-
-    def document(self, subject: Subject) -> dict[str, Any]:
-        return {"data": "digest"}
-
-    def job(self, subject: Subject) -> tuple[str, dict[str, Any]]:
-        return "tests:grade", {"target": str(subject.target.path)}
-
-
-class Timed(Graded):
-    name: ClassVar[str] = "timed"
-    exclusive: ClassVar[bool] = True
+GRADED = Measurement(
+    "graded",
+    1,
+    lambda _: {"grade": "mean", "grade.*": None},
+    lambda _: {"data": "digest"},
+    wanted=lambda evaluation: evaluation.samples > 0,
+)
+TIMED = replace(GRADED, name="timed", exclusive=True)
 
 
 class FakeExecutor:
@@ -64,29 +48,28 @@ class FakeExecutor:
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> list[Measurement]:
-    kinds: list[Measurement] = [Graded()]
-    monkeypatch.setattr(module, "measurements", lambda: tuple(kinds))
+def kinds(monkeypatch: pytest.MonkeyPatch) -> list[Measurement]:
+    """The table of measurements, which a test may change."""
+    kinds = [GRADED]
+    monkeypatch.setattr(module, "MEASUREMENTS", kinds)
     return kinds
 
 
 @pytest.fixture
 def subject(checkpoint: Path) -> Subject:
-    asked = MeasurementRequest(open_checkpoint(checkpoint), (), SPEC, "graded")
-    return Subject(asked, ReferenceModel(checkpoint, "c" * 64), {}, checkpoint, Machine())
+    request = MeasurementRequest(open_checkpoint(checkpoint), (), SPEC, EvaluationSpec())
+    return Subject(request, ReferenceModel(checkpoint, "c" * 64), {}, checkpoint, Machine())
 
 
 def take(subject: Subject, executor: FakeExecutor, tmp_path: Path) -> Measured:
     return measure(subject, Store(tmp_path / "store"), executor, lambda event: None)  # type: ignore[arg-type]
 
 
-def test_a_record_is_made_once_and_keeps_metrics_intervals_items_and_details(
-    found: list[Measurement], subject: Subject, tmp_path: Path
-) -> None:
+def test_a_record_is_computed_once(kinds: list[Measurement], subject: Subject, tmp_path: Path) -> None:
     executor = FakeExecutor()
     first, again = take(subject, executor, tmp_path), take(subject, executor, tmp_path)
     assert len(executor.jobs) == 1 and (first.seconds, again.seconds) == (2.0, 0.0)
-    assert dataclasses.replace(first, seconds=0.0) == again
+    assert replace(first, seconds=0.0) == again
     assert again.items == {"grade": RIGHT} and again.details == {"texts": ["hello"]}
     assert again.metrics["grade_low"] < again.metrics["grade"] == 0.75 < again.metrics["grade_high"] == 1.0
     (key,) = Store(tmp_path / "store").records()
@@ -101,15 +84,15 @@ def test_a_record_is_made_once_and_keeps_metrics_intervals_items_and_details(
         lambda s: {"machine": Machine("cuda", 2)},
     ],
 )
-def test_other_bytes_device_or_threads_are_measured_anew(found: list[Measurement], subject: Subject, tmp_path: Path, change: Any) -> None:
+def test_other_bytes_device_or_threads_are_measured_anew(kinds: list[Measurement], subject: Subject, tmp_path: Path, change: Any) -> None:
     executor = FakeExecutor()
     take(subject, executor, tmp_path)
-    take(dataclasses.replace(subject, **change(subject)), executor, tmp_path)
+    take(replace(subject, **change(subject)), executor, tmp_path)
     assert len(executor.jobs) == 2
 
 
 def test_another_torch_is_another_runtime(
-    found: list[Measurement], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kinds: list[Measurement], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executor = FakeExecutor()
     take(subject, executor, tmp_path)
@@ -118,7 +101,7 @@ def test_another_torch_is_another_runtime(
     assert len(executor.jobs) == 2
 
 
-def test_two_measurements_of_one_target_do_not_meet_in_one_folder(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
+def test_each_measurement_has_its_own_folder(kinds: list[Measurement], subject: Subject, tmp_path: Path) -> None:
     """Two runs at once may ask for the same base with other settings."""
     folders: list[Path] = []
 
@@ -128,36 +111,32 @@ def test_two_measurements_of_one_target_do_not_meet_in_one_folder(found: list[Me
             return super().run(job, folder, on_event)
 
     for threads in (1, 2):
-        take(dataclasses.replace(subject, machine=Machine("cpu", threads)), Folders(), tmp_path)
+        take(replace(subject, machine=Machine("cpu", threads)), Folders(), tmp_path)
     keys = Store(tmp_path / "store").records()
     assert sorted(folder.name for folder in folders) == sorted(f"measure-{key}" for key in keys) and len(set(folders)) == 2
 
 
-class Parted(Graded):
-    name: ClassVar[str] = "parted"
+def test_one_more_part_computes_only_that(kinds: list[Measurement], subject: Subject, tmp_path: Path) -> None:
+    def with_tasks(*tasks: str) -> MeasurementRequest:
+        return replace(subject.request, evaluation=EvaluationSpec(harness=tasks))
 
-    def parts(self, asked: MeasurementRequest) -> Mapping[str, MeasurementRequest]:
-        return {f"parted {part}": dataclasses.replace(asked, settings=part) for part in asked.settings}
-
-    def applies(self, asked: MeasurementRequest) -> bool:
-        return True
-
-    def document(self, subject: Subject) -> dict[str, Any]:
-        return {"part": subject.asked.settings}
-
-
-def test_one_more_part_computes_only_that(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
-    found[:] = [Parted()]
+    kinds[:] = [
+        replace(
+            GRADED,
+            settings=lambda request: {"tasks": request.evaluation.harness},
+            split=lambda request: {f"graded.{task}": with_tasks(task) for task in request.evaluation.harness},
+        )
+    ]
     executor = FakeExecutor()
-    take(dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings="ab")), executor, tmp_path)
-    keys = take(dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings="cab")), executor, tmp_path).keys
-    assert len(executor.jobs) == 3 and list(keys) == ["parted c", "parted a", "parted b"]
+    take(replace(subject, request=with_tasks("a", "b")), executor, tmp_path)
+    keys = take(replace(subject, request=with_tasks("c", "a", "b")), executor, tmp_path).keys
+    assert len(executor.jobs) == 3 and list(keys) == ["graded.c", "graded.a", "graded.b"]
 
 
-def test_only_what_is_taken_alone_depends_on_the_machine(
-    found: list[Measurement], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_only_exclusive_measurements_depend_on_the_machine(
+    kinds: list[Measurement], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found.append(Timed())
+    kinds.append(TIMED)
     executor = FakeExecutor()
     take(subject, executor, tmp_path)
     monkeypatch.setattr(module, "machine_fingerprint", lambda: {"host": "another"})
@@ -165,23 +144,23 @@ def test_only_what_is_taken_alone_depends_on_the_machine(
     assert [job.exclusive for job in executor.jobs] == [False, True, True]
 
 
-def test_timings_are_taken_again_when_asked_and_nothing_else(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
-    found.append(Timed())
+def test_remeasuring_repeats_timings_only(kinds: list[Measurement], subject: Subject, tmp_path: Path) -> None:
+    kinds.append(TIMED)
     store, executor = Store(tmp_path / "store"), FakeExecutor()
-    for again in (False, True, False):
-        measure(subject, store, executor, lambda event: None, again=again)  # type: ignore[arg-type]
+    for remeasure in (False, True, False):
+        measure(subject, store, executor, lambda event: None, remeasure=remeasure)  # type: ignore[arg-type]
     assert [job.name for job in executor.jobs] == ["graded", "timed", "timed"]
     assert len(store.records()) == 2
 
 
-def test_what_does_not_apply_is_not_measured(found: list[Measurement], subject: Subject, tmp_path: Path) -> None:
-    other = dataclasses.replace(subject, asked=dataclasses.replace(subject.asked, settings=None))
+def test_what_does_not_apply_is_not_measured(kinds: list[Measurement], subject: Subject, tmp_path: Path) -> None:
+    other = replace(subject, request=replace(subject.request, evaluation=EvaluationSpec(samples=0)))
     executor = FakeExecutor()
     assert take(other, executor, tmp_path) == Measured() and executor.jobs == []
-    assert list(known_metrics(other.asked)) == []
+    assert list(known_metrics(other.request)) == []
 
 
-def test_a_comparison_with_the_base_is_a_record_of_two_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_is_a_record_of_two_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "store")
     base = Measured(items={"grade": RIGHT, "loss": Items((1.0, 3.0), (1.0, 1.0), "exp")}, keys={"graded": "a"})
     mine = Measured(items={"grade": Items((0.0, 1.0, 0.0, 1.0), (1.0,) * 4), "own": RIGHT}, keys={"graded": "b"})
@@ -195,7 +174,7 @@ def test_a_comparison_with_the_base_is_a_record_of_two_others(tmp_path: Path, mo
     assert compare(Measured(), base, "c" * 64, store) == {}
 
 
-def test_a_record_made_again_is_compared_again(tmp_path: Path) -> None:
+def test_a_repeated_record_is_compared_again(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     base = Measured(items={"grade": RIGHT}, keys={"graded": "a"})
     before, after = (Measured(items={"grade": Items(sums, (1.0,) * 4)}, keys={"graded": "b"}) for sums in ((0.0,) * 4, (1.0,) * 4))
@@ -203,35 +182,22 @@ def test_a_record_made_again_is_compared_again(tmp_path: Path) -> None:
     assert len(store.records()) == 2
 
 
-def test_every_metric_of_a_real_measurement_is_known_while_planning(checkpoint: Path) -> None:
-    planned = open_checkpoint(checkpoint)
-    asked = MeasurementRequest(planned, ("base",), SPEC, None)
-    found = measure_quality(
-        target=str(checkpoint), references={"base": str(checkpoint)}, tokenizer=str(checkpoint), data=SPEC.model_dump(mode="json"), threads=1,
-        context=Context(),
-    )  # fmt: skip
-    (quality,) = (kind for kind in measurements() if kind.name == "quality")
-    assert found.metrics.keys() == quality.metrics(asked).keys()
-    assert {metric: items.transform for metric, items in found.items.items()} == {m: t for m, t in quality.metrics(asked).items() if t}
-    known = known_metrics(asked)
+def test_intervals_and_comparisons_are_known_while_planning(checkpoint: Path) -> None:
+    known = known_metrics(MeasurementRequest(open_checkpoint(checkpoint), ("base",), SPEC, EvaluationSpec()))
     assert {"accuracy_delta_low", "perplexity_ratio_high", "kl_to_base_high", "tokens_per_second_low"} <= known.keys()
     assert not {"kl_to_base_delta", "accuracy_ratio"} & known.keys()
 
 
 @pytest.mark.parametrize(("layout", "timed"), [("dense", True), ("gptq", False), ("awq", False), ("w8a8", False)])
-def test_a_checkpoint_without_a_fast_kernel_has_no_speed(checkpoint: Path, layout: Any, timed: bool) -> None:
-    planned: Planned = dataclasses.replace(open_checkpoint(checkpoint), layout=layout)
-    assert ("tokens_per_second" in known_metrics(MeasurementRequest(planned, ("base",), SPEC, None))) == timed
-    assert "tokens_per_second" in known_metrics(MeasurementRequest(Artifact("llama.cpp", "carried", 1), ("base", "parent"), SPEC, None))
+def test_quantized_checkpoints_have_no_speed(checkpoint: Path, layout: Any, timed: bool) -> None:
+    planned: Planned = replace(open_checkpoint(checkpoint), layout=layout)
+    assert ("tokens_per_second" in known_metrics(MeasurementRequest(planned, ("base",), SPEC, EvaluationSpec()))) == timed
+    assert "tokens_per_second" in known_metrics(
+        MeasurementRequest(Artifact("llama.cpp", "carried", 1), ("base", "parent"), SPEC, EvaluationSpec())
+    )
 
 
-def test_measurements_have_names_of_their_own() -> None:
-    names = [measurement.name for measurement in measurements()]
-    assert names == sorted(set(names)) and {"quality", "speed"} <= set(names)
-    assert {m.name for m in measurements() if m.exclusive} >= {"speed"}
-
-
-def test_slower_than_the_parent_is_said_only_beyond_the_noise_of_both() -> None:
+def test_a_slowdown_within_noise_gives_no_warning() -> None:
     def row(name: str, speed: float, spread: float) -> Result:
         metrics = {"tokens_per_second": speed, "tokens_per_second_low": speed - spread, "tokens_per_second_high": speed + spread}
         return Result(name, "export.gguf", [], "Cached", runtime="llama.cpp", metrics=metrics)

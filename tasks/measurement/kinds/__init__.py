@@ -1,1 +1,0 @@
-"""Kinds of measurements, one file each; found by scanning this folder (tasks/measurement/measurement.py)."""

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compression.errors import EdgepressError
+from compression.errors import EdgepressError, nearest
 from compression.redaction import redacted
 from flows.cli.options import DEFAULT_OUTPUTS, DEFAULT_STORE, OutputsFolder, Overrides, RecipeFile, StoreFolder
 from flows.planning.recipe import find_recipe
-from flows.planning.source_map import nearest, read_value
+from flows.planning.source_map import read_value
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import WorkPool
@@ -101,8 +101,9 @@ def _checked(
 
     elsewhere  by workers that may have another machine
     """
-    from flows.planning.plan import make_plan, select
+    from flows.planning.plan import make_plan
     from flows.planning.recipe import load_recipe
+    from flows.planning.selection import select
     from tasks.store.store import Store
 
     parsed = load_recipe(find_recipe(recipe), tuple(overrides))

@@ -86,13 +86,14 @@ def run(
 
     Example: `edgepress run demo --set stages.distilled.steps=100`
     """
-    from flows.planning.plan import make_plan, select
+    from flows.planning.plan import make_plan
     from flows.planning.recipe import load_recipe
+    from flows.planning.selection import select
     from tasks.store.store import Store
 
     opened = Store(store)
     plan = make_plan(load_recipe(find_recipe(recipe), tuple(overrides or ())), opened)
-    plan = select(plan, only=only or (), first=first or (), force=force or ())
+    plan = select(plan, only=only or (), start_from=first or (), force=force or ())
     execute_plan(replace(plan, remeasure=remeasure), opened, outputs)
 
 

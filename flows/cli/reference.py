@@ -14,8 +14,8 @@ from compression.errors import EdgepressError
 from compression.evaluation.spec import EvaluationSpec
 from export.proof import KL_TO_PARENT
 from export.runtimes import PACKAGES
-from flows.planning.graph import StageExecution
 from flows.planning.matrix import Matrix
+from flows.planning.nodes import StageExecution
 from flows.planning.recipe import ExecutionSettings, ModelSource, Recipe
 from flows.planning.study import Axis, Claim, Published, Study
 from tasks.measurement.gate_presets import PRESETS, SELECTIONS

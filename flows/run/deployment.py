@@ -21,8 +21,9 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
 from compression.errors import EdgepressError
-from flows.planning.plan import Plan, make_plan, select
+from flows.planning.plan import Plan, make_plan
 from flows.planning.recipe import find_recipe, load_recipe
+from flows.planning.selection import select
 from flows.report import render_report
 from flows.run.pipeline import Progress, run_pipeline
 from flows.run.resuming import replan
@@ -84,7 +85,7 @@ def run_recipe(
 
 def _plan(store: Store, recipe: str, overrides: list[str], only: list[str], first: list[str], force: list[str]) -> Plan:
     plan = make_plan(load_recipe(find_recipe(Path(recipe)), tuple(overrides)), store)
-    return select(plan, only=only, first=first, force=force)
+    return select(plan, only=only, start_from=first, force=force)
 
 
 def _take_signals() -> None:

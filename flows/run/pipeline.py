@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from compression.redaction import redacted
-from flows.planning.graph import BASE
+from flows.planning.nodes import BASE
 from flows.planning.plan import Plan, check_disk
 from flows.run.prefect_server import prefect_server, reached_server
 from flows.run.summary import summarize

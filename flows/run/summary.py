@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flows.planning.graph import BASE
+from flows.planning.nodes import BASE
 from flows.planning.plan import Plan
 from tasks.execution import RunContext
 from tasks.measurement.measure import machine_fingerprint

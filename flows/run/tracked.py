@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.redaction import redacted
-from flows.planning.graph import BASE
+from flows.planning.nodes import BASE
 from flows.planning.plan import Plan, estimate
 from flows.run.registering import register_results
 from tasks.execution import RunContext

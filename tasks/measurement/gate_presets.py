@@ -1,12 +1,12 @@
 """Gates by name, and which stages a key of `gates:` is about. Imports no torch."""
 
-import difflib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from compression.errors import nearest
 from tasks.measurement.gates import Bound
 
 LEAF = "leaf"  # as a key of `gates:` every stage that nothing follows
@@ -60,9 +60,7 @@ def _of_stage(key: str, value: Any) -> Any:
 def _known(key: str, word: Any, presets: Mapping[str, Any]) -> str:
     if isinstance(word, str) and word in presets:
         return word
-    close = difflib.get_close_matches(str(word), list(presets), n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"{key}: there is no preset {word!r}{hint}; presets: {', '.join(presets)}")
+    raise ValueError(f"{key}: there is no preset {word!r}{nearest(str(word), presets)}; presets: {', '.join(presets)}")
 
 
 Gates = Annotated[dict[str, StageGates], BeforeValidator(_expanded, json_schema_input_type=dict[str, str | dict[str, Bound | str]])]

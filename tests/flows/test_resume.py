@@ -14,8 +14,9 @@ import pytest
 from mlflow import MlflowClient
 
 from compression.errors import EdgepressError
-from flows.planning.plan import Plan, check_disk, make_plan, select
+from flows.planning.plan import Plan, check_disk, make_plan
 from flows.planning.recipe import load_recipe
+from flows.planning.selection import select
 from flows.run.pipeline import withdraw_descendants
 from tasks.measurement.gates import Verdict
 from tasks.planned_stage import Result
@@ -71,10 +72,10 @@ def test_only_keeps_stages_and_their_ancestors(plan: Callable[..., Plan]) -> Non
 
 
 def test_from_takes_what_descends_with_it_and_force_does_not(plan: Callable[..., Plan]) -> None:
-    assert again(select(plan(), first=["distilled"])) == ["distilled", "gptq", "gguf", "onnx"]
-    assert again(select(plan(), first=["onnx"])) == ["onnx"]
+    assert again(select(plan(), start_from=["distilled"])) == ["distilled", "gptq", "gguf", "onnx"]
+    assert again(select(plan(), start_from=["onnx"])) == ["onnx"]
     assert again(select(plan(), force=["distilled", "pruned"])) == ["pruned", "distilled"]
-    assert again(select(plan(), first=["gptq"], force=["pruned"], only=["gguf"])) == ["pruned", "gptq", "gguf"]
+    assert again(select(plan(), start_from=["gptq"], force=["pruned"], only=["gguf"])) == ["pruned", "gptq", "gguf"]
 
 
 def test_the_name_of_a_stage_means_all_its_copies(plan: Callable[..., Plan]) -> None:
@@ -92,10 +93,10 @@ def test_the_name_of_a_stage_means_all_its_copies(plan: Callable[..., Plan]) -> 
     ("options", "words"),
     [
         ({"only": ["gptq,prund"]}, "--only: there is no stage 'prund'; did you mean 'pruned'?; stages: pruned, distilled, rtn"),
-        ({"first": [""]}, "--from: there is no stage ''"),
+        ({"start_from": [""]}, "--from: there is no stage ''"),
         ({"force": ["base"]}, "--force: there is no stage 'base'"),
         ({"force": ["rtn@bits=2,group_size=61"]}, "no stage 'rtn@bits=2,group_size=61'; did you mean 'rtn@bits=2,group_size=16'?"),
-        ({"only": ["pruned"], "first": ["distilled"]}, "--from: distilled is not among what --only leaves: pruned"),
+        ({"only": ["pruned"], "start_from": ["distilled"]}, "--from: distilled is not among what --only leaves: pruned"),
     ],
 )
 def test_names_that_cannot_be_meant_are_refused(plan: Callable[..., Plan], options: dict[str, Any], words: str) -> None:

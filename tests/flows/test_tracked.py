@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError
-from flows.planning.plan import Plan, make_plan, select
+from flows.planning.plan import Plan, make_plan
 from flows.planning.recipe import load_recipe
+from flows.planning.selection import select
 from flows.run.pipeline import _begun
 from flows.run.registering import register_results
 from flows.run.summary import summarize

@@ -102,7 +102,7 @@ def make_plan(parsed: ParsedRecipe, store: Store, *, elsewhere: bool = False) ->
     cells = _cell_by_stage(parsed)
     for index, node in enumerate(parsed.nodes, 1):
         part = node.stage.data_read()
-        if part not in fingerprints:
+        if part != "nothing" and part not in fingerprints:
             fingerprints[part] = fingerprint(recipe.data, part)  # reads files: once, not for each stage of a sweep
         stage = _plan_stage(parsed, node, index, planned, fingerprints[part], machine, store)
         try:

@@ -208,7 +208,7 @@ def test_a_run_computes_nothing(older: Path, capfd: pytest.CaptureFixture[str]) 
 def test_its_interrupted_run_is_resumed(older: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (workplace,) = (older / ".edgepress" / "work").iterdir()
     begun, other = runs(capfd)["older-5"], raised(older)
-    assert "going on with older-5" in command(older, "resume")
+    assert "resuming older-5" in command(older, "resume")
     resumed = runs(capfd)["older-6"]
     assert (resumed["state"], resumed["resumes"], resumed["tracking_run"]) == ("Completed", "older-5", begun["tracking_run"])
     states = {stage["name"]: stage["state"] for stage in resumed["stages"]}

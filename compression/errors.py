@@ -1,6 +1,7 @@
 """The errors people see. Each says what is wrong, where, and what would be right."""
 
 import copyreg
+import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,12 @@ def first_of(names: Iterable[str], most: int = 4) -> str:
     """The first of many names, sorted, and how many more there are: "a, b and 3 more"."""
     ordered = sorted(names)
     return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
+
+
+def nearest(name: str, known: Iterable[str], most: int = 1) -> str:
+    """Suggest the known names most like an unknown one, as the end of a message: "; did you mean 'keep'?". Empty where none is like it."""
+    close = difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 class PicklableError(Exception):

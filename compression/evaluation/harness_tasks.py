@@ -7,7 +7,6 @@ A name is looked up in the YAML files of the installed harness. A file is a task
     dataset_kwargs: {data_files: {test: towns.jsonl}}   # from where the command is given, as the harness reads it
 """
 
-import difflib
 import hashlib
 import json
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.data import hub
-from compression.errors import EdgepressError, Incompatible, UnusableData
+from compression.errors import EdgepressError, Incompatible, UnusableData, nearest
 from compression.evaluation.findings import Transform
 from compression.files import digest_file
 
@@ -146,10 +145,9 @@ def _glance() -> dict[str, Path]:
 def _looked_up(name: str) -> Task:
     """A group, a tag, or a task whose name its file does not say at a glance, by the harness's own index."""
     if name not in _index():
-        close = difflib.get_close_matches(name, _index(), n=3, cutoff=0.6)
-        hint = f"; did you mean {' or '.join(close)}?" if close else "."
         raise UnusableData(
-            f"lm-evaluation-harness has no task {name!r}{hint} A task of your own is a file: path/to/{name}.yaml", key="harness"
+            f"lm-evaluation-harness has no task {name!r}{nearest(name, _index(), most=3) or '.'} A task of your own is a file: path/to/{name}.yaml",
+            key="harness",
         )
     return Task(name, None)
 

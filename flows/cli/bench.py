@@ -1,4 +1,4 @@
-"""`edgepress bench`: how fast artifacts and checkpoints are on this machine, side by side."""
+"""`edgepress bench`: compare the speed of artifacts and checkpoints on this machine."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ _BUSY = "timed while other programs had the cores, so it may be faster than this
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One model with one length of prompt: figures as `measure_speed` names them, or the reason why there are none."""
+    """One model with one length of prompt: figures as `measure_speed` names them, or the reason for having none."""
 
     model: str
     runtime: str
@@ -35,7 +35,7 @@ class BenchRow:
 
 
 def parse_lengths(text: str) -> list[int]:
-    """ "32,128" as lengths. Raises Incompatible for anything else."""
+    """Parse lengths such as "32,128". Raises Incompatible for anything else."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise Incompatible(f"--prompt {text!r} is not a list of lengths such as 32,128", key="prompt")
@@ -43,12 +43,26 @@ def parse_lengths(text: str) -> list[int]:
 
 
 def measure_rows(
-    models: Sequence[Path], prompts: Sequence[int], *, new_tokens: int, repeats: int, threads: int, starting: Callable[[str], None]
+    models: Sequence[Path],
+    prompts: Sequence[int],
+    *,
+    new_tokens: int,
+    repeats: int,
+    threads: int,
+    on_start: Callable[[str], None],
 ) -> Iterator[BenchRow]:
-    """Measure every model with every prompt length, each in a process of its own and alone on the machine; what crashes ends its row only.
+    """Measure every model with every prompt length, each in a process of its own and exclusively on the machine; a crash ends its row only.
 
-    starting  told what is measured next
-    Raises UnusableModel and MissingExtra before anything is measured.
+    Args:
+        models: Checkpoints, artifacts, GGUF files.
+        prompts: Lengths in tokens.
+        new_tokens: Tokens to generate.
+        repeats: Measured generations, after a warm-up.
+        threads: Threads of every computation.
+        on_start: Called with a description of each measurement before it starts.
+
+    Raises:
+        UnusableModel, MissingExtra: Before anything is measured.
     """
     runtimes = {model: runtime_name(model) for model in models}
     for name in runtimes.values():
@@ -58,7 +72,7 @@ def measure_rows(
     try:
         for model, runtime in runtimes.items():
             for prompt in prompts:
-                starting(f"{model} in {runtime}, prompt of {prompt} (begins when no other work of edgepress runs on this machine)")
+                on_start(f"{model} in {runtime}, prompt of {prompt} (begins when no other work of edgepress runs on this machine)")
                 yield _measure(executor, model, runtime, prompt, new_tokens, repeats, threads)
     finally:
         executor.close()
@@ -77,7 +91,7 @@ def _measure(executor: Executor, model: Path, runtime: str, prompt: int, new_tok
 
 
 def bench_table(rows: Sequence[BenchRow], *, threads: int, repeats: int) -> Table:
-    """Rows as people read them."""
+    """Build the table of the rows."""
     title = f"{threads} thread{'s' * (threads > 1)}, medians of {repeats} after a warm-up (slowest–fastest)"
     table = Table(title=title)
     for name in ("model", "runtime"):
@@ -89,10 +103,10 @@ def bench_table(rows: Sequence[BenchRow], *, threads: int, repeats: int) -> Tabl
     return table
 
 
-def reasons(rows: Sequence[BenchRow]) -> list[str]:
-    """Why rows are empty, or doubtful, once each."""
-    told = [(row, row.reason or (_BUSY if most_contended(row.figures) else "")) for row in rows]
-    return list(dict.fromkeys(f"{row.model}: {reason}" for row, reason in told if reason))
+def remarks(rows: Sequence[BenchRow]) -> list[str]:
+    """Explain why rows are empty or doubtful, once each."""
+    reasons = [(row, row.reason or (_BUSY if most_contended(row.figures) else "")) for row in rows]
+    return list(dict.fromkeys(f"{row.model}: {reason}" for row, reason in reasons if reason))
 
 
 def _cells(f: dict[str, float]) -> list[str]:
@@ -105,13 +119,13 @@ def _cells(f: dict[str, float]) -> list[str]:
 
 
 def bench_document(rows: Sequence[BenchRow], *, threads: int, repeats: int) -> dict[str, Any]:
-    """Rows for programs: figures in seconds, tokens/s and 10^6 bytes."""
+    """Return the rows as JSON: figures in seconds, tokens/s and 10^6 bytes."""
     versions = installed_runtimes()
-    found = [
+    documents = [
         {
             "model": row.model, "runtime": row.runtime, "runtime_version": versions[row.runtime], "prompt": row.prompt, "new": row.new,
             **row.figures, **({"reason": row.reason, "failed": row.failed} if row.reason else {}),
         }
         for row in rows
     ]  # fmt: skip
-    return {"machine": machine_fingerprint(), "threads": threads, "repeats": repeats, "rows": found}
+    return {"machine": machine_fingerprint(), "threads": threads, "repeats": repeats, "rows": documents}

@@ -1,4 +1,4 @@
-"""`edgepress generate`: text from any artifact or checkpoint, printed as it comes."""
+"""`edgepress generate`: stream text from any artifact or checkpoint."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from export.runtimes import import_runtime, open_runtime, open_text, runtime_nam
 
 @dataclass
 class Timings:
-    """Seconds that the runtime took: for loading, for the first token (with the prompt before it), for each further one."""
+    """Seconds of the runtime: for loading, for the first token (with the prompt), for each further token."""
 
     load: float = 0.0
     tokens: list[float] = field(default_factory=list)
@@ -37,11 +37,15 @@ def generate_text(
 ) -> bool:
     """Print the prompt's continuation (in a chat, the answer) to the standard output and one line of timings to the standard error.
 
-    Returns False where Ctrl-C ended it. Raises EdgepressError for settings, a directory or a prompt that cannot work.
+    Returns:
+        False where Ctrl-C ended it.
+
+    Raises:
+        EdgepressError: Settings, directory or prompt cannot work.
     """
     choose = sampler(temperature, top_p, seed)
-    import_runtime(runtime_name(path))  # whose time is not the model's
-    _no_progress_bars()
+    import_runtime(runtime_name(path))  # before the clock starts
+    _disable_progress_bars()
     timings = Timings()
     begin = time.perf_counter()
     with closing(open_runtime(path, threads=threads)) as runtime:
@@ -49,26 +53,28 @@ def generate_text(
         text = open_text(path, runtime)
         tokens = text.encode_chat(prompt) if chat else text.encode(prompt)
         if not tokens:
-            tokens = sorted(text.ends)[:1]  # nothing at all: what follows a text that ended
+            tokens = sorted(text.ends)[:1]  # an empty prompt: start after the end of a text
         generated = stream(runtime, tokens, new_tokens, choose)
         try:
             print("" if chat else prompt, end="", flush=True)
             for piece in stream_text(text, tokens, _timed(generated, timings)):
                 print(piece, end="", flush=True)
             print(flush=True)
-            ended = "end of text" if len(timings.tokens) < new_tokens else "as many as asked"
+            ended = "end of text" if len(timings.tokens) < new_tokens else "as many as requested"
         except KeyboardInterrupt:
             print(flush=True)
             ended = "interrupted"
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it flushes at exit
-            ended = "nobody reads on"
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # otherwise Python reports the broken pipe again when it flushes at exit
+            ended = "output closed"
         print(timings.line(runtime, tokens, ended), file=sys.stderr)
     return ended != "interrupted"
 
 
 def _timed(tokens: Iterator[int], timings: Timings) -> Iterator[int]:
-    """The same tokens, while the clock counts what they took but not what is done with them."""
+    """Pass tokens on, and count the time they took but not the time their consumer takes."""
     while True:
         begin = time.perf_counter()
         token = next(tokens, None)
@@ -78,8 +84,8 @@ def _timed(tokens: Iterator[int], timings: Timings) -> Iterator[int]:
         yield token
 
 
-def _no_progress_bars() -> None:
-    """Of transformers, where it is loaded: the terminal is for the text."""
+def _disable_progress_bars() -> None:
+    """Keep the terminal for the text: transformers, where it is loaded, prints bars."""
     if "transformers" in sys.modules:
         from transformers.utils import logging
 

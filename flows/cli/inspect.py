@@ -1,4 +1,4 @@
-"""`edgepress inspect`: what a checkpoint or artifact is, where it comes from, and whether its files are still what they were."""
+"""`edgepress inspect`: what a checkpoint or artifact is, where it comes from, and whether its files are intact."""
 
 import json
 from collections import Counter
@@ -17,9 +17,15 @@ from tasks.store.provenance import check_files, read_provenance
 
 
 def inspect_model(path: Path, *, verify: bool) -> dict[str, Any]:
-    """Everything that is known about `path`, as JSON would hold it. Raises UnusableModel, MissingExtra.
+    """Collect everything that is known about a checkpoint or an artifact, as JSON would hold it.
 
-    verify  hash the files whose sha256 is known; `files` tells "intact", "differs", "missing" or "unknown" of each, else nothing
+    Args:
+        path: Its directory, or a GGUF file.
+        verify: Hash the files whose sha256 is known: `files` then maps each to "intact", "differs", "missing" or "unknown".
+
+    Raises:
+        UnusableModel: It is neither.
+        MissingExtra: Its runtime is not installed.
     """
     contents = read_contents(path)
     provenance = read_provenance(path)
@@ -43,7 +49,7 @@ def inspect_model(path: Path, *, verify: bool) -> dict[str, Any]:
 
 
 def _sparsity(path: Path) -> float | None:
-    """Share of zeros in a checkpoint with masks; torch is imported for these only."""
+    """Share of zeros in a checkpoint with masks; only these need torch."""
     if not open_checkpoint(path).sparse:
         return None
     from compression.evaluation.sparsity import sparsity
@@ -51,37 +57,37 @@ def _sparsity(path: Path) -> float | None:
     return sparsity(path)
 
 
-def altered(found: dict[str, Any]) -> list[str]:
-    """Files that are not what they were."""
-    return [f"{name} {state}" for name, state in found["files"].items() if state in ("differs", "missing")]
+def altered_files(inspection: dict[str, Any]) -> list[str]:
+    """List the files that differ or are missing."""
+    return [f"{name} {state}" for name, state in inspection["files"].items() if state in ("differs", "missing")]
 
 
-def print_inspection(found: dict[str, Any], console: Console) -> None:
-    """The same for people."""
-    table = Table(title=escape(found["path"]), show_header=False)
-    table.add_row(found["kind"], f"opens in {found['runtime']}, {found['bytes'] / 1e6:.2f} MB")
-    table.add_row("architecture", escape(", ".join(_said(key, value) for key, value in found["architecture"].items())))
-    if found["parameters"]:
-        table.add_row("parameters", f"{found['parameters'] / 1e6:.2f} M")
-    if found["bits_per_weight"]:
-        table.add_row("bits per weight", f"{found['bits_per_weight']:.2f}")
-    types = [f"{t['type']}: {t['count']} tensors, {t['bytes'] / 1e6:.2f} MB" for t in found["tensors"]]
-    table.add_row("tensors", "\n".join(types) or f"listed by {found['runtime']} only")
-    table.add_row("settings", escape("\n".join(_said(key, value) for key, value in found["settings"].items())))
-    if found["sparsity"] is not None:
-        table.add_row("sparsity", f"{found['sparsity']:.3f}, kept by masks")
-    table.add_row("base", escape(", ".join(_said(key, value) for key, value in found["base"].items() if value)) or "not told")
-    table.add_row("made by", escape("\n".join(_step(step) for step in found["steps"])) or "not by edgepress, or not told")
-    table.add_row("files", escape(_files(found)))
+def print_inspection(inspection: dict[str, Any], console: Console) -> None:
+    """Print an inspection as a table."""
+    table = Table(title=escape(inspection["path"]), show_header=False)
+    table.add_row(inspection["kind"], f"opens in {inspection['runtime']}, {inspection['bytes'] / 1e6:.2f} MB")
+    table.add_row("architecture", escape(", ".join(_entry(key, value) for key, value in inspection["architecture"].items())))
+    if inspection["parameters"]:
+        table.add_row("parameters", f"{inspection['parameters'] / 1e6:.2f} M")
+    if inspection["bits_per_weight"]:
+        table.add_row("bits per weight", f"{inspection['bits_per_weight']:.2f}")
+    types = [f"{t['type']}: {t['count']} tensors, {t['bytes'] / 1e6:.2f} MB" for t in inspection["tensors"]]
+    table.add_row("tensors", "\n".join(types) or f"listed by {inspection['runtime']} only")
+    table.add_row("settings", escape("\n".join(_entry(key, value) for key, value in inspection["settings"].items())))
+    if inspection["sparsity"] is not None:
+        table.add_row("sparsity", f"{inspection['sparsity']:.3f}, kept by masks")
+    table.add_row("base", escape(", ".join(_entry(key, value) for key, value in inspection["base"].items() if value)) or "unknown")
+    table.add_row("made by", escape("\n".join(_step(step) for step in inspection["steps"])) or "not by edgepress, or unknown")
+    table.add_row("files", escape(_files(inspection)))
     console.print(table)
 
 
-def _said(key: str, value: Any) -> str:
+def _entry(key: str, value: Any) -> str:
     return f"{key} {json.dumps(value) if isinstance(value, list | dict | bool) else value}"
 
 
 def _step(step: dict[str, Any]) -> str:
-    """A stage with its parameters, as the recipe might say it."""
+    """A stage with its parameters, as a recipe might write it."""
     document = step["document"]
     if "uses" not in document:
         return f"base model, or a stage that the store no longer has: {step['identity'][:12]}"
@@ -89,10 +95,12 @@ def _step(step: dict[str, Any]) -> str:
     return f"{document['uses']} {json.dumps(chosen_parameters(document))} [{libraries}] {step['identity'][:12]}"
 
 
-def _files(found: dict[str, Any]) -> str:
-    if not found["provenance"]:
+def _files(inspection: dict[str, Any]) -> str:
+    if not inspection["provenance"]:
         return "no digests known"
-    if not found["files"]:
+    if not inspection["files"]:
         return "not verified"
-    counts = ", ".join(f"{count} {state}" for state, count in sorted(Counter(found["files"].values()).items()))
-    return "\n".join([counts, *altered(found), *(f"{name} unknown" for name, state in found["files"].items() if state == "unknown")])
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(Counter(inspection["files"].values()).items()))
+    return "\n".join(
+        [counts, *altered_files(inspection), *(f"{name} unknown" for name, state in inspection["files"].items() if state == "unknown")]
+    )

@@ -23,7 +23,17 @@ from compression.redaction import redacted
 from flows.cli.deploy import deploy_app
 from flows.cli.failures import report_failure
 from flows.cli.model import model_app
-from flows.cli.options import DEFAULT_OUTPUTS, DEFAULT_STORE, OutputsFolder, Overrides, RecipeFile, StoreFolder, terminal, write_page
+from flows.cli.options import (
+    DEFAULT_OUTPUTS,
+    DEFAULT_STORE,
+    OnlyStages,
+    OutputsFolder,
+    Overrides,
+    RecipeFile,
+    StoreFolder,
+    terminal,
+    write_page,
+)
 from flows.cli.report import report_app
 from flows.cli.run import execute_plan, run_app
 from flows.cli.store import store_app
@@ -51,19 +61,19 @@ app.add_typer(tracking_app)
 
 
 def main() -> None:
-    """Entry of the console script: errors people can mend become one message and exit code 2, all others a message, a log and exit code 1."""
+    """Run the console script: an error the user can fix prints a message and exits with 2, any other a message and a log and exits with 1."""
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
-    except Exception as error:  # noqa: BLE001  (the outermost place)
+    except Exception as error:  # noqa: BLE001  (outermost handler)
         sys.exit(report_failure(error, debug=debug))
-    except SystemExit as ended:
-        if ended.code == 130 and sys.argv[1:2] in (["run"], ["resume"]):  # what typer makes of a KeyboardInterrupt
+    except SystemExit as exit_:
+        if exit_.code == 130 and sys.argv[1:2] in (["run"], ["resume"]):  # what typer makes of a KeyboardInterrupt
             Console(stderr=True, soft_wrap=True).print(
-                "interrupted: the same command goes on from here, and `edgepress resume` in the same MLflow run", markup=False
+                "interrupted: the same command continues from here, and `edgepress resume` in the same MLflow run", markup=False
             )
         raise
 
@@ -74,31 +84,42 @@ def _interrupt(*_: Any) -> NoReturn:
 
 @app.command()
 def run(
-    recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder = DEFAULT_STORE, outputs: OutputsFolder = DEFAULT_OUTPUTS,
-    first: Annotated[list[str] | None, typer.Option("--from", metavar="STAGE", help="Compute this stage, and what descends from it, even if the store has it.")] = None,
-    force: Annotated[list[str] | None, typer.Option("--force", metavar="STAGE", help="Compute only this stage even if the store has it.")] = None,
-    only: Annotated[list[str] | None, typer.Option("--only", metavar="STAGE,...", help="Run only these stages and those they need.")] = None,
-    remeasure: Annotated[bool, typer.Option("--remeasure", help="Take timings (speed, latency, energy) again even if the store has them.")] = False,
-) -> None:  # fmt: skip
-    """Run a recipe. What is in the store already is not computed again.
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    store: StoreFolder = DEFAULT_STORE,
+    outputs: OutputsFolder = DEFAULT_OUTPUTS,
+    start_from: Annotated[
+        list[str] | None,
+        typer.Option("--from", metavar="STAGE", help="Compute this stage, and what descends from it, even if the store has it."),
+    ] = None,
+    force: Annotated[
+        list[str] | None, typer.Option("--force", metavar="STAGE", help="Compute only this stage even if the store has it.")
+    ] = None,
+    only: OnlyStages = None,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="Take timings (speed, latency, energy) again even if the store has them.")
+    ] = False,
+) -> None:
+    """Run a recipe. Results in the store are not computed again.
 
-    --from, --force and --only take names of stages, with commas between them. Of a sweep, a stage's name means all its copies.
+    --from, --force and --only take names of stages, with commas between them. In a sweep, a stage's name means all its copies.
 
     Example: `edgepress run demo --set stages.distilled.steps=100`
     """
-    from flows.planning.plan import make_plan, select
+    from flows.planning.plan import make_plan
     from flows.planning.recipe import load_recipe
+    from flows.planning.selection import select
     from tasks.store.store import Store
 
     opened = Store(store)
     plan = make_plan(load_recipe(find_recipe(recipe), tuple(overrides or ())), opened)
-    plan = select(plan, only=only or (), first=first or (), force=force or ())
+    plan = select(plan, only=only or (), start_from=start_from or (), force=force or ())
     execute_plan(replace(plan, remeasure=remeasure), opened, outputs)
 
 
 @app.command()
 def validate(recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder = DEFAULT_STORE) -> None:
-    """Check a recipe whole, against the model's config and the data, without running anything.
+    """Check all of a recipe, against the model's config and the data, without running anything.
 
     Example: `edgepress validate recipe.yaml`
     """
@@ -115,7 +136,7 @@ def validate(recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder
 
 @app.command()
 def plan(recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder = DEFAULT_STORE) -> None:
-    """Show the graph: what is in the store already, and the estimated size, memory and disk of the rest.
+    """Show the graph: which results the store has, and the estimated size, memory and disk of every stage.
 
     Example: `edgepress plan demo`
     """
@@ -125,10 +146,10 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder = D
     from tasks.store.store import Store
 
     opened = Store(store)
-    made = make_plan(load_recipe(find_recipe(recipe), tuple(overrides or ())), opened)
-    terminal().print(plan_table(made, opened))
-    _print_gates(made)
-    check_disk(made, opened)
+    planned = make_plan(load_recipe(find_recipe(recipe), tuple(overrides or ())), opened)
+    terminal().print(plan_table(planned, opened))
+    _print_gates(planned)
+    check_disk(planned, opened)
 
 
 @app.command()
@@ -136,12 +157,12 @@ def sensitivity(
     recipe: RecipeFile,
     overrides: Overrides = None,
     store: StoreFolder = DEFAULT_STORE,
-    bits: Annotated[float, typer.Option(help="Average bits of a weight to spend, from 2 to 8.")] = 4.0,
+    bits: Annotated[float, typer.Option(help="Average bits of a weight, from 2 to 8.")] = 4.0,
     group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for a row.")] = 128,
-    symmetric: Annotated[bool, typer.Option(help="Without zero points.")] = True,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write maps of the layers as an HTML page too.")] = None,
+    symmetric: Annotated[bool, typer.Option(help="Round without zero points.")] = True,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write maps of the layers as an HTML page.")] = None,
 ) -> None:
-    """Show which layers of the recipe's model deserve more bits, and how to spend an average of them.
+    """Show which layers of the recipe's model need more bits, and how to distribute an average number of them.
 
     Example: `edgepress sensitivity demo --bits 4 --group-size 32`
     """
@@ -154,7 +175,7 @@ def sensitivity(
     base = open_base(model.path, model.revision, model.license, store)
     page = show_sensitivity(
         parsed.recipe, base.checkpoint, average_bits=bits, group_size=group_size, symmetric=symmetric, console=terminal()
-    )  # fmt: skip
+    )
     if html is not None:
         write_page(html, page)
 
@@ -173,11 +194,11 @@ def schema() -> None:
 @app.command()
 def ui(
     port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
-    prefect: Annotated[bool, typer.Option("--prefect", help="Start Prefect's UI as well, on port 4200.")] = False,
+    prefect: Annotated[bool, typer.Option("--prefect", help="Also start Prefect's UI, on port 4200.")] = False,
     browse: Annotated[bool, typer.Option("--open/--no-open", help="Open the address in a browser, where there is a desktop.")] = True,
     store: StoreFolder = DEFAULT_STORE,
 ) -> None:
-    """Start the MLflow UI (and Prefect's), print the address and open it: all runs, grouped by pipeline, with their figures. Ctrl-C ends it.
+    """Start the MLflow UI (and Prefect's), print its address and open it: all runs, grouped by pipeline, with their figures. Ctrl-C ends it.
 
     Example: `edgepress ui --prefect`
     """
@@ -221,7 +242,7 @@ def _open_page(address: str) -> None:
 
 @app.command()
 def doctor() -> None:
-    """List versions, devices, runtimes and servers, and what is missing for which stage.
+    """List versions, devices, runtimes and servers, and the packages that stages lack.
 
     Example: `edgepress doctor`
     """
@@ -246,10 +267,10 @@ def doctor() -> None:
             f"extra {extra}",
             "complete" if not absent else f"[red]missing {', '.join(absent)}[/]: pip install 'edgepress\\[{extra}]' (for {stages})",
         )
-    table.add_row("MLflow", redacted(_reached(tracking_uri())))
+    table.add_row("MLflow", redacted(_reachability(tracking_uri())))
     table.add_row(
         "Prefect",
-        redacted(_reached(os.environ["PREFECT_API_URL"] + "/health"))
+        redacted(_reachability(os.environ["PREFECT_API_URL"] + "/health"))
         if "PREFECT_API_URL" in os.environ
         else "embedded (no PREFECT_API_URL)",
     )
@@ -257,7 +278,7 @@ def doctor() -> None:
 
 
 def _print_gates(plan: "Plan") -> None:
-    """Each gate written out, presets too."""
+    """Print each gate, presets written out."""
     from flows.planning.gate_checks import gate_lines
 
     for line in gate_lines(plan.parsed, plan.by_name):
@@ -265,23 +286,23 @@ def _print_gates(plan: "Plan") -> None:
 
 
 def _devices() -> str:
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-P", "-c", "import torch; print(*(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())), sep=', ')"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return (
-        ", ".join(filter(None, ["cpu", found.stdout.strip()]))
-        if found.returncode == 0
-        else f"torch fails: {found.stderr.strip().splitlines()[-1]}"
+        ", ".join(filter(None, ["cpu", done.stdout.strip()]))
+        if done.returncode == 0
+        else f"torch fails: {done.stderr.strip().splitlines()[-1]}"
     )
 
 
-def _reached(uri: str) -> str:
+def _reachability(uri: str) -> str:
     if not uri.startswith("http"):
         return uri
     try:
-        with urllib.request.urlopen(uri, timeout=3) as answer:
-            return f"{uri}: reached ({answer.status})"
+        with urllib.request.urlopen(uri, timeout=3) as response:
+            return f"{uri}: reached ({response.status})"
     except OSError as error:
         return f"[red]{uri}: not reached ({error})[/]"
 

@@ -21,11 +21,11 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of every compu
 @model_app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from; `-` reads the standard input.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; `-` reads the standard input.")],
     new: Annotated[int, typer.Option("--new", "-n", min=1, help="Tokens to generate at most.")] = 160,
-    temperature: Annotated[float, typer.Option("--temp", help="Of the draws; 0 takes the most likely token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens that have this probability together.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the draws: the same seed gives the same text.")] = 0,
+    temperature: Annotated[float, typer.Option("--temp", help="Temperature of sampling; 0 takes the most likely token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens that together have this probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of sampling: the same seed gives the same text.")] = 0,
     threads: Threads = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
 ) -> None:
@@ -35,7 +35,7 @@ def generate(
     """
     from flows.cli.generate import generate_text
 
-    text = _text(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
+    text = _decode(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
     if not generate_text(
         model, text, new_tokens=new, temperature=temperature, top_p=top_p, seed=seed, threads=threads or _cores(), chat=chat
     ):
@@ -55,19 +55,19 @@ def bench(
 
     Example: `edgepress bench outputs/demo/gguf-gptq outputs/demo/onnx --prompt 32,128 --new 64 --threads 1`
     """
-    from flows.cli.bench import bench_document, bench_table, measure_rows, parse_lengths, reasons
+    from flows.cli.bench import bench_document, bench_table, measure_rows, parse_lengths, remarks
 
     cores = threads or _cores()
     with Console(stderr=True).status("starting") as status:
-        measured = measure_rows(models, parse_lengths(prompt), new_tokens=new, repeats=repeats, threads=cores, starting=status.update)
-        rows = list(measured)
+        lengths = parse_lengths(prompt)
+        rows = list(measure_rows(models, lengths, new_tokens=new, repeats=repeats, threads=cores, on_start=status.update))
     if as_json:
         print(json.dumps(bench_document(rows, threads=cores, repeats=repeats), indent=2))
     else:
         console = terminal()
         console.print(bench_table(rows, threads=cores, repeats=repeats))
-        for reason in reasons(rows):
-            console.print(reason, markup=False, highlight=False, soft_wrap=True)
+        for remark in remarks(rows):
+            console.print(remark, markup=False, highlight=False, soft_wrap=True)
     if any(row.failed for row in rows):
         raise typer.Exit(1)
 
@@ -75,26 +75,26 @@ def bench(
 @model_app.command()
 def inspect(
     model: Model,
-    verify: Annotated[bool, typer.Option(help="Hash the files and compare with the sha256 that edgepress noted.")] = True,
+    verify: Annotated[bool, typer.Option(help="Hash the files and compare with the sha256 that edgepress recorded.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a checkpoint or artifact is, where it comes from, and whether its files are intact; exit code 1 where they are not.
+    """Show what a checkpoint or artifact is, where it comes from, and whether its files are intact; exit code 1 where they are not.
 
     Example: `edgepress inspect outputs/demo/gguf-gptq`
     """
-    from flows.cli.inspect import altered, inspect_model, print_inspection
+    from flows.cli.inspect import altered_files, inspect_model, print_inspection
 
-    found = inspect_model(model, verify=verify)
+    inspection = inspect_model(model, verify=verify)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(inspection, indent=2))
     else:
-        print_inspection(found, terminal())
-    if altered(found):
+        print_inspection(inspection, terminal())
+    if altered_files(inspection):
         raise typer.Exit(1)
 
 
-def _text(prompt: bytes) -> str:
-    """Raises EdgepressError for a prompt that is no UTF-8."""
+def _decode(prompt: bytes) -> str:
+    """Raises EdgepressError for a prompt that is not UTF-8."""
     try:
         return prompt.decode()
     except UnicodeDecodeError as error:
@@ -102,6 +102,6 @@ def _text(prompt: bytes) -> str:
 
 
 def _cores() -> int:
-    """Cores that this process may use, two threads of one core counted once."""
+    """Count the cores that this process may use; two threads of one core count once."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(usable, psutil.cpu_count(logical=False) or usable))

@@ -1,4 +1,4 @@
-"""`edgepress report` and `edgepress compare`: any run of the store looked at again, and runs side by side. Imports no torch."""
+"""`edgepress report` and `edgepress compare`: show any run of the store again, and runs side by side. Imports no torch."""
 
 import webbrowser
 from pathlib import Path
@@ -19,12 +19,14 @@ report_app = typer.Typer()
 @report_app.command()
 def report(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run (demo-3). Default: the last one.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Where the page goes. Default: RUN.html beside the run's results.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="File of the page. Default: RUN.html beside the run's results.")
+    ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
-    text: Annotated[bool, typer.Option("--text", help="Print the tables here, and write no page.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Print the tables and write no page.")] = False,
     store: StoreFolder = DEFAULT_STORE,
-) -> None:  # fmt: skip
-    """Write the report of a run as one HTML page, which works offline: graph, table, Pareto front, what each stage cost, training, samples.
+) -> None:
+    """Write the report of a run as one HTML page that works offline: graph, table, Pareto front, what each stage cost, training, samples.
 
     Example: `edgepress report demo-3 --open`
     """
@@ -35,12 +37,12 @@ def report(
     if text and (out or open_page):
         raise EdgepressError("--text writes no page: leave out --out and --open, or --text")
     opened = open_store(store)
-    wanted = _wanted(opened, run)
-    summary = read_summary(opened, wanted.run)
+    selected = _select_run(opened, run)
+    summary = read_summary(opened, selected.run)
     if text:
         print_summary(terminal(), summary)
         return
-    page = out or Path(wanted.outputs) / wanted.recipe / f"{wanted.run}.html"
+    page = out or Path(selected.outputs) / selected.recipe / f"{selected.run}.html"
     write_page(page, render_report(summary))
     if open_page and not webbrowser.open(page.absolute().as_uri()):
         raise EdgepressError(f"no browser was found to open {page}")
@@ -48,13 +50,15 @@ def report(
 
 @report_app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Two runs or more (demo-3 demo-5); all are compared with the first.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN RUN...", help="Two runs or more (demo-3 demo-5); all are compared with the first.")
+    ],
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the comparison as an HTML page instead.")] = None,
     store: StoreFolder = DEFAULT_STORE,
-) -> None:  # fmt: skip
-    """Show runs side by side: what was asked of them that differs, and what became of every stage.
+) -> None:
+    """Show runs side by side: the settings that differ, and the results of every stage.
 
-    Every difference is marked: better, worse, within the noise of both measurements (~), or measured with other data or settings, or on another machine (?).
+    Each difference has a mark: better, worse, within the noise of both measurements (~), or measured with other data, settings or machine (?).
 
     Example: `edgepress compare demo-3 demo-5`
     """
@@ -67,14 +71,14 @@ def compare(
         raise EdgepressError("name two different runs or more; `edgepress runs` lists them")
     opened = open_store(store)
     summaries = [read_summary(opened, run) for run in runs]
-    found = compare_runs(summaries)
+    comparison = compare_runs(summaries)
     if html is None:
-        print_comparison(terminal(), found)
+        print_comparison(terminal(), comparison)
     else:
-        write_page(html, render_comparison(found, summaries))
+        write_page(html, render_comparison(comparison, summaries))
 
 
-def _wanted(store: "Store", name: str | None) -> "Run":
+def _select_run(store: "Store", name: str | None) -> "Run":
     from tasks.store.journal import read_run, run_names
 
     names = run_names(store)

@@ -1,10 +1,10 @@
-"""`edgepress runs` and `edgepress resume`: what ran in this store, and going on with it. Imports no torch."""
+"""`edgepress runs` and `edgepress resume`: list the runs of a store, and resume one. Imports no torch."""
 
 import json
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -15,10 +15,10 @@ from flows.cli.options import DEFAULT_STORE, StoreFolder, open_store, terminal
 
 if TYPE_CHECKING:
     from flows.planning.plan import Plan
-    from tasks.store.journal import Run, RunStage
+    from tasks.store.journal import Run
     from tasks.store.store import Store
 
-DONE = ("Completed", "Cached")
+_DONE = ("Completed", "Cached")
 run_app = typer.Typer()
 
 
@@ -27,11 +27,11 @@ def runs(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run (demo-3), to see its stages.")] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", metavar="NAME", help="Only the runs of this recipe.")] = None,
     store: StoreFolder = DEFAULT_STORE,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with everything that is known.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON with all that is known.")] = False,
 ) -> None:
     """List the runs of this store and how they ended, the oldest first; or the stages of one.
 
-    A run that was killed says Crashed: `edgepress resume` goes on with it.
+    A killed run has the state Crashed: `edgepress resume` resumes it.
 
     Example: `edgepress runs demo-3`
     """
@@ -39,48 +39,49 @@ def runs(
 
     opened = open_store(store)
     if run is not None:
-        one = refresh(opened, read_run(opened, run))
+        named = refresh(opened, read_run(opened, run))
         if as_json:
-            print(json.dumps(one.model_dump(mode="json"), indent=2))
+            print(json.dumps(named.model_dump(mode="json"), indent=2))
         else:
-            _show_stages(one)
+            _print_stages(named)
         return
-    found = [refresh(opened, one) for one in read_runs(opened) if recipe in (None, one.recipe)]
+    listed = [refresh(opened, each) for each in read_runs(opened) if recipe in (None, each.recipe)]
     if as_json:
-        print(json.dumps({"runs": [one.model_dump(mode="json") for one in found]}, indent=2))
+        print(json.dumps({"runs": [each.model_dump(mode="json") for each in listed]}, indent=2))
         return
-    table = Table("run", "started", "state", "stages", "duration", "recipe", "resumes", caption=f"{len(found)} runs")
-    for one in found:
-        done = sum(stage.state in DONE for stage in one.stages)
-        started = datetime.fromtimestamp(one.started).strftime("%Y-%m-%d %H:%M")
-        table.add_row(one.run, started, one.state, f"{done}/{len(one.stages)}", _duration(one), escape(one.file), one.resumes or "")
+    table = Table("run", "started", "state", "stages", "duration", "recipe", "resumes", caption=f"{len(listed)} runs")
+    for each in listed:
+        done = sum(stage.state in _DONE for stage in each.stages)
+        started = datetime.fromtimestamp(each.started).strftime("%Y-%m-%d %H:%M")
+        table.add_row(each.run, started, each.state, f"{done}/{len(each.stages)}", _duration(each), escape(each.file), each.resumes or "")
     terminal().print(table)
 
 
 @run_app.command()
 def resume(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="A run (demo-3). Default: the last one that did not complete, nor was overtaken.")
+        str | None,
+        typer.Argument(metavar="[RUN]", help="A run (demo-3). Default: the last incomplete one that no later, complete run replaced."),
     ] = None,
     store: StoreFolder = DEFAULT_STORE,
 ) -> None:
-    """Go on with a run that was killed, interrupted or failed: the same recipe as it stood then, overrides, directory, and run in MLflow.
+    """Resume a run that was killed, interrupted or failed: with its recipe as it stood then, its overrides, directory and MLflow run.
 
     Example: `edgepress resume demo-3`
     """
     from flows.run.resuming import replan
 
     opened = open_store(store)
-    wanted = _to_resume(opened, run)
-    if wanted is None:
+    resumed = _run_to_resume(opened, run)
+    if resumed is None:
         return
-    print(f"going on with {wanted.run} ({wanted.state.lower()}) of {wanted.file}")
-    plan = replan(opened, wanted, lambda note: print(f"note: {note}"))
-    execute_plan(plan, opened, Path(wanted.outputs), wanted)
+    print(f"resuming {resumed.run} ({resumed.state.lower()}) of {resumed.file}")
+    plan = replan(opened, resumed, lambda note: print(f"note: {note}"))
+    execute_plan(plan, opened, Path(resumed.outputs), resumed)
 
 
 def execute_plan(plan: "Plan", store: "Store", outputs: Path, resumes: "Run | None" = None) -> None:
-    """Run a plan and show it: live, then as a table. Exits with 1 where a stage failed."""
+    """Run a plan, show its progress and then its table. Exits with 1 where a stage failed."""
     from flows.cli.screen import Screen, print_summary
     from flows.report import render_report
     from flows.run.pipeline import run_pipeline
@@ -95,21 +96,21 @@ def execute_plan(plan: "Plan", store: "Store", outputs: Path, resumes: "Run | No
         raise typer.Exit(1)
 
 
-def _to_resume(store: "Store", name: str | None) -> "Run | None":
-    """The run to go on with, and its state now; None, and a word why, where there is nothing to do. Raises EdgepressError for one that is alive."""
+def _run_to_resume(store: "Store", name: str | None) -> "Run | None":
+    """The run to resume; None, with the reason printed, where nothing is to be done. Raises EdgepressError for a run that is still alive."""
     from tasks.store.journal import latest_attempt, read_run, read_runs, refresh, successors
 
     if name is None:
         known = [refresh(store, run) for run in read_runs(store)]
         later = successors(known)
-        open_ends = [run for run in known if run.state != "Completed" and run.run not in later]
-        stopped = [run for run in open_ends if run.state != "Running"]
+        incomplete = [run for run in known if run.state != "Completed" and run.run not in later]
+        stopped = [run for run in incomplete if run.state != "Running"]
         completed = [run for run in known if run.state == "Completed"]
         overtaken = {run.run: newer.run for run in stopped for newer in completed if _overtakes(newer, run)}
-        if left := [run for run in stopped if run.run not in overtaken]:
-            return left[-1]
-        reasons = [f"{run.run} still running" for run in open_ends if run.state == "Running"]
-        reasons += [f"{old} was overtaken by {new}; name it to go on with it" for old, new in list(overtaken.items())[-1:]]
+        if resumable := [run for run in stopped if run.run not in overtaken]:
+            return resumable[-1]
+        reasons = [f"{run.run} still running" for run in incomplete if run.state == "Running"]
+        reasons += [f"{old} was overtaken by {new}; name it to resume it" for old, new in list(overtaken.items())[-1:]]
         print(f"nothing to do: {'; '.join(reasons) or 'no run in this store is incomplete'}")
         return None
     run = latest_attempt(store, read_run(store, name), print)
@@ -122,26 +123,23 @@ def _to_resume(store: "Store", name: str | None) -> "Run | None":
 
 
 def _overtakes(newer: "Run", older: "Run") -> bool:
-    """Whether going on with the older run would put its results in the place of newer ones."""
+    """Whether resuming the older run would replace newer results."""
     same = (newer.recipe, newer.outputs) == (older.recipe, older.outputs)
     return same and newer.sequence > older.sequence and newer.only in {(), older.only}
 
 
 def _duration(run: "Run") -> str:
-    """From beginning to end, or to now; of a killed run nobody knows."""
+    """Seconds from start to end, or to now; empty for a killed run, whose end is unknown."""
     ended = time.time() if run.state == "Running" else run.ended
     return "" if ended is None else f"{ended - run.started:.0f} s"
 
 
-def _show_stages(run: "Run") -> None:
-    def row(stage: "RunStage") -> list[Any]:
-        seconds = f"{stage.seconds:.1f}" if stage.seconds else ""
-        return [stage.name, stage.uses, stage.state, seconds, stage.identity[:12], escape(stage.reason)]
-
+def _print_stages(run: "Run") -> None:
     resumed = f", resumes {run.resumes}" if run.resumes else ""
     table = Table(title=f"{run.run}: {run.state.lower()}{resumed}", caption=escape(run.reason) or None)
     for heading in ("stage", "uses", "state", "seconds", "identity", "reason"):
         table.add_column(heading, justify="right" if heading == "seconds" else "left")
     for stage in run.stages:
-        table.add_row(*row(stage))
+        seconds = f"{stage.seconds:.1f}" if stage.seconds else ""
+        table.add_row(stage.name, stage.uses, stage.state, seconds, stage.identity[:12], escape(stage.reason))
     terminal().print(table)

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: bars while stages work, one table at the end. Imports no torch."""
+"""Terminal output: progress bars while stages run, tables at the end. Imports no torch."""
 
 import threading
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from flows.report.run_comparison import RunComparison
 from tasks.measurement.figures import measured
 from tasks.store.store import Store
 
-_JUDGED = {"better": "bold green", "worse": "bold red", "noise": "dim", "same": "dim", "unlike": "dim"}
-_STATE = {"Completed": "green", "Cached": "cyan", "Failed": "bold red", "Skipped": "yellow"}
+_JUDGEMENT_STYLE = {"better": "bold green", "worse": "bold red", "noise": "dim", "same": "dim", "unlike": "dim"}
+_STATE_STYLE = {"Completed": "green", "Cached": "cyan", "Failed": "bold red", "Skipped": "yellow"}
 
 
 class Screen:
-    """Live progress of the stages: one line each, from the first sign of life to the state it ended in."""
+    """Live progress of the stages: one line each, from the first event to the final state."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -40,7 +40,7 @@ class Screen:
         self._bars.stop()
 
     def update(self, stage: str, event: dict[str, Any]) -> None:
-        """Called from the stages' threads: {"progress": [done, total, what]} or {"ended": state}; of a run itself {"warning": text}."""
+        """Show an event of a stage, {"progress": [done, total, what]} or {"ended": state}, or {"warning": text} of any source. Thread-safe."""
         if "warning" in event:
             self.console.print(f"[yellow]warning[/] {stage}: {escape(event['warning'])}", highlight=False)
             return
@@ -50,7 +50,7 @@ class Screen:
                 line = self._lines[stage] = self._bars.add_task("starting", total=None, stage=stage)
             if "ended" in event:
                 state = event["ended"]
-                self._bars.update(line, total=1, completed=1, description=f"[{_STATE.get(state, 'white')}]{state.lower()}[/]")
+                self._bars.update(line, total=1, completed=1, description=_state(state))
                 if not self.console.is_terminal:
                     self.console.print(f"{stage}: {state.lower()}")
             else:
@@ -59,13 +59,13 @@ class Screen:
 
 
 def results_table(summary: dict[str, Any]) -> Table:
-    """The table of a finished run: the base first, each stage a row, only columns that something was measured in."""
+    """Build the table of a finished run: the base first, each stage a row, only columns with a measurement."""
     rows = summary["rows"]
-    shown = measured(row["metrics"] for row in rows)
+    figures = measured(row["metrics"] for row in rows)
     table = Table(title=f"{summary['name']}: {summary['seconds']:.0f} s")
     table.add_column("stage", no_wrap=True)
     table.add_column("runtime", no_wrap=True)
-    for figure in shown:
+    for figure in figures:
         table.add_column(figure.heading, justify="right", no_wrap=True)
     table.add_column("s", justify="right")
     table.add_column("state", no_wrap=True)
@@ -73,65 +73,67 @@ def results_table(summary: dict[str, Any]) -> Table:
         table.add_row(
             row["stage"],
             row["runtime"],
-            *(figure.text(row["metrics"]) for figure in shown),
+            *(figure.text(row["metrics"]) for figure in figures),
             f"{row['seconds']:.1f}",
-            f"[{_STATE.get(row['state'], 'white')}]{row['state'].lower()}[/]",
+            _state(row["state"]),
         )
     return table
 
 
+def _state(state: str) -> str:
+    return f"[{_STATE_STYLE.get(state, 'white')}]{state.lower()}[/]"
+
+
 def sweep_table(summary: dict[str, Any]) -> Table:
-    """The cells of a matrix side by side, a row for each result; the best of each metric is marked."""
-    found = compare(summary)
-    shown = found.measured()
+    """Build the table of a sweep: a row for each result of each cell, the best of each metric marked."""
+    comparison = compare(summary)
+    figures, many_leaves = comparison.measured(), len(comparison.leaves) > 1
     table = Table(title=f"{summary['name']}: {len(summary['sweep']['cells'])} cells, the best marked *")
-    for key in (*found.keys, *(["result"] if len(found.leaves) > 1 else [])):
+    for key in (*comparison.keys, *(["result"] if many_leaves else [])):
         table.add_column(key, no_wrap=True)
-    for figure in shown:
+    for figure in figures:
         table.add_column(figure.heading, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for line in found.lines:
-        texts = ((figure.text(line.row["metrics"]), figure.metric in line.best) for figure in shown)
-        figures = [f"[bold green]*{text}[/]" if best else text for text, best in texts]
-        state = line.row["state"]
-        leaf = [line.leaf] if len(found.leaves) > 1 else []
-        table.add_row(*map(escape, line.values), *leaf, *figures, f"[{_STATE.get(state, 'white')}]{state.lower()}[/]")
+    for line in comparison.lines:
+        texts = ((figure.text(line.row["metrics"]), figure.metric in line.best) for figure in figures)
+        marked = [f"[bold green]*{text}[/]" if best else text for text, best in texts]
+        table.add_row(*map(escape, line.values), *([line.leaf] if many_leaves else []), *marked, _state(line.row["state"]))
     return table
 
 
 def print_wide(console: Console, table: Table, names: int) -> None:
-    """Print a table; where the terminal is too narrow for it, in parts one below the other, each with the first `names` columns."""
+    """Print a table; one too wide for the terminal in parts one below the other, each with the first `names` columns."""
     rows = [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
     headings = [str(column.header) for column in table.columns]
     widths = [
         max(console.measure(Text.from_markup(str(cell))).maximum for cell in column) + 3 for column in zip(headings, *rows, strict=True)
     ]
-    room = console.width - 1 - sum(widths[:names])
-    parts = _packed(widths[names:], room)
-    while room > 0 and len(tighter := _packed(widths[names:], room - 1)) == len(parts):  # as many parts, of more even widths
-        parts, room = tighter, room - 1
+    available = console.width - 1 - sum(widths[:names])
+    parts = _pack_columns(widths[names:], available)
+    while available > 0 and len(tighter := _pack_columns(widths[names:], available - 1)) == len(parts):  # same number, more even widths
+        parts, available = tighter, available - 1
     for number, part in enumerate(parts):
-        shown = Table(title=table.title if number == 0 else None, caption=table.caption if part is parts[-1] else None)
-        columns = [*range(names), *(names + place for place in part)]
+        partial = Table(title=table.title if number == 0 else None, caption=table.caption if part is parts[-1] else None)
+        columns = [*range(names), *(names + column for column in part)]
         for column in columns:
-            shown.add_column(headings[column], justify=table.columns[column].justify, no_wrap=table.columns[column].no_wrap)
+            partial.add_column(headings[column], justify=table.columns[column].justify, no_wrap=table.columns[column].no_wrap)
         for row, cells in zip(table.rows, rows, strict=True):
-            shown.add_row(*(cells[column] for column in columns), end_section=row.end_section)
-        console.print(shown)
+            partial.add_row(*(cells[column] for column in columns), end_section=row.end_section)
+        console.print(partial)
 
 
-def _packed(widths: Sequence[int], room: int) -> list[list[int]]:
-    """Places of columns, in order, in as many parts as it takes for none to be wider than the room, or to have one column."""
+def _pack_columns(widths: Sequence[int], available: int) -> list[list[int]]:
+    """Split columns, in order, into as few parts as fit the available width; a part has at least one column."""
     parts: list[list[int]] = [[]]
-    for place, width in enumerate(widths):
-        if parts[-1] and sum(widths[other] for other in parts[-1]) + width > room:
+    for column, width in enumerate(widths):
+        if parts[-1] and sum(widths[other] for other in parts[-1]) + width > available:
             parts.append([])
-        parts[-1].append(place)
+        parts[-1].append(column)
     return parts
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
-    """The table, then what a person must know: warnings, broken gates, failures; at the end the cells of a sweep side by side."""
+    """Print a run's table, then warnings, gates that did not pass and failures, then the table of a sweep."""
     print_wide(console, results_table(summary), 1)
     for row in summary["rows"]:
         for warning in row["warnings"]:
@@ -147,36 +149,35 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         print_wide(console, table, sum(column.justify == "left" for column in table.columns) - 1)
 
 
-def print_comparison(console: Console, found: RunComparison) -> None:
-    """What differs between runs, then every stage with a line for each run; differences from the first are better, worse, or noise."""
-    if found.differences:
-        asked = Table("", *found.names, title="what differs")
-        for key, values in found.differences.items():
-            asked.add_row(escape(key), *("" if value is None else escape(str(value)) for value in values))
-        console.print(asked)
+def print_comparison(console: Console, comparison: RunComparison) -> None:
+    """Print what differs between runs, then a line for each stage and run; differences from the first run are better, worse, or noise."""
+    if comparison.differences:
+        settings = Table("", *comparison.names, title="what differs")
+        for key, values in comparison.differences.items():
+            settings.add_row(escape(key), *("" if value is None else escape(str(value)) for value in values))
+        console.print(settings)
     else:
         console.print("nothing differs: the same recipe, model, machine and edgepress")
     table = Table(
-        title=f"differences from {found.names[0]}",
-        caption=f"without {found.left_out} stages that others follow" if found.left_out else None,
+        title=f"differences from {comparison.names[0]}",
+        caption=f"without {comparison.left_out} stages that others follow" if comparison.left_out else None,
     )
     for heading in ("stage", "run", "state"):
         table.add_column(heading, no_wrap=True)
-    for figure in found.figures:
+    for figure in comparison.figures:
         table.add_column(figure.heading, justify="right", no_wrap=True)
-    for stage, rows in found.stages.items():
+    for stage, rows in comparison.stages.items():
         for number, row in enumerate(rows):
-            words = ["" if number else escape(stage), found.names[number]]
+            labels = ["" if number else escape(stage), comparison.names[number]]
             if row is None:
-                table.add_row(*words, "[dim]none[/]")
+                table.add_row(*labels, "[dim]none[/]")
                 continue
             cells = []
-            for figure in found.figures:
-                change = found.change(stage, number, figure)
-                told = f" [{_JUDGED[change.judgement]}]{change.marked}[/]" if change and change.text else ""
-                cells.append(figure.text(row["metrics"]) + told)
-            state = row["state"]
-            table.add_row(*words, f"[{_STATE.get(state, 'white')}]{state.lower()}[/]", *cells)
+            for figure in comparison.figures:
+                change = comparison.change(stage, number, figure)
+                mark = f" [{_JUDGEMENT_STYLE[change.judgement]}]{change.marked}[/]" if change and change.text else ""
+                cells.append(figure.text(row["metrics"]) + mark)
+            table.add_row(*labels, _state(row["state"]), *cells)
         table.add_section()
     print_wide(console, table, 2)
     console.print(
@@ -185,7 +186,7 @@ def print_comparison(console: Console, found: RunComparison) -> None:
 
 
 def plan_table(plan: Plan, store: Store) -> Table:
-    """The graph in order, what is in the store already, and what the rest will take."""
+    """Build the table of a plan: stages in order, which of them the store has, and their estimated needs."""
     table = Table(title=f"{plan.parsed.recipe.name}: {len(plan.stages) - 1} stages, estimates from shapes")
     for heading in ("stage", "uses", "needs", "identity", "state", "size", "memory", "disk"):
         table.add_column(heading, justify="right" if heading in {"size", "memory", "disk"} else "left")

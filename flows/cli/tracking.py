@@ -1,4 +1,4 @@
-"""`edgepress sync`: bring MLflow what it missed while it did not answer. Imports no torch."""
+"""`edgepress sync`: send MLflow what it missed while it did not answer. Imports no torch."""
 
 import typer
 
@@ -11,9 +11,9 @@ tracking_app = typer.Typer()
 
 @tracking_app.command()
 def sync(store: StoreFolder = DEFAULT_STORE) -> None:
-    """Send MLflow what it missed while it did not answer. `edgepress run` and `edgepress resume` do so too before they begin.
+    """Send MLflow what it missed while it did not answer. `edgepress run` and `edgepress resume` do so too before they start.
 
-    What runs that are alive still have to send, they send themselves. Exits with 1 where something still waits, or was refused.
+    Living runs send their own calls. Exit code 1 where calls still wait or were refused.
 
     Example: `edgepress sync`
     """
@@ -21,18 +21,18 @@ def sync(store: StoreFolder = DEFAULT_STORE) -> None:
     from tasks.tracking.tracking import Tracking, whole_address
 
     folder = open_store(store).root / "outbox"
-    left: list[str] = []
+    problems: list[str] = []
     for uri in addresses(folder):
         try:
-            tracking = Tracking(whole_address(uri), folder, left.append)
+            tracking = Tracking(whole_address(uri), folder, problems.append)
             print(f"MLflow at {redacted(uri)}: {tracking.flush_leftover()} calls sent")
             tracking.end_orphans()
         except EdgepressError as error:
-            left.append(str(error))
+            problems.append(str(error))
     if count := waiting(folder):
-        left.append(f"{count} calls still wait in {folder}")
-    elif not left:
+        problems.append(f"{count} calls still wait in {folder}")
+    elif not problems:
         print("MLflow has everything")
-    if left:
-        typer.echo("\n".join(left), err=True)
+    if problems:
+        typer.echo("\n".join(problems), err=True)
         raise typer.Exit(1)

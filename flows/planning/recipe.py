@@ -1,6 +1,6 @@
-"""The recipe: YAML -> pydantic, validated whole. Every mistake is told with file, line, key and what would be right.
+"""Read a recipe from YAML and validate all of it. Every error names file, line, key and remedy.
 
-The graph of its stages is flows/planning/graph.py's matter, the lists of its matrix flows/planning/matrix.py's.
+flows/planning/graph.py builds the graph of its stages, flows/planning/matrix.py expands its matrix.
 """
 
 import operator
@@ -16,8 +16,10 @@ from compression.data import DataSpec
 from compression.errors import EdgepressError
 from compression.evaluation.spec import EvaluationSpec
 from compression.settings import Settings
-from flows.planning.graph import Branch, Node, StageExecution, expand, name_problem, recipe_error
-from flows.planning.matrix import Matrix, cells_of
+from flows.planning.graph import build_graph, invalid_name_reason
+from flows.planning.matrix import Matrix, expand_matrix
+from flows.planning.nodes import Branch, Node, StageExecution
+from flows.planning.recipe_errors import recipe_error
 from flows.planning.source_map import KeyPath, SourceMap, read_value, read_yaml, shortened
 from flows.planning.study import Study, StudyError, check_study
 from tasks.measurement.gate_presets import Gates
@@ -54,11 +56,11 @@ class Recipe(Settings):
     )
     stages: dict[str, Any] = Field(min_length=1, description="The graph: name -> {uses: kind, ...}.")
     matrix: Matrix | None = Field(default=None, description="A sweep: values of parameters to try, each combination a branch of the graph.")
-    study: Study | None = Field(default=None, description="What the sweep is run to find out: `edgepress study` says what of it came true.")
+    study: Study | None = Field(default=None, description="What the sweep is run to find out: `edgepress study` says what of it holds.")
     gates: Gates = Field(
         default_factory=dict,
-        description="Bounds by stage and metric, or a preset by stage; a broken one stops what follows. Besides names, keys are `leaf` (every stage that "
-        "nothing follows), patterns of kinds (`prune.*`), and `preset: default`.",
+        description="Bounds by stage and metric, or a preset by stage; a broken one stops the stages that follow. Besides names, keys are `leaf` (every "
+        "stage that nothing follows), patterns of kinds (`prune.*`), and `preset: default`.",
     )
     evaluation: EvaluationSpec = Field(
         default_factory=EvaluationSpec, description="What is measured of the base and of every stage beyond quality, speed and memory."
@@ -68,7 +70,7 @@ class Recipe(Settings):
 
 
 class ParsedRecipe(BaseModel):
-    """A recipe with its graph in topological order, the branches of its matrix (none without one), the file it came from and what was put over it."""
+    """A recipe with its graph in topological order, the branches of its matrix (none without one), its file and its overrides."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
@@ -82,14 +84,14 @@ class ParsedRecipe(BaseModel):
         return self.source.error(path, message)
 
     def stage_error(self, node: Node, key: KeyPath, message: str) -> EdgepressError:
-        """A mistake in a stage's entry, told where the recipe gives the value: for a copy this may be in the matrix."""
-        copied = f" (stage {node.name})" if node.name != node.origin else ""
-        return self.source.remap(node.moved).error(("stages", node.origin, *key), message + copied)
+        """Return an error in a stage's entry, at the place that gives the value: for a copy this may be in the matrix."""
+        copy = f" (stage {node.name})" if node.name != node.origin else ""
+        return self.source.remap(node.redirects).error(("stages", node.origin, *key), message + copy)
 
 
 @lru_cache(maxsize=1)
 def _entries() -> TypeAdapter[Any]:
-    """One model per kind that joins its parameters with `StageExecution`, as a union discriminated by `uses`."""
+    """Join each kind's parameters with `StageExecution`: one model a kind, as a union discriminated by `uses`."""
     models = [
         create_model(f"{kind.__name__}Entry", __base__=(kind, StageExecution), __doc__=kind.__doc__) for kind in stage_kinds().values()
     ]
@@ -99,7 +101,7 @@ def _entries() -> TypeAdapter[Any]:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors."""
+    """Return the JSON schema of recipes, for editors."""
     schema = Recipe.model_json_schema()
     entries = _entries().json_schema(ref_template="#/$defs/{model}")
     schema.setdefault("$defs", {}).update(entries.pop("$defs", {}))
@@ -110,15 +112,21 @@ def json_schema() -> dict[str, Any]:
 
 
 def load_recipe(file: Path, overrides: tuple[str, ...] = (), text: str | None = None) -> ParsedRecipe:
-    """Read and validate a recipe file, or `text` that stood in it. `overrides` are `dotted.key=value` settings put over it.
+    """Read and validate a recipe.
 
-    Raises EdgepressError with file, line and key for the first mistakes (all of one kind at once).
+    Args:
+        file: The recipe file.
+        overrides: Settings `dotted.key=value` put over it.
+        text: What stood in the file, where it may have changed since.
+
+    Raises:
+        EdgepressError: With file, line and key of the first mistakes (all of one kind at once).
     """
     source = read_yaml(file, text)
     if not isinstance(source.value, dict):
         raise EdgepressError(f"{file}:1: a recipe is a mapping with the keys model, data and stages")
     for override in overrides:
-        _put(source.value, override)
+        _override(source.value, override)
     document = dict(source.value)
     if isinstance(document.get("model"), str):
         document["model"] = _short_model(document["model"])
@@ -127,10 +135,10 @@ def load_recipe(file: Path, overrides: tuple[str, ...] = (), text: str | None = 
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
         raise recipe_error(error, source, (), Recipe) from None
-    if problem := name_problem(recipe.name):
-        raise source.error(("name",), f"{shortened(recipe.name)!r} {problem}")
-    cells = cells_of(recipe.matrix, recipe.stages, source)
-    nodes, branches = expand(recipe.stages, recipe.gates, recipe.seed, cells, source)
+    if reason := invalid_name_reason(recipe.name):
+        raise source.error(("name",), f"{shortened(recipe.name)!r} {reason}")
+    cells = expand_matrix(recipe.matrix, recipe.stages, source)
+    nodes, branches = build_graph(recipe.stages, recipe.gates, recipe.seed, cells, source)
     _check_study(recipe, branches, source)
     return ParsedRecipe(
         recipe=recipe, nodes=tuple(nodes), branches=tuple(branches) if recipe.matrix else (), source=source, overrides=overrides
@@ -142,8 +150,8 @@ def _check_study(recipe: Recipe, branches: Sequence[Branch], source: SourceMap) 
         results = [(branch.values, leaf) for branch in branches if branch.values for leaf in branch.leaves]
         try:
             check_study(recipe.study, results, list(recipe.stages), recipe.seed)
-        except StudyError as mistake:
-            raise source.error(mistake.path, str(mistake)) from None
+        except StudyError as error:
+            raise source.error(error.path, str(error)) from None
 
 
 def _short_model(text: str) -> dict[str, str]:
@@ -152,20 +160,20 @@ def _short_model(text: str) -> dict[str, str]:
 
 
 def split_revision(text: str) -> tuple[str, str | None]:
-    """`organisation/name@revision` as its two parts. A path may hold an @ of its own: it is cut neither where it exists as spelled nor where no part does."""
+    """Split `organisation/name@revision` in two. A path with an @ of its own stays whole: one that exists as spelled, or of which no part exists."""
     path, _, revision = text.partition("@")
-    cut = revision and not _is_directory(text) and (_HUB_ID.fullmatch(path) or _is_directory(path))
-    return (path, revision) if cut else (text, None)
+    has_revision = revision and not _is_directory(text) and (_HUB_ID.fullmatch(path) or _is_directory(path))
+    return (path, revision) if has_revision else (text, None)
 
 
 def _is_directory(text: str) -> bool:
     try:
         return Path(text).expanduser().is_dir()
-    except (OSError, RuntimeError):  # a name that is too long, `~` of a user that is not there: the model's own check says so
+    except (OSError, RuntimeError):  # a name that is too long, `~` of an unknown user: the model's own check refuses these
         return False
 
 
-def _put(document: dict[str, Any], override: str) -> None:
+def _override(document: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
         raise EdgepressError(f"--set {shortened(override)}: write it as key.of.the.recipe=value")
@@ -174,8 +182,8 @@ def _put(document: dict[str, Any], override: str) -> None:
     for folder in folders:
         inner = document.setdefault(folder, {})
         if not isinstance(inner, dict):
-            raise EdgepressError(f"--set {override}: {folder} is no mapping in the recipe")
-        document[folder] = document = dict(inner)  # which a YAML alias may share with other places
+            raise EdgepressError(f"--set {override}: {folder} is not a mapping in the recipe")
+        document[folder] = document = dict(inner)  # a copy: a YAML alias may share it with other places
     try:
         document[last] = read_value(value)
     except ValueError as error:
@@ -183,9 +191,9 @@ def _put(document: dict[str, Any], override: str) -> None:
 
 
 def find_recipe(recipe: Path) -> Path:
-    """A file as given, or a shipped recipe by its name."""
+    """Return the file as given, or the shipped recipe of that name."""
     shipped = RECIPES / f"{recipe}.yaml"
     try:
         return shipped if not recipe.exists() and shipped.is_file() else recipe
-    except OSError:  # a name that is too long: reading it says so
+    except OSError:  # a name that is too long: reading it fails with the reason
         return recipe

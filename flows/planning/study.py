@@ -1,7 +1,7 @@
-"""`study:` of a recipe: the question that its sweep answers, what the literature says, and what a run must show to agree. Imports no torch.
+"""`study:` of a recipe: the question that its sweep answers, the claims of the literature, and what a run must show to agree. Imports no torch.
 
-A study is a recipe with a matrix and this block, nothing else. Its settings are the places of the axis `x`, on each line of the axis `lines`;
-whatever the matrix gives beside these and the seed is an error, because it would be averaged over unseen.
+A study is a recipe with a matrix and this block. Its settings are the places of the axis `x`, on each line of the axis `lines`; any other key of
+the matrix but the seed is an error, because the results would be averaged over it unseen.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,33 +10,33 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from compression.errors import PicklableError
+from compression.errors import PicklableError, nearest
 from compression.settings import Settings
-from flows.planning.source_map import KeyPath, nearest
+from flows.planning.source_map import KeyPath
 from tasks.measurement.figures import BETTER
 
-STAGE = "stage"  # as a key of an axis: the name of the stage that the result is of
+STAGE = "stage"  # as a key of an axis: the name of the result's stage
 _SEED = "seed"
-_MAY_BE_ZERO = ("kl_to_base", "over_refusal_rate")  # of a model that lost nothing, and zero has no logarithm
+_MAY_BE_ZERO = ("kl_to_base", "over_refusal_rate")  # for a model that lost nothing; zero has no logarithm
 
 
 def label(value: Any) -> str:
-    """A value of the matrix as plots and tables write it: 1.0 and 1 are one."""
+    """Write a value of the matrix for plots and tables: 1.0 and 1 are equal."""
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 Label = Annotated[str, BeforeValidator(lambda value: label(value) if isinstance(value, int | float) else value)]
-Cells = Sequence[tuple[Mapping[str, Any], str]]  # of each result: the cell's values by key, and the stage
+Cells = Sequence[tuple[Mapping[str, Any], str]]  # for each result the cell's values by key, and the stage
 
 
 class Axis(Settings):
-    """What settings differ in, and how it is called."""
+    """What settings differ in, and its name."""
 
     keys: list[str] = Field(min_length=1, description="Keys of the matrix, or `stage`: the names of the stages at the ends of the graph.")
-    label: str = Field(description="What the axis is called.")
+    label: str = Field(description="Name of the axis.")
     names: list[Label] = Field(
         default_factory=list,
-        description="What its places are called, in the order of the matrix. Default: their values, with spaces between.",
+        description="Names of its places, in the order of the matrix. Default: their values, with spaces between.",
     )
 
     @field_validator("names")
@@ -47,17 +47,17 @@ class Axis(Settings):
         return names
 
     def value(self, values: Mapping[str, Any], stage: str) -> tuple[str, ...]:
-        """The place of a result on this axis, as text."""
+        """Return the place of a result on this axis, as text."""
         return tuple(stage if key == STAGE else label(values[key]) for key in self.keys if key == STAGE or key in values)
 
     def places(self, cells: Cells) -> dict[tuple[str, ...], str]:
-        """The name of every place, in the order of the cells."""
-        found = list(dict.fromkeys(self.value(*cell) for cell in cells))
-        return dict(zip(found, self.names or map(" ".join, found), strict=True))
+        """Return the name of every place, in the order of the cells."""
+        places = list(dict.fromkeys(self.value(*cell) for cell in cells))
+        return dict(zip(places, self.names or map(" ".join, places), strict=True))
 
 
 class Published(Settings):
-    """Figures of the paper: places of its x axis, and values of metrics there."""
+    """Figures of the paper: places on its x axis, and values of metrics there."""
 
     at: list[Label] = Field(min_length=2, description="Places on the paper's x axis.")
     values: dict[str, list[float]] = Field(min_length=1, description="Of each metric, as the paper measures it, the values there.")
@@ -78,10 +78,10 @@ class Uncompressed(Settings):
 
 
 class Claim(Settings):
-    """One thing the literature says that a run can show or refute. Give `better` and `than`, or `compounds`."""
+    """A claim of the literature that a run can show or refute. Give `better` and `than`, or `compounds`."""
 
     says: str = Field(description="The claim in words.")
-    metric: str = Field(description="What it is judged by. A comparison in which it was not measured is undecided.")
+    metric: str = Field(description="The metric that decides. A comparison without it is undecided.")
     better: Label | None = Field(default=None, description="A place of either axis that is ahead ...")
     than: list[Label] = Field(default_factory=list, description="... of each of these places of the same axis.")
     at: list[Label] = Field(default_factory=list, description="Only at these places of the other axis. Default: at all.")
@@ -97,21 +97,21 @@ class Claim(Settings):
         if (self.better is None) == (self.compounds is None) or (self.better is None) != (not self.than):
             raise ValueError("a claim has either `better` and `than`, or `compounds`")
         if BETTER.get(self.metric) is None:
-            raise ValueError(f"{self.metric} is no metric of which one value is better than another: {', '.join(BETTER)}")
+            raise ValueError(f"{self.metric} is not a metric of which one value is better than another: {', '.join(BETTER)}")
         if self.compounds and BETTER[self.metric] > 0:
             raise ValueError("`compounds` is judged by a metric that rises where a model gets worse, as perplexity does")
         return self
 
 
 class Study(Settings):
-    """What a sweep is run to find out."""
+    """The question that a sweep answers."""
 
     question: str = Field(description="In one line.")
     paper: str = Field(description="Who asked it before: authors, title, arXiv id.")
-    finding: str = Field(description="What was found there, in words.")
+    finding: str = Field(description="What it found, in words.")
     metrics: list[str] = Field(min_length=1, description="Metrics of the results that the table shows; the first two are drawn.")
     x: Axis = Field(description="What is varied.")
-    lines: Axis | None = Field(default=None, description="What is varied beside it: a line of the plot each.")
+    lines: Axis | None = Field(default=None, description="What else is varied: one line of the plot each.")
     beside: list[str] = Field(default_factory=list, description="Further stages to show in the table.")
     published: Published | None = Field(default=None, description="Figures of the paper, drawn beside ours.")
     claims: list[Claim] = Field(default_factory=list, description="What must hold for a run to agree.")
@@ -121,7 +121,7 @@ class Study(Settings):
 
 
 class StudyError(PicklableError):
-    """A study that does not fit its recipe: the path of the key, and what is wrong."""
+    """A study that does not fit its recipe. `path`: of the key at fault."""
 
     def __init__(self, path: KeyPath, message: str):
         super().__init__(message)
@@ -129,9 +129,16 @@ class StudyError(PicklableError):
 
 
 def check_study(study: Study, cells: Cells, stages: Iterable[str], seed: int) -> None:
-    """Raise Mistake unless every result of the sweep has its place, settings share seeds, and every claim is about places there are.
+    """Check that every result of the sweep has its place, settings share seeds, and claims name existing places.
 
-    seed  the recipe's, of cells that the matrix gives none
+    Args:
+        study: The recipe's `study:`.
+        cells: Each result's matrix values and stage.
+        stages: Names of the recipe's stages.
+        seed: The recipe's, for cells to which the matrix gives none.
+
+    Raises:
+        StudyError: With the key at fault.
     """
     if not cells:
         raise StudyError(("study",), "a study compares the cells of a matrix, and this recipe has none; `--set study=null` runs it without")
@@ -142,16 +149,16 @@ def check_study(study: Study, cells: Cells, stages: Iterable[str], seed: int) ->
                 raise StudyError(("study", name, "keys"), f"the matrix has no {key!r}; keys: {', '.join([*keys, STAGE])}")
         places = list(dict.fromkeys(axis.value(*cell) for cell in cells))
         if axis.names and len(axis.names) != len(places):
-            found = ", ".join(" ".join(place) for place in places)
-            raise StudyError(("study", name, "names"), f"{len(axis.names)} names for {len(places)} places: {found}")
+            listed = ", ".join(" ".join(place) for place in places)
+            raise StudyError(("study", name, "names"), f"{len(axis.names)} names for {len(places)} places: {listed}")
     seeds: dict[tuple[tuple[str, ...], ...], list[int]] = {}  # of each setting
     for values, stage in cells:
-        taken = seeds.setdefault(tuple(axis.value(values, stage) for axis in study.axes().values()), [])
-        if values.get(_SEED, seed) in taken:
+        used = seeds.setdefault(tuple(axis.value(values, stage) for axis in study.axes().values()), [])
+        if values.get(_SEED, seed) in used:
             raise StudyError(
                 ("study", "x", "keys"), f"two results stand at one place ({stage}, {dict(values)}): an axis must name what differs"
             )
-        taken.append(values.get(_SEED, seed))
+        used.append(values.get(_SEED, seed))
     _check_seeds(seeds)
     for number, name in enumerate(study.beside):
         if name not in stages:
@@ -160,21 +167,21 @@ def check_study(study: Study, cells: Cells, stages: Iterable[str], seed: int) ->
 
 
 def _check_seeds(seeds: Mapping[tuple[tuple[str, ...], ...], Sequence[int]]) -> None:
-    """What differs between settings must not be their seeds."""
+    """Refuse settings that share no seed: a difference of seeds would look like one of settings."""
     if not set.intersection(*map(set, seeds.values())):
-        told = "; ".join(f"{' '.join(word for place in places for word in place)} has {found}" for places, found in list(seeds.items())[:3])
+        examples = "; ".join(f"{' '.join(part for place in places for part in place)} has {own}" for places, own in list(seeds.items())[:3])
         raise StudyError(
             ("matrix", _SEED),
-            f"a study compares settings seed by seed, and no seed is there for all of them: {told}; seeds do not go side by side (`zip`)",
+            f"a study compares settings seed by seed, and no seed is there for all of them: {examples}; seeds cannot go side by side (`zip`)",
         )
 
 
 def check_metrics(study: Study, measured: Iterable[str]) -> None:
-    """Raise Mistake for a column or a claim of a metric that no result of the sweep will have. `measured` names may have a `*`."""
+    """Raise StudyError for a column or a claim of a metric that no result of the sweep will have. `measured` names may have a `*`."""
     names = list(measured)
-    asked: list[tuple[KeyPath, str]] = [(("study", "metrics", number), metric) for number, metric in enumerate(study.metrics)]
-    asked += [(("study", "claims", number, "metric"), claim.metric) for number, claim in enumerate(study.claims)]
-    for path, metric in asked:
+    needed: list[tuple[KeyPath, str]] = [(("study", "metrics", number), metric) for number, metric in enumerate(study.metrics)]
+    needed += [(("study", "claims", number, "metric"), claim.metric) for number, claim in enumerate(study.claims)]
+    for path, metric in needed:
         if not any(fnmatchcase(metric, name) for name in names):
             plain = [name for name in names if not name.endswith(("_low", "_high"))]
             raise StudyError(path, f"no result of the sweep has a metric {metric!r}{nearest(metric, plain)}; they have {', '.join(plain)}")
@@ -198,14 +205,14 @@ def _check_claims(study: Study, cells: Cells) -> None:
             if claim.at and len(places) == 1:
                 raise StudyError((*path, "at"), "this study has one axis only")
         for name, labels in wanted.items():
-            for label in labels:
-                if label not in places[name]:
+            for place in labels:
+                if place not in places[name]:
                     raise StudyError(
                         path,
-                        f"{label!r} is no place of {name}; places: {', '.join(places[name])}; `--set study=null` runs the recipe without",
+                        f"{place!r} is not a place of {name}; places: {', '.join(places[name])}; `--set study=null` runs the recipe without",
                     )
 
 
 def axis_of(claim: Claim, places: Mapping[str, Sequence[str]]) -> str:
-    """The axis that `better` is on: x, unless only the lines have it."""
+    """Return the axis that `better` is on: x, unless only the lines have it."""
     return "lines" if "lines" in places and claim.better in places["lines"] and claim.better not in places["x"] else "x"

@@ -1,1 +1,1 @@
-"""Carry out a plan: the pipeline, resuming, deployments, and what MLflow hears of a whole run. Imports no torch."""
+"""Run a plan: the pipeline, resuming, deployments, and the records of a whole run in MLflow. Imports no torch."""

@@ -1,6 +1,6 @@
-"""The flow that Prefect's workers run: a recipe, as `edgepress run` runs it, in the flow run the worker was given. Needs Prefect to be imported.
+"""The flow that Prefect's workers run: a recipe, as `edgepress run` runs it, in the worker's flow run. Imports Prefect.
 
-A retry, pressed in Prefect's UI or not, is the same flow run again: it goes on with the run of the attempt before, from its journal.
+A retry, from Prefect's UI or automatic, is the same flow run again: it resumes the run of the earlier attempt from its journal.
 """
 
 import logging
@@ -21,10 +21,11 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
 from compression.errors import EdgepressError
-from flows.planning.plan import Plan, make_plan, select
+from flows.planning.plan import make_plan
 from flows.planning.recipe import find_recipe, load_recipe
+from flows.planning.selection import select
 from flows.report import render_report
-from flows.run.pipeline import Progress, run_pipeline
+from flows.run.pipeline import EventHandler, run_pipeline
 from flows.run.resuming import replan
 from tasks.measurement.figures import measured
 from tasks.store.journal import Run, latest_attempt, read_runs
@@ -37,15 +38,15 @@ FLOW = "edgepress"
 @flow(name=FLOW, persist_result=False, log_prints=False)
 def run_recipe(
     recipe: str,
-    overrides: list[str] = [],  # noqa: B006  (Prefect's form shows a list then, and nobody changes it)
+    overrides: list[str] = [],  # noqa: B006  (Prefect's form shows a list for it, and nothing changes the default)
     only: list[str] = [],  # noqa: B006
-    first: list[str] = [],  # noqa: B006
+    first: list[str] = [],  # noqa: B006  (`--from`; deployments know it by this name)
     force: list[str] = [],  # noqa: B006
     directory: str = "",
     store: str = ".edgepress",
     outputs: str = "outputs",
 ) -> Any:
-    """Compress a language model as a recipe says. What is in the store already is not computed again.
+    """Compress a language model by a recipe. Results in the store are not computed again.
 
     Args:
         recipe: A recipe file, or the name of a shipped recipe (demo).
@@ -59,83 +60,77 @@ def run_recipe(
     """
     context, logger = FlowRunContext.get(), get_run_logger()
     assert context is not None and context.flow_run is not None
-    _take_signals()
-    _claim(context.flow_run)
+    _ignore_ctrl_c()
+    _tag_owner(context.flow_run)
     try:
         if directory:
             if not Path(directory).is_dir():
                 raise EdgepressError(f"there is no directory {directory} here, on {os.uname().nodename}: relative paths would start there")
             os.chdir(directory)
         opened = Store(Path(store))
-        begun = _begun(opened, context.flow_run.id, logger.info)
-        if begun is None:
-            plan, folder = _plan(opened, recipe, overrides, only, first, force), Path(outputs)
-        elif begun.state == "Completed":
-            return Completed(name="Cached", message=f"{begun.run} completed already; a new run would see what has changed since")
+        earlier = _earlier_attempt(opened, context.flow_run.id, logger.info)
+        if earlier is None:
+            plan = make_plan(load_recipe(find_recipe(Path(recipe)), tuple(overrides)), opened)
+            plan, folder = select(plan, only=only, start_from=first, force=force), Path(outputs)
+        elif earlier.state == "Completed":
+            return Completed(name="Cached", message=f"{earlier.run} completed already; a new run would see what has changed since")
         else:
-            plan, folder = replan(opened, begun, logger.info), Path(begun.outputs)
-        outcome = run_pipeline(plan, opened, folder, _progress(logger), render_report, begun, context.flow_run.id)
+            plan, folder = replan(opened, earlier, logger.info), Path(earlier.outputs)
+        outcome = run_pipeline(plan, opened, folder, _log_events(logger), render_report, earlier, context.flow_run.id)
     except EdgepressError as error:
         return Failed(message=str(error))
     folder = folder.absolute() / plan.parsed.recipe.name
-    create_markdown_artifact(summary_page(outcome.summary, folder), key=_key(plan.parsed.recipe.name), description=outcome.run)
+    table = summary_markdown(outcome.summary, folder)
+    create_markdown_artifact(table, key=_artifact_key(plan.parsed.recipe.name), description=outcome.run)
     return outcome.state
 
 
-def _plan(store: Store, recipe: str, overrides: list[str], only: list[str], first: list[str], force: list[str]) -> Plan:
-    plan = make_plan(load_recipe(find_recipe(Path(recipe)), tuple(overrides)), store)
-    return select(plan, only=only, first=first, force=force)
-
-
-def _take_signals() -> None:
-    """Whoever runs this ends it by SIGTERM. A Ctrl-C in the terminal of `edgepress serve` would reach it first, and disturb its end."""
+def _ignore_ctrl_c() -> None:
+    """The runner ends this process by SIGTERM; a Ctrl-C in the terminal of `edgepress serve` would arrive first and disturb that."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _claim(flow_run: FlowRun) -> None:
-    """Say in the flow run's tags who runs it, in which attempt: one whose worker died too is found by that, and marked as crashed."""
+def _tag_owner(flow_run: FlowRun) -> None:
+    """Tag the flow run with its process and attempt, so that it can be marked as crashed where its worker died too."""
     kept = [tag for tag in flow_run.tags if not tag.startswith(("owner:", "attempt:"))]
     with get_client(sync_client=True) as client:
         client.update_flow_run(flow_run.id, tags=[*kept, "edgepress", f"owner:{owner_tag()}", f"attempt:{flow_run.run_count}"])
 
 
-def _begun(store: Store, flow_run: UUID, say: Callable[[str], None]) -> Run | None:
-    """The run that an attempt before began and this one goes on with; None for the first attempt, or when none came so far.
-
-    Raises EdgepressError where it lives still.
-    """
-    earlier = [run for run in read_runs(store) if run.flow_run == str(flow_run)]
-    if not earlier:
+def _earlier_attempt(store: Store, flow_run: UUID, notify: Callable[[str], None]) -> Run | None:
+    """The run of an earlier attempt, which this one resumes; None where no attempt got as far as a run. Raises EdgepressError while it runs."""
+    runs = [run for run in read_runs(store) if run.flow_run == str(flow_run)]
+    if not runs:
         return None
-    run = latest_attempt(store, earlier[-1], say)
+    run = latest_attempt(store, runs[-1], notify)
     if run.state == "Running":
-        raise EdgepressError(f"{run.run}, which this would go on with, is still running ({run.owner})")
-    say(f"going on with {run.run} ({run.state.lower()})")
+        raise EdgepressError(f"{run.run}, which this would resume, is still running ({run.owner})")
+    notify(f"resuming {run.run} ({run.state.lower()})")
     return run
 
 
-def _progress(logger: "logging.Logger | logging.LoggerAdapter[Any]") -> Progress:
-    """What the screen shows of a run in a terminal, as lines in Prefect's log."""
+def _log_events(logger: "logging.Logger | logging.LoggerAdapter[Any]") -> EventHandler:
+    """Write warnings and ends of stages to Prefect's log."""
 
-    def told(stage: str, event: dict[str, Any]) -> None:
+    def on_event(stage: str, event: dict[str, Any]) -> None:
         if "warning" in event:
             logger.warning("%s: %s", stage, event["warning"])
         elif "ended" in event:
             logger.info("%s: %s", stage, event["ended"].lower())
 
-    return told
+    return on_event
 
 
-def summary_page(summary: dict[str, Any], folder: Path) -> str:
-    """The table of a run in Markdown, and where its results are."""
+def summary_markdown(summary: dict[str, Any], folder: Path) -> str:
+    """Render a run's table in Markdown, with the folder of its results."""
     rows: list[dict[str, Any]] = summary["rows"]
-    shown = measured(row["metrics"] for row in rows)
+    figures = measured(row["metrics"] for row in rows)
     lines = [f"# {summary['name']}", "", f"Results and report: `{folder}` · MLflow run: `{summary['run']}`", ""]
-    lines.append("| stage | " + " | ".join(figure.heading for figure in shown) + " | state |")
-    lines.append("| --- |" + " ---: |" * len(shown) + " --- |")
+    lines.append("| stage | " + " | ".join(figure.heading for figure in figures) + " | state |")
+    lines.append("| --- |" + " ---: |" * len(figures) + " --- |")
     for row in rows:
-        values = [figure.text(row["metrics"]) for figure in shown]
+        values = [figure.text(row["metrics"]) for figure in figures]
         reason = f": {row['reason']}" if row["reason"] else ""
         lines.append(f"| {row['stage']} | {' | '.join(values)} | {row['state'].lower()}{_cell(reason)} |")
     return "\n".join(lines) + "\n"
@@ -145,6 +140,6 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _key(recipe: str) -> str:
-    """A recipe's name as a key of an artifact: small letters, digits and dashes."""
+def _artifact_key(recipe: str) -> str:
+    """A recipe's name as an artifact's key: lower-case letters, digits and dashes."""
     return "edgepress-" + "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in recipe)

@@ -1,7 +1,7 @@
-"""A Prefect server of one's own: `python -P -m flows.run.prefect_server FD PARENT LOCK`, a child that dies with the command that started it.
+"""Run a Prefect server for one command: `python -P -m flows.run.prefect_server FD PARENT LOCK`, a child that dies with the command.
 
-Prefect's own temporary server outlives a killed flow. This one asks the kernel for a parent-death signal, and takes a listening socket that
-was opened before it, so that no port can be lost between choosing and using it.
+Prefect's own temporary server outlives a killed flow. This one asks the kernel for a parent-death signal, and inherits a socket that listens
+already, so that no other process can take the port between choosing and using it.
 """
 
 import os
@@ -28,16 +28,25 @@ _EMBEDDED = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}  # nei
 def prefect_server(home: Path, port: int | None = None) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Point Prefect to `PREFECT_API_URL`, or to a server with its database in `home` for as long as the block runs.
 
-    With a `port` it is a whole one, with UI and scheduler; without, it is embedded: an API on any port.
-    Must be entered before prefect is imported, from the main thread. Raises EdgepressError where the port is taken, and in place of
-    whatever went wrong in the block when the server died under it for good. Yields a block that does so too, for within another.
+    Must be entered from the main thread, before Prefect is imported.
+
+    Args:
+        home: Folder of the database and the log.
+        port: Port of a full server, with UI and scheduler. Without: an API only, on any free port.
+
+    Yields:
+        A context manager for inner blocks, which raises EdgepressError in place of any error while the server is dead for good. This block
+        does the same.
+
+    Raises:
+        EdgepressError: The port is taken, or the server died.
     """
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     if os.environ.get("PREFECT_API_URL"):
         yield nullcontext
         return
-    home = home.absolute()  # whose log and lock are needed again when the server is, wherever this process has gone
+    home = home.absolute()  # a server that starts again needs log and lock, whatever the working directory is then
     home.mkdir(parents=True, exist_ok=True)
     try:
         listening = socket.create_server(("127.0.0.1", port or 0), backlog=128)
@@ -53,15 +62,15 @@ def prefect_server(home: Path, port: int | None = None) -> Iterator[Callable[[],
     server = _Server(home, listening, environment)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{server.port}/api"
     try:
-        with server.blamed():
-            yield server.blamed
+        with server.guard():
+            yield server.guard
     finally:
         del os.environ["PREFECT_API_URL"]
         server.stop()
 
 
-def reached_server() -> str:
-    """The address of Prefect's API. Raises EdgepressError where none is named, or none answers."""
+def check_server() -> str:
+    """Return the address of Prefect's API. Raises EdgepressError where none is configured, or it does not answer."""
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL
 
@@ -71,8 +80,8 @@ def reached_server() -> str:
     try:
         with get_client(sync_client=True) as client:
             error = client.api_healthcheck()
-    except ValueError as wrong:  # an address that is none
-        error = wrong
+    except ValueError as invalid_address:
+        error = invalid_address
     if error is not None:
         raise EdgepressError(
             f"Prefect's server at {api} does not answer ({error or type(error).__name__}); start it, or let PREFECT_API_URL name another "
@@ -82,7 +91,7 @@ def reached_server() -> str:
 
 
 class _Server:
-    """The server's process. One that is killed is started again on the same port, a few times: Prefect's client asks until it answers."""
+    """The server's process. It starts again on the same port after a kill, a few times: Prefect's client retries until it answers."""
 
     def __init__(self, home: Path, listening: socket.socket, environment: Mapping[str, str]):
         self.port: int = listening.getsockname()[1]
@@ -94,7 +103,7 @@ class _Server:
 
     def _start(self, listening: socket.socket) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-P", "-m", "flows.run.prefect_server", str(listening.fileno()), str(os.getpid()), str(self._lock)]
-        with listening, self.log.open("a") as log:  # the server has it then; were it open here too, calls to a server that died would wait
+        with listening, self.log.open("a") as log:  # close our copy of the socket: otherwise calls to a dead server would wait
             return subprocess.Popen(
                 command,
                 pass_fds=[listening.fileno()],
@@ -114,27 +123,27 @@ class _Server:
                 self.process = self._start(socket.create_server(("127.0.0.1", self.port), backlog=128))
             except OSError as error:
                 with self.log.open("a") as log:
-                    log.write(f"it was ended, and cannot be started again on port {self.port}: {error}\n")
+                    log.write(f"the server was ended, and cannot start again on port {self.port}: {error}\n")
                 return
-        self.process.wait()  # the kernel ends a child with the thread that started it
+        self.process.wait()  # keep this thread: the kernel ends a child with the thread that started it
 
     @contextmanager
-    def blamed(self) -> Iterator[None]:
-        """Raises EdgepressError in place of whatever went wrong in the block when the server died under it for good."""
+    def guard(self) -> Iterator[None]:
+        """Raise EdgepressError in place of any other error in the block where the server is dead for good."""
         try:
             yield
         except EdgepressError:
             raise
         except Exception as error:
-            if (status := self.ended()) is None:
+            if (status := self.exit_status()) is None:
                 raise
             raise EdgepressError(
                 f"the Prefect server of this command was ended from outside (status {status}; {self.log}) and did not come "
-                "back; `edgepress resume` goes on from here"
+                "back; `edgepress resume` continues the run"
             ) from error
 
-    def ended(self) -> int | None:
-        """The exit status of a server that is no more, which may take a moment to be known; None of one that runs."""
+    def exit_status(self) -> int | None:
+        """The exit status of a dead server, which may take a moment to be known; None while it runs."""
         try:
             return self.process.wait(timeout=1)
         except subprocess.TimeoutExpired:
@@ -159,7 +168,7 @@ def main() -> None:
     from prefect.server.api.server import create_app
 
     class Server(uvicorn.Server):
-        """Starts, and so makes or migrates its database, while no other server of this database does: two at once break each other."""
+        """Start under a lock: two servers that make or migrate one database at once break each other."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             with file_lock(Path(sys.argv[3])):

@@ -11,17 +11,20 @@ from tasks.tracking.descriptions import table
 
 
 def register_results(context: RunContext, stages: Sequence[PlannedStage], champion: bool) -> list[str]:
-    """Register what was made and passed; returns what there is to say: each stage with its model and aliases."""
-    said = []
+    """Register the results that passed their gates.
+
+    Returns a sentence for each: the stage, its model and aliases, and why it is not the champion where one was wanted.
+    """
+    sentences = []
     for stage in stages:
         result = context.results.get(stage.name)
         if not stage.registered or result is None or result.state not in ("Completed", "Cached"):
             continue
         judged = [verdict for name in (*stage.ancestors, stage.name) for verdict in context.results[name].verdicts]
-        open_ones = [verdict.message for verdict in judged if verdict.outcome != "PASS"] + _unjudged(stage, result.verdicts)
-        aliases = ["candidate", *(["champion"] if champion and not open_ones else [])]
+        doubts = [verdict.message for verdict in judged if verdict.outcome != "PASS"] + _unjudged(stage, result.verdicts)
+        aliases = ["candidate", *(["champion"] if champion and not doubts else [])]
         base = context.results["base"].metrics
-        kept = context.tracking.register(
+        accepted = context.tracking.register(
             result.run, name=stage.registered, path=result.path, content=result.content, aliases=aliases,
             tags={
                 "edgepress.identity": stage.identity, "edgepress.recipe": context.name, "edgepress.stage": stage.name,
@@ -30,14 +33,14 @@ def register_results(context: RunContext, stages: Sequence[PlannedStage], champi
             description=f"{stage.name} of {context.name}, for {result.runtime}.\n\n{table({stage.name: result.metrics, 'base': base})}",
             extra=PACKAGES[result.runtime].extra,
         )  # fmt: skip
-        why = f"; not champion: {'; '.join(open_ones)}" if champion and open_ones else ""
-        here = f"is {' and '.join(aliases)} of" if kept else "was refused by the registry, for"
-        said.append(f"{stage.name} {here} {stage.registered}{why}")
-    return said
+        why = f"; not champion: {'; '.join(doubts)}" if champion and doubts else ""
+        standing = f"is {' and '.join(aliases)} of" if accepted else "was refused by the registry, for"
+        sentences.append(f"{stage.name} {standing} {stage.registered}{why}")
+    return sentences
 
 
 def _unjudged(stage: PlannedStage, verdicts: Sequence[Verdict]) -> list[str]:
-    """What to say of the stage's own gates of which a limit gave no verdict: what they are about was not measured (`if_measured`)."""
+    """A sentence for each of the stage's gates without a verdict on all its limits: their metric was not measured (`if_measured`)."""
     given = Counter(verdict.metric for verdict in verdicts)
     return [
         f"its gate was not judged: {metric} {bound.requirement()}"

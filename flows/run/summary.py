@@ -1,4 +1,4 @@
-"""What a run came to, as JSON: what the table, the report, `edgepress report` and `edgepress compare` show. Imports no torch."""
+"""Summarize a run as JSON, for the table, the report, `edgepress report` and `edgepress compare`. Imports no torch."""
 
 import json
 import time
@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flows.planning.graph import BASE
+from flows.planning.nodes import BASE
 from flows.planning.plan import Plan
 from tasks.execution import RunContext
 from tasks.measurement.measure import machine_fingerprint
@@ -15,13 +15,17 @@ from tasks.planned_stage import PlannedStage, Result
 
 
 def summarize(context: RunContext, plan: Plan, started: float, run: str) -> dict[str, Any]:
-    """Rows in topological order, the base first; the cells of a sweep; verdicts; where it ran.
+    """Summarize a run: rows in topological order, the base first; the cells of a sweep; verdicts; the environment.
 
-    run  its name in the journal
+    Args:
+        context: What its stages shared, with their results.
+        plan: Its plan.
+        started: When it began, in seconds since the epoch.
+        run: Its name in the journal.
     """
     rows = []
     for stage in plan.stages:
-        result = context.results.get(stage.name) or _not_begun(context, stage)
+        result = context.results.get(stage.name) or _skipped(context, stage)
         figures = {"stage": result.name, "size_bytes": result.metrics.get("size_mb", 0) * 1e6, "layers": _layers(result)}
         rows.append({**asdict(result), **figures})
     return {
@@ -36,16 +40,16 @@ def summarize(context: RunContext, plan: Plan, started: float, run: str) -> dict
     }  # fmt: skip
 
 
-def _not_begun(context: RunContext, stage: PlannedStage) -> Result:
-    """The row of a stage that never began: what it needs failed, or the run was interrupted before it."""
-    broken = next((name for name in stage.ancestors if name in context.results and context.results[name].state == "Failed"), None)
-    reason = f"{broken} failed" if broken else "the run was interrupted"
+def _skipped(context: RunContext, stage: PlannedStage) -> Result:
+    """The result of a stage that never began: a stage it needs failed, or the run was interrupted before it."""
+    failed = next((name for name in stage.ancestors if name in context.results and context.results[name].state == "Failed"), None)
+    reason = f"{failed} failed" if failed else "the run was interrupted"
     uses = stage.definition.uses if stage.definition else "base"
     return Result(stage.name, uses, list(dict.fromkeys(stage.inputs.values())), "Skipped", stage.identity, reason=reason)
 
 
 def _layers(result: Result) -> dict[str, dict[str, float]]:
-    """What the stage's method told about single layers, from the checkpoint; of one that came from another stage unchanged that is not there."""
+    """The figures of single layers that the stage's method left in its checkpoint; empty where it left none."""
     file = Path(result.path) / "layers.json"
     return json.loads(file.read_text()) if result.path and file.is_file() else {}
 
@@ -53,7 +57,7 @@ def _layers(result: Result) -> dict[str, dict[str, float]]:
 def _sweep(context: RunContext, plan: Plan) -> dict[str, Any] | None:
     """The cells of the matrix: their values, their leaves (from the name in the recipe to the copy's) and their runs in MLflow.
 
-    left_out  results of the matrix that this run does without, as it was asked for a part
+    left_out  number of the matrix's results that the selection of this run leaves out
     """
     branches = plan.parsed.branches
     if not branches:

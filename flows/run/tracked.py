@@ -1,4 +1,4 @@
-"""A pipeline's run in MLflow and those of a sweep's cells: what they begin with, what they end with. Imports no torch and no MLflow."""
+"""Record a whole pipeline in MLflow: its run and those of a sweep's cells, from opening to end. Imports no torch and no MLflow."""
 
 import json
 import platform
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.redaction import redacted
-from flows.planning.graph import BASE
+from flows.planning.nodes import BASE
 from flows.planning.plan import Plan, estimate
 from flows.run.registering import register_results
 from tasks.execution import RunContext
@@ -20,15 +20,23 @@ from tasks.tracking.descriptions import charted, fitted, results_table, steps_ta
 from tasks.tracking.runs_view import RUN
 from tasks.tracking.tracking import OpenRun, Tracking
 
-_PATIENCE = 10.0  # seconds to wait at the end for an MLflow that is away
+_PATIENCE = 10.0  # seconds to wait at the end for an MLflow that does not answer
 _DONE = ("Completed", "Cached")
 
 
 # --- the beginning ---
 
 
-def open_parent(tracking: Tracking, plan: Plan, store: Store, name: str, begun: OpenRun | None) -> str:
-    """The pipeline's run, with recipe, plan and environment as artifacts and the data as an input. `name`: that of its group in the table of runs."""
+def open_parent(tracking: Tracking, plan: Plan, store: Store, name: str, open_run: OpenRun | None) -> str:
+    """Open the pipeline's run, with recipe, plan and environment as artifacts and the data as an input; return its id.
+
+    Args:
+        tracking: MLflow.
+        plan: The pipeline's plan.
+        store: Tells which stages need no computing.
+        name: The group of its runs in MLflow's table.
+        open_run: The resumed run, whose runs in MLflow are used again.
+    """
     recipe, file = plan.parsed.recipe, plan.parsed.source.file
     commit, changed = git_commit(file.absolute().parent)
     tags = {
@@ -42,99 +50,99 @@ def open_parent(tracking: Tracking, plan: Plan, store: Store, name: str, begun: 
         "stages": ", ".join(n.name for n in plan.parsed.nodes),
     }  # fmt: skip
     tracking.share_view()
-    run = tracking.open_run(recipe.name, tags=tags, params=params, known=begun.run if begun else None)
+    run = tracking.open_run(recipe.name, tags=tags, params=params, known=open_run.run if open_run else None)
     tracking.log_text(run, plan.parsed.source.text, f"recipe/{file.name}")
     if plan.parsed.overrides:
         tracking.log_text(run, "\n".join(plan.parsed.overrides) + "\n", "recipe/overrides.txt")
     tracking.log_text(run, json.dumps(planned_stages(plan, store), indent=1), "plan.json")
     environment = {
         "python": platform.python_version(), "platform": platform.platform(), "machine": machine_fingerprint(), "device": plan.machine.device,
-        "threads": plan.machine.threads, "git_commit": commit, "git_changed": changed, "command": [redacted(word) for word in sys.argv],
+        "threads": plan.machine.threads, "git_commit": commit, "git_changed": changed, "command": [redacted(argument) for argument in sys.argv],
     }  # fmt: skip
     tracking.log_text(run, json.dumps(environment, indent=1), "environment/environment.json")
-    tracking.log_text(run, lock(), "environment/requirements.txt")
+    tracking.log_text(run, installed_requirements(), "environment/requirements.txt")
     tracking.log_data(run, "recipe data", plan.stages[0].document["data"], recipe.data.model_dump_json(), "evaluation")
     return run
 
 
-def open_cells(tracking: Tracking, plan: Plan, run: str, name: str, begun: OpenRun | None) -> dict[str, str]:
-    """A run for each cell of the matrix, with its values as parameters: what MLflow compares and draws."""
+def open_cells(tracking: Tracking, plan: Plan, run: str, name: str, open_run: OpenRun | None) -> dict[str, str]:
+    """Open a run for each cell of the matrix, with its values as parameters, which MLflow compares and draws; return their ids by cell."""
     tags = {"edgepress.kind": "cell", "edgepress.recipe": plan.parsed.recipe.name, RUN: name}
-    known = begun.cells if begun else {}
+    known = open_run.cells if open_run else {}
     return {
         branch.name: tracking.open_run(branch.name, parent=run, tags=tags, params=branch.values, known=known.get(branch.name))
         for branch in plan.parsed.branches
     }
 
 
-def known_stages(plan: Plan, begun: OpenRun | None) -> tuple[dict[str, str], dict[str, str]]:
-    """By stage the run in MLflow to go on with; and the run of a stage that has another identity now, whose place another run takes."""
+def known_stages(plan: Plan, open_run: OpenRun | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Return by stage the run in MLflow to continue, and the run that a new one replaces because the stage has another identity now."""
     identities = {stage.name: stage.identity for stage in plan.stages}
     known: dict[str, str] = {}
     superseded: dict[str, str] = {}
-    for (name, identity), run in begun.stages.items() if begun else ():
+    for (name, identity), run in open_run.stages.items() if open_run else ():
         if name in identities:
             (known if identities[name] == identity else superseded)[name] = run
     return known, superseded
 
 
 def leaves(plan: Plan) -> list[str]:
-    """Stages that nothing follows."""
+    """Return the stages that nothing follows."""
     followed = {name for stage in plan.stages for name in stage.inputs.values()}
     return [stage.name for stage in plan.stages if stage.name not in followed]
 
 
 def lineage(plan: Plan, stage: str) -> list[str]:
-    """From the base to a stage, from parent to parent: a teacher or a corpus that helped on the way is not on it."""
-    found = [stage]
-    while parent := plan.by_name[found[-1]].inputs.get("parent"):
-        found.append(parent)
-    return found[::-1]
+    """Return the stages from the base to a stage, from parent to parent, without teachers and corpora."""
+    stages = [stage]
+    while parent := plan.by_name[stages[-1]].inputs.get("parent"):
+        stages.append(parent)
+    return stages[::-1]
 
 
 def auxiliary_stages(plan: Plan) -> list[str]:
-    """Stages that others follow, and none as its parent: what only teaches, or is only trained on."""
+    """Return the stages that only teach others or are only trained on: no stage has them as its parent."""
     parents, ends = {stage.inputs.get("parent") for stage in plan.stages}, leaves(plan)
     return [stage.name for stage in plan.stages if stage.name not in parents and stage.name not in ends]
 
 
 def series(plan: Plan) -> dict[str, list[str]]:
-    """What the names of a stage's metrics end with on the pipeline's run, so that a line of a chart is a road from the base to its end.
+    """Return by stage the suffixes of its metrics' names on the pipeline's run, so that a line of a chart is the lineage of one stage.
 
-    One leaf: nothing (`accuracy`). Several: each leaf the stage is on the road to (`accuracy/gguf`). Besides, each helper (`accuracy/teacher`). Of a
-    sweep, whose cells have runs of their own with their roads: only stages that all cells share, and nothing for those on all of their roads.
+    One leaf: no suffix (`accuracy`). Several: each leaf whose lineage holds the stage (`accuracy/gguf`). Auxiliary stages have suffixes too
+    (`accuracy/teacher`). In a sweep each cell has a run of its own with its lineages, so only stages that all cells share are named here, without
+    suffix those in the lineages of all leaves.
     """
-    ends, beside = leaves(plan), auxiliary_stages(plan)
-    found: dict[str, list[str]] = {}
+    ends, auxiliary = leaves(plan), auxiliary_stages(plan)
+    suffixes: dict[str, list[str]] = {}
+    lineages: dict[str, list[str]] = {}
     if plan.parsed.branches:
         shared = set.intersection(*(set(branch.stages.values()) for branch in plan.parsed.branches))
-        found = {name: [""] for name in set.intersection(*(set(lineage(plan, leaf)) for leaf in ends))}
-        roads = {f"/{name}": lineage(plan, name) for name in beside if name in shared}
+        suffixes = {name: [""] for name in set.intersection(*(set(lineage(plan, leaf)) for leaf in ends))}
+        auxiliary = [name for name in auxiliary if name in shared]
     else:
-        roads = {f"/{leaf}" if len(ends) > 1 else "": lineage(plan, leaf) for leaf in ends} | {
-            f"/{name}": lineage(plan, name) for name in beside
-        }
-    for ending, names in roads.items():
-        for name in names:
-            found.setdefault(name, []).append(ending)
-    return found
+        lineages = {f"/{leaf}" if len(ends) > 1 else "": lineage(plan, leaf) for leaf in ends}
+    for suffix, stages in (lineages | {f"/{name}": lineage(plan, name) for name in auxiliary}).items():
+        for stage in stages:
+            suffixes.setdefault(stage, []).append(suffix)
+    return suffixes
 
 
 def planned_stages(plan: Plan, store: Store) -> list[dict[str, Any]]:
-    """The plan as JSON: stages in order with identity, inputs, and what they are estimated to take (bytes)."""
-    found = []
+    """Return the plan as JSON: stages in order with identity, inputs and estimated needs in bytes."""
+    rows = []
     for stage in plan.stages:
         needed = estimate(stage, plan)
-        found.append({
+        rows.append({
             "step": stage.index, "stage": stage.name, "uses": stage.definition.uses if stage.definition else "base", "identity": stage.identity,
             "inputs": dict(stage.inputs), "in_store": stage.definition is not None and store.has(stage.identity) and not stage.recompute,
             "size": needed.size, "memory": needed.memory, "disk": needed.disk,
         })  # fmt: skip
-    return found
+    return rows
 
 
 def git_commit(folder: Path) -> tuple[str | None, bool | None]:
-    """The commit that is checked out where the recipe lies, and whether tracked files differ from it; None where there is no git."""
+    """Return the commit that is checked out in the recipe's folder, and whether tracked files differ from it; None without git."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -148,28 +156,26 @@ def git_commit(folder: Path) -> tuple[str | None, bool | None]:
     return commit, None if changed is None else bool(changed)
 
 
-def lock() -> str:
-    """Every installed distribution with its version, as `pip freeze` has them."""
-    known = {
-        distribution.name.lower(): f"{distribution.name}=={distribution.version}" for distribution in distributions() if distribution.name
-    }
-    return "\n".join(known[name] for name in sorted(known)) + "\n"
+def installed_requirements() -> str:
+    """List every installed distribution with its version, as `pip freeze` does."""
+    lines = {each.name.lower(): f"{each.name}=={each.version}" for each in distributions() if each.name}
+    return "\n".join(lines[name] for name in sorted(lines)) + "\n"
 
 
 # --- the end ---
 
 
 def end_cells(context: RunContext, summary: dict[str, Any], plan: Plan, finished: bool) -> None:
-    """A cell ends as its leaves did, with the metrics of its whole road, step = index of the stage."""
+    """End each cell's run as its leaves ended, with the metrics of their lineages; a metric's step is the index of its stage."""
     tracking, rows = context.tracking, {row["stage"]: row for row in summary["rows"]}
-    beside = set(auxiliary_stages(plan))
+    auxiliary = set(auxiliary_stages(plan))
     for branch, cell in zip(plan.parsed.branches, summary["sweep"]["cells"] if summary["sweep"] else (), strict=True):
         run, points = context.cells[cell["name"]], []
         ends = {name: f"/{leaf}" if len(cell["leaves"]) > 1 else "" for leaf, name in cell["leaves"].items()}
-        ends |= {name: f"/{helper}" for helper, name in branch.stages.items() if name in beside}
-        for end, ending in ends.items():
+        ends |= {name: f"/{origin}" for origin, name in branch.stages.items() if name in auxiliary}
+        for end, suffix in ends.items():
             for stage in lineage(plan, end):
-                values = {metric + ending: value for metric, value in charted(rows[stage]["metrics"]).items()}
+                values = {metric + suffix: value for metric, value in charted(rows[stage]["metrics"]).items()}
                 points.append((plan.by_name[stage].index, values))
         tracking.log_curve(run, points, again=bool(context.superseded))
         results = {leaf: rows[name]["metrics"] for leaf, name in cell["leaves"].items()}
@@ -194,26 +200,26 @@ def close_interrupted(context: RunContext, summary: dict[str, Any], plan: Plan) 
 
 def end_parent(context: RunContext, summary: dict[str, Any], plan: Plan, files: list[Path]) -> None:
     """Register results, log the summary's files, describe and end the pipeline's run."""
-    wish = plan.parsed.recipe.registry
-    registered = register_results(context, plan.stages, wish is not None and wish.champion)
+    registry = plan.parsed.recipe.registry
+    registered = register_results(context, plan.stages, registry is not None and registry.champion)
     for file in files:
         context.tracking.log_file(context.run, file)
     failed = [row for row in summary["rows"] if row["state"] in {"Failed", "Skipped"}]
     reason = "; ".join(f"{row['stage']}: {row['reason']}" for row in failed if row["state"] == "Failed")
-    end = f"**Failed.** {reason}" if failed else ""
-    describe_parent(context, summary, plan, end, [f"- registered: {text}" for text in registered])
+    ending = f"**Failed.** {reason}" if failed else ""
+    describe_parent(context, summary, plan, ending, [f"- registered: {text}" for text in registered])
     context.tracking.end(context.run, "FAILED" if failed else "FINISHED", reason or None)
 
 
-def describe_parent(context: RunContext, summary: dict[str, Any], plan: Plan, end: str, more: Sequence[str] = ()) -> None:
-    """The base and the results as a table, how it ended, then a table of all stages, and what to beware of. `more`: lines that stand before that."""
+def describe_parent(context: RunContext, summary: dict[str, Any], plan: Plan, ending: str, notes: Sequence[str] = ()) -> None:
+    """Describe the pipeline's run: base and results as a table, its ending, notes, a table of all stages, verdicts and warnings."""
     rows = summary["rows"]
     done = [row for row in rows if row["stage"] != BASE]
     counts = {state: sum(row["state"] == state for row in done) for state in dict.fromkeys(row["state"] for row in done)}
-    said = ", ".join(f"{count} {state.lower()}" for state, count in counts.items())
+    states = ", ".join(f"{count} {state.lower()}" for state, count in counts.items())
     base, tracking = plan.base, context.tracking
     lines = [
-        f"`{base.source}`{f' at {base.revision[:12]}' if base.revision else ''} ({base.checkpoint.model_type}) through {len(done)} stages: {said}; "
+        f"`{base.source}`{f' at {base.revision[:12]}' if base.revision else ''} ({base.checkpoint.model_type}) through {len(done)} stages: {states}; "
         f"{summary['seconds']:.0f} s."
     ]
     metrics = {row["stage"]: row["metrics"] for row in rows}
@@ -222,12 +228,12 @@ def describe_parent(context: RunContext, summary: dict[str, Any], plan: Plan, en
     points = [f"- **{verdict['outcome']}** {row['stage']}: {verdict['message']}" for row in rows for verdict in row["verdicts"]]
     points += [f"- warning {row['stage']}: {warning}" for row in rows for warning in row["warnings"]]
     link = f"#/experiments/{tracking.experiment}/runs/"
-    above = [results, *lines, end, "\n".join(more)]
+    above = [results, *lines, ending, "\n".join(notes)]
     tracking.describe(context.run, fitted(above, steps_table(stages, link), points))
 
 
-def settle(tracking: Tracking, outbox: Path, warn: Callable[[str], None]) -> None:
-    """Wait a while for an MLflow that is away, say what it still lacks and what it refused, and let go."""
+def close_tracking(tracking: Tracking, outbox: Path, warn: Callable[[str], None]) -> None:
+    """Wait a while for an MLflow that does not answer, warn about calls it lacks and calls it refused, and close the connection."""
     if tracking.waiting:
         warn(f"waiting up to {_PATIENCE:.0f} s for MLflow at {tracking.uri}, which lacks {tracking.waiting} calls")
         if left := tracking.settle(_PATIENCE):

@@ -1,12 +1,12 @@
 """Gates by name, and which stages a key of `gates:` holds for. Imports no torch."""
 
-import difflib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from compression.errors import nearest
 from tasks.measurement.gates import Bound
 
 LEAF = "leaf"  # the key of `gates:` for every stage that nothing follows
@@ -60,9 +60,7 @@ def _expanded_stage(key: str, value: Any) -> Any:
 def _preset(key: str, name: Any, presets: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
     if isinstance(name, str) and name in presets:
         return presets[name]
-    close = difflib.get_close_matches(str(name), list(presets), n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"{key}: there is no preset {name!r}{hint}; presets: {', '.join(presets)}")
+    raise ValueError(f"{key}: there is no preset {name!r}{nearest(str(name), presets)}; presets: {', '.join(presets)}")
 
 
 Gates = Annotated[dict[str, StageGates], BeforeValidator(_expanded, json_schema_input_type=dict[str, str | dict[str, Bound | str]])]

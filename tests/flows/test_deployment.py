@@ -23,7 +23,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from compression.errors import EdgepressError
-from flows.run.deployment import _begun, run_recipe, summary_page
+from flows.run.deployment import _earlier_attempt, run_recipe, summary_markdown
 from flows.run.pipeline import _end_orphans
 from tasks.store.journal import Run, RunBase, current_state, journal, read_run, read_runs, run_names
 from tasks.store.store import Store
@@ -339,19 +339,19 @@ def test_a_retry_goes_on_with_the_end_of_its_own_chain(tmp_path: Path) -> None:
         with journal(store, run) as opened:
             opened.end(state)
 
-    assert _begun(store, UUID(mine), said.append) is None
+    assert _earlier_attempt(store, UUID(mine), said.append) is None
     write("Failed", flow_run="another")
-    assert _begun(store, UUID(mine), said.append) is None
+    assert _earlier_attempt(store, UUID(mine), said.append) is None
     write("Interrupted", flow_run=mine)
-    found = _begun(store, UUID(mine), said.append)
-    assert found is not None and found.run == "micro-2" and said == ["going on with micro-2 (interrupted)"]
+    found = _earlier_attempt(store, UUID(mine), said.append)
+    assert found is not None and found.run == "micro-2" and said == ["resuming micro-2 (interrupted)"]
     write("Failed", resumes="micro-2")  # by `edgepress resume`
-    found = _begun(store, UUID(mine), said.append)
+    found = _earlier_attempt(store, UUID(mine), said.append)
     assert found is not None and found.run == "micro-3"
     alive = found.model_copy(update={"state": "Running", "ended": None, "resumes": "micro-3"})
     with journal(store, alive) as opened:
-        with pytest.raises(EdgepressError, match="micro-4, which this would go on with, is still running"):
-            _begun(store, UUID(mine), said.append)
+        with pytest.raises(EdgepressError, match="micro-4, which this would resume, is still running"):
+            _earlier_attempt(store, UUID(mine), said.append)
         opened.end("Completed")
     assert [run.run for run in read_runs(store)][-1] == "micro-4"
 
@@ -361,7 +361,7 @@ def test_the_summary_is_a_table() -> None:
         {"stage": "base", "metrics": {"perplexity": 2.0, "parameters": 2e6}, "state": "Completed", "reason": ""},
         {"stage": "rtn", "metrics": {"perplexity": 2.5}, "state": "Failed", "reason": "2.5 | above\n2.4"},
     ]
-    lines = summary_page({"name": "micro", "run": "abc", "rows": rows}, Path("/o/micro")).splitlines()
+    lines = summary_markdown({"name": "micro", "run": "abc", "rows": rows}, Path("/o/micro")).splitlines()
     assert lines[4:] == [
         "| stage | perplexity | params M | state |",
         "| --- | ---: | ---: | --- |",

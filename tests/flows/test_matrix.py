@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 
 from compression.errors import EdgepressError
 from flows.cli.screen import plan_table
-from flows.planning.matrix import Cell, Matrix, cells_of, key_of
+from flows.planning.matrix import Cell, Matrix, expand_matrix, key_of
 from flows.planning.plan import Plan, estimate, make_plan
 from flows.planning.recipe import ParsedRecipe, json_schema, load_recipe
 from flows.planning.source_map import SourceMap
@@ -60,7 +60,7 @@ def chosen(parsed: ParsedRecipe) -> list[dict[str, Any]]:
 
 
 def cells(matrix: dict[str, Any], *stages: str) -> list[Cell]:
-    return cells_of(Matrix.model_validate(matrix), stages or ("a", "b"), SourceMap(Path("r.yaml"), {}, {}))
+    return expand_matrix(Matrix.model_validate(matrix), stages or ("a", "b"), SourceMap(Path("r.yaml"), {}, {}))
 
 
 def values(matrix: dict[str, Any], *stages: str) -> list[dict[str, Any]]:
@@ -274,7 +274,7 @@ MISTAKES = [
     ("  distilled.temperature: [1, 1.0]\n", 1, r"matrix.distilled.temperature.1: the cells temperature=1.0 and temperature=1 are the same"),
     ("  gptq.bits: [4]\n  stages.gptq.bits: [3]\n", 2, "matrix.stages.gptq.bits: gptq.bits stands twice"),
     ("  gptq.retries: [1, 2]\n", 1, "matrix.gptq.retries: .*nothing to compare"),
-    ("  gptq.group_size.deep: [1]\n", 1, "gptq.group_size is no mapping"),
+    ("  gptq.group_size.deep: [1]\n", 1, "gptq.group_size is not a mapping"),
     ("  gptq.bits.deep: [1]\n", 1, "matrix.gptq.bits.deep.0: Input should be 2, 3, 4 or 8"),
     ("  gptq.needs: [distiled]\n", 1, r"matrix.gptq.needs.0: there is no stage 'distiled'; did you mean 'distilled'"),
     ("  gptq.uses: [quantize.gtpq]\n", 1, r"matrix.gptq.uses.0: there is no stage kind 'quantize.gtpq'; did you mean 'quantize.gptq'"),

@@ -404,7 +404,7 @@ def test_no_process_outlives_a_killed_command(killed: Interrupted) -> None:
 
 def test_ctrl_c_ends_everything(disturbed: Workshop, stopped: Interrupted) -> None:
     assert stopped.code == 130
-    assert "the same command goes on from here" in stopped.err and "Traceback" not in stopped.err
+    assert "edgepress resume" in stopped.err and "Traceback" not in stopped.err
     assert psutil.wait_procs(stopped.family, timeout=PATIENCE)[1] == []
 
 

@@ -93,7 +93,7 @@ def test_overrides_go_over_the_recipe(tmp_path: Path) -> None:
         ("seed", "key.of.the.recipe=value"),
         ("stages.pruned.kep=1", "stages.pruned.kep"),
         ("stages.pruned.keep=much", "stages.pruned.keep"),
-        ("device.deep=1", "device is no mapping"),
+        ("device.deep=1", "device is not a mapping"),
         ("seed=[1", "--set seed=[1"),
     ],
 )
@@ -214,10 +214,10 @@ STAGE = "  pruned: {uses: prune.width, keep: 0.5}\n"
 @pytest.mark.parametrize(
     ("rest", "told"),
     [
-        ("seed: 2026-13-45\n", "micro.yaml:7: not YAML: '2026-13-45' is no timestamp"),
-        ("seed: !!int x\n", "micro.yaml:7: not YAML: 'x' is no int"),
-        ("seed: !!bool x\n", "micro.yaml:7: not YAML: 'x' is no bool"),
-        ("seed: !!timestamp x\n", "micro.yaml:7: not YAML: 'x' is no timestamp"),
+        ("seed: 2026-13-45\n", "micro.yaml:7: not YAML: '2026-13-45' is not a valid timestamp"),
+        ("seed: !!int x\n", "micro.yaml:7: not YAML: 'x' is not a valid int"),
+        ("seed: !!bool x\n", "micro.yaml:7: not YAML: 'x' is not a valid bool"),
+        ("seed: !!timestamp x\n", "micro.yaml:7: not YAML: 'x' is not a valid timestamp"),
         (f"seed: {'9' * 5000}\n", "micro.yaml:7: not YAML: '99"),
         (f"seed: {'[' * 5000}\n", "micro.yaml:1: not YAML: brackets are nested too deep"),
         ("execution: &a [*a]\n", "micro.yaml:7: execution.0: this contains itself"),

@@ -14,9 +14,10 @@ import pytest
 from mlflow import MlflowClient
 
 from compression.errors import EdgepressError
-from flows.planning.plan import Plan, check_disk, make_plan, select
+from flows.planning.plan import Plan, check_disk, make_plan
 from flows.planning.recipe import load_recipe
-from flows.run.pipeline import withdraw_descendants
+from flows.planning.selection import select
+from flows.run.pipeline import unpublish_descendants
 from tasks.measurement.gates import Verdict
 from tasks.planned_stage import Result
 from tasks.store.journal import Run, RunBase, RunStage, current_state, journal, read_run, read_runs
@@ -71,10 +72,10 @@ def test_only_keeps_stages_and_their_ancestors(plan: Callable[..., Plan]) -> Non
 
 
 def test_from_takes_what_descends_with_it_and_force_does_not(plan: Callable[..., Plan]) -> None:
-    assert again(select(plan(), first=["distilled"])) == ["distilled", "gptq", "gguf", "onnx"]
-    assert again(select(plan(), first=["onnx"])) == ["onnx"]
+    assert again(select(plan(), start_from=["distilled"])) == ["distilled", "gptq", "gguf", "onnx"]
+    assert again(select(plan(), start_from=["onnx"])) == ["onnx"]
     assert again(select(plan(), force=["distilled", "pruned"])) == ["pruned", "distilled"]
-    assert again(select(plan(), first=["gptq"], force=["pruned"], only=["gguf"])) == ["pruned", "gptq", "gguf"]
+    assert again(select(plan(), start_from=["gptq"], force=["pruned"], only=["gguf"])) == ["pruned", "gptq", "gguf"]
 
 
 def test_the_name_of_a_stage_means_all_its_copies(plan: Callable[..., Plan]) -> None:
@@ -92,10 +93,10 @@ def test_the_name_of_a_stage_means_all_its_copies(plan: Callable[..., Plan]) -> 
     ("options", "words"),
     [
         ({"only": ["gptq,prund"]}, "--only: there is no stage 'prund'; did you mean 'pruned'?; stages: pruned, distilled, rtn"),
-        ({"first": [""]}, "--from: there is no stage ''"),
+        ({"start_from": [""]}, "--from: there is no stage ''"),
         ({"force": ["base"]}, "--force: there is no stage 'base'"),
         ({"force": ["rtn@bits=2,group_size=61"]}, "no stage 'rtn@bits=2,group_size=61'; did you mean 'rtn@bits=2,group_size=16'?"),
-        ({"only": ["pruned"], "first": ["distilled"]}, "--from: distilled is not among what --only leaves: pruned"),
+        ({"only": ["pruned"], "start_from": ["distilled"]}, "--from: distilled is not among what --only leaves: pruned"),
     ],
 )
 def test_names_that_cannot_be_meant_are_refused(plan: Callable[..., Plan], options: dict[str, Any], words: str) -> None:
@@ -126,7 +127,7 @@ def test_what_earlier_runs_made_of_a_stage_that_breaks_its_gate_loses_its_link(
         name: Result(name, "", [], "Failed", verdicts=[Verdict("perplexity", cast("Any", one), "") for one in told.split()])
         for name, told in outcomes.items()
     }
-    withdraw_descendants(select(whole, only=only), results, tmp_path / "links")
+    unpublish_descendants(select(whole, only=only), results, tmp_path / "links")
     assert everything - {link.name for link in (tmp_path / "links" / "micro").iterdir()} == lost
 
 
@@ -240,7 +241,7 @@ def test_the_last_run_that_did_not_complete_is_resumed(
     write(recipe_name="other")
     write(outputs=str(tmp_path / "other links"))
     told = ask(capfd, "resume")
-    assert "going on with micro-2 (interrupted)" in told and "micro.yaml has changed" in told
+    assert "resuming micro-2 (interrupted)" in told and "micro.yaml has changed" in told
     ((plan, outputs, resumed),) = carried
     assert (resumed.run, outputs) == ("micro-2", tmp_path / "links")
     assert names(plan) == ["base", "pruned", "distilled"] and again(plan) == ["distilled"]  # pruned was computed again already
@@ -255,7 +256,7 @@ def test_a_recipe_that_went_away_is_told_and_a_directory_refused(
     write("Failed")
     assert "micro.yaml cannot be read any more" in ask(capfd, "resume")
     write("Failed", directory=str(tmp_path / "gone"))
-    assert "which is no directory any more" in ask(capfd, "resume", code=2)
+    assert "not a directory" in ask(capfd, "resume", code=2)
     assert len(carried) == 1
 
 
@@ -276,14 +277,14 @@ def test_what_a_later_run_overtook_is_resumed_by_name_alone(
     write("Failed", recipe_name="other")
     write("Failed", resumes="micro-1")
     write()  # with a mended recipe
-    assert "going on with other-2 (failed)" in ask(capfd, "resume")
+    assert "resuming other-2 (failed)" in ask(capfd, "resume")
     write(recipe_name="other", only=("distilled",))
-    assert "going on with other-2 (failed)" in ask(capfd, "resume")  # only a part of it is newer
+    assert "resuming other-2 (failed)" in ask(capfd, "resume")  # only a part of it is newer
     write(recipe_name="other")
-    assert ask(capfd, "resume") == "nothing to do: micro-3 was overtaken by micro-4; name it to go on with it\n"
-    assert "going on with micro-3 (failed)" in ask(capfd, "resume", "micro-1")
+    assert ask(capfd, "resume") == "nothing to do: micro-3 was overtaken by micro-4; name it to resume it\n"
+    assert "resuming micro-3 (failed)" in ask(capfd, "resume", "micro-1")
     write("Failed")
-    assert "going on with micro-7 (failed)" in ask(capfd, "resume")
+    assert "resuming micro-7 (failed)" in ask(capfd, "resume")
     assert [resumed.run for _, _, resumed in carried] == ["other-2", "other-2", "micro-3", "micro-7"]
 
 
@@ -367,7 +368,7 @@ def test_a_resumed_run_can_be_interrupted(shop: Workshop, stopped: Interrupted) 
 
 def test_a_run_is_resumed_to_its_end(shop: Workshop, finished: Finished) -> None:
     assert finished.code == 0, finished.out + finished.err
-    assert "going on with micro-2 (interrupted)" in finished.out and "micro.yaml has changed" in finished.out
+    assert "resuming micro-2 (interrupted)" in finished.out and "micro.yaml has changed" in finished.out
     assert set(finished.states()) == {"base", *STAGE_NAMES} and set(finished.states().values()) <= {"Completed", "Cached"}
     assert finished.states()["distilled"] == "Cached" and len(shop.contents()) == len(STAGE_NAMES)
     store = Store(shop.folder / ".edgepress")

@@ -124,7 +124,7 @@ def test_a_killed_server_is_started_again_at_the_same_address(tmp_path: Path, mo
 @pytest.mark.usefixtures("own_environment")
 def test_what_a_dead_server_brought_down_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.run.prefect_server._RESTARTS", 0)
-    named = pytest.raises(EdgepressError, match="ended from outside .*prefect-server.log.* `edgepress resume` goes on")
+    named = pytest.raises(EdgepressError, match="ended from outside .*prefect-server.log.* `edgepress resume`")
     with named, prefect_server(tmp_path):
         server = the_server()
         server.kill()

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError
-from flows.planning.plan import Plan, make_plan, select
+from flows.planning.plan import Plan, make_plan
 from flows.planning.recipe import load_recipe
-from flows.run.pipeline import _begun
+from flows.planning.selection import select
+from flows.run.pipeline import _find_open_run
 from flows.run.registering import register_results
 from flows.run.summary import summarize
-from flows.run.tracked import auxiliary_stages, end_cells, git_commit, known_stages, leaves, lock, planned_stages, series
+from flows.run.tracked import auxiliary_stages, end_cells, git_commit, installed_requirements, known_stages, leaves, planned_stages, series
 from tasks.measurement.gates import Verdict
 from tasks.planned_stage import Result
 from tasks.store.store import Store
@@ -97,9 +98,9 @@ def test_stages_go_on_with_their_runs_unless_they_are_others_now(plan: Callable[
 
 def test_a_run_that_mlflow_lost_is_told() -> None:
     told: list[Any] = []
-    tracking = SimpleNamespace(begun=lambda run: None, uri="sqlite:///x.db")
+    tracking = SimpleNamespace(find_open_run=lambda run: None, uri="sqlite:///x.db")
     resumed = SimpleNamespace(run="micro-1", tracking_run="abc")
-    assert _begun(tracking, resumed, lambda stage, event: told.append((stage, event["warning"]))) is None  # type: ignore[arg-type]
+    assert _find_open_run(tracking, resumed, lambda stage, event: told.append((stage, event["warning"]))) is None  # type: ignore[arg-type]
     assert told == [("micro-1", "its run abc is not in MLflow at sqlite:///x.db; this one gets a new run there")]
 
 
@@ -115,7 +116,7 @@ def test_the_plan_is_kept_as_json(plan: Callable[..., Plan], tmp_path: Path) -> 
 
 
 def test_the_environment_is_told(tmp_path: Path) -> None:
-    names = [line.partition("==")[0].lower() for line in lock().splitlines()]
+    names = [line.partition("==")[0].lower() for line in installed_requirements().splitlines()]
     assert {"mlflow", "torch", "edgepress"} <= set(names) and names == sorted(set(names))
     assert git_commit(tmp_path) == (None, None)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y"]

@@ -300,7 +300,7 @@ def test_names_are_found_and_unknown_ones_refused(tmp_path: Path, monkeypatch: p
     assert hellaswag.file.name == "hellaswag.yaml"
     monkeypatch.setattr(harness_tasks, "_index", lambda: {"hellaswag_de": None, "mmlu": None})
     assert find_tasks(("mmlu",)) == [Task("mmlu", None)]
-    with pytest.raises(UnusableData, match="no task 'hellaswag_d'; did you mean hellaswag_de"):
+    with pytest.raises(UnusableData, match="no task 'hellaswag_d'; did you mean 'hellaswag_de"):
         find_tasks(("hellaswag_d",))
     with pytest.raises(UnusableData, match="no task file"):
         find_tasks((str(tmp_path / "none.yaml"),))

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from compression.files import write_json
 from compression.redaction import redacted
 from flows.planning.graph import BASE
 from flows.planning.plan import Plan, check_disk
 from flows.run.prefect_server import prefect_server, reached_server
 from flows.run.summary import summarize
 from flows.run.tracked import close_interrupted, end_cells, end_parent, known_stages, leaves, open_cells, open_parent, series, settle
-from tasks.execution import RunContext
 from tasks.planned_stage import Result
+from tasks.run_context import RunContext, TrackedRuns
 from tasks.runners.choice import open_executor
 from tasks.runners.executor import Executor
-from tasks.store.files import write_json
 from tasks.store.journal import Run, RunBase, RunStage, StageStatus, journal
 from tasks.store.owner import is_dead, owner_tag
 from tasks.store.store import Store, check_links, unpublish
@@ -73,7 +73,7 @@ def run_pipeline(
         begun = _begun(tracking, resumes, shown) if resumes else None
         run_name = begun.name if begun and begun.name else journaled.run.run
         run = open_parent(tracking, plan, store, run_name, begun)
-        journaled.note(tracking_uri=redacted(tracking.uri), tracking_run=run)
+        journaled.update(tracking_uri=redacted(tracking.uri), tracking_run=run)
 
         known_runs, superseded = known_stages(plan, begun)
         heard: set[str] = set()
@@ -83,13 +83,21 @@ def run_pipeline(
             if "ended" in event or stage not in heard:
                 heard.add(stage)
                 with context.lock:  # until it is written, or an older state could come after a newer one
-                    journaled.stages({name: StageStatus(r.state, r.reason, r.seconds) for name, r in context.results.items()})
+                    journaled.update_stages({name: StageStatus(r.state, r.reason, r.seconds) for name, r in context.results.items()})
 
+        runs = TrackedRuns(
+            run,
+            run_name,
+            open_cells(tracking, plan, run, run_name, begun),
+            known_runs,
+            superseded,
+            series=series(plan),
+            leaves=leaves(plan),
+        )
         context = RunContext(
-            name=recipe.name, run_name=run_name, store=store, executor=executor, tracking=tracking, run=run, data=recipe.data, machine=plan.machine,
+            name=recipe.name, store=store, executor=executor, tracking=tracking, runs=runs, data=recipe.data, machine=plan.machine,
             base=plan.base, outputs=outputs, documents={a.name: (a.identity, a.document) for a in plan.stages}, progress=told,
-            cells=open_cells(tracking, plan, run, run_name, begun), known_runs=known_runs, superseded=superseded, series=series(plan),
-            leaves=leaves(plan), evaluation=recipe.evaluation, remeasure=plan.remeasure,
+            evaluation=recipe.evaluation, remeasure=plan.remeasure,
         )  # fmt: skip
         finished = False
         try:
@@ -110,7 +118,7 @@ def run_pipeline(
                 close_interrupted(context, summary, plan)
             settle(tracking, store.root / "outbox", warn)
         succeeded = all(row["state"] in {"Completed", "Cached"} for row in summary["rows"])
-        journaled.stages({row["stage"]: StageStatus(row["state"], row["reason"], row["seconds"]) for row in summary["rows"]})
+        journaled.update_stages({row["stage"]: StageStatus(row["state"], row["reason"], row["seconds"]) for row in summary["rows"]})
         journaled.end("Completed" if succeeded else "Failed")
     return RunOutcome(journaled.run.run, summary, succeeded, state)
 

@@ -1,8 +1,7 @@
-"""Directories that are whole or not there: what a training loop or a walk leaves for the process that takes over from it. Imports no torch.
+"""Checkpoints of unfinished work: what a training loop or a calibration walk leaves for the process that resumes it. Imports no torch.
 
-A checkpoint of the work is `checkpoint-<step>` below the work directory. It is written beside as `.partial-<step>`, every file is
-fsynced, `complete.json` (sha256 per file) is written last, and the directory is renamed. A process killed at any moment
-leaves either the checkpoint or something that is not taken for one.
+A checkpoint of the work is `checkpoint-<step>` below the work directory, an atomic directory (compression/files.py) with the sha256 of every
+file in `complete.json`. A process that is killed at any moment leaves either the checkpoint or a `.partial-*`, which the next one removes.
 """
 
 import hashlib
@@ -13,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from compression.errors import EdgepressError
-from compression.files import digest_file, fsync
+from compression.files import atomic_directory, digest_file
 
 MARKER = "complete.json"
-FORMAT = "2"  # of fingerprints: what stands under another is of an edgepress that left something out of them
-KEEP = 2  # the newest, and the one to fall back on where the newest turns out to be damaged
+FORMAT = "2"  # of fingerprints: another one is that of an edgepress whose fingerprints left something out
+KEEP = 2  # the newest, and the one to fall back on where the newest is damaged
 
 
 def fingerprint(document: Mapping[str, Any], *content: bytes) -> str:
-    """The name of a piece of work, for `run` below: it holds everything that decides the result, so that no work is continued as another.
+    """Return the name of a piece of work, for `run` below: it covers everything that decides the result, so that no work is resumed as another.
 
-    document  JSON: the method and its settings, `file_digests` of every model that it reads, seed, shapes
-    content   the bytes of its data
+    Args:
+        document: JSON: the method and its settings, `file_digests` of every model that it reads, seed, shapes.
+        content: The bytes of its data.
     """
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
     for part in content:
@@ -33,31 +33,29 @@ def fingerprint(document: Mapping[str, Any], *content: bytes) -> str:
 
 
 def write_checkpoint(workdir: Path, step: int, fill: Callable[[Path], None], *, run: str) -> None:
-    """Write `checkpoint-<step>` through `fill(directory)`; older ones but the last are removed.
+    """Write `checkpoint-<step>` through `fill(directory)`, and remove all older ones but the last.
 
-    run  names the work that the state belongs to; `latest_checkpoint` refuses another's
+    Args:
+        workdir: The directory of all checkpoints of this work.
+        step: How far the work has come.
+        fill: Writes the files of the checkpoint, all directly into the directory it gets.
+        run: The `fingerprint` of the work; `latest_checkpoint` refuses that of other work.
     """
-    partial, final = workdir / f".partial-{step}", workdir / f"checkpoint-{step}"
-    _remove(partial)
-    partial.mkdir(parents=True)
-    fill(partial)
-    files = sorted(path for path in partial.iterdir() if path.is_file())
-    for file in files:
-        fsync(file)
-    (partial / MARKER).write_text(json.dumps({"run": run, "files": {file.name: digest_file(file) for file in files}}))
-    fsync(partial / MARKER)
-    fsync(partial)
-    _remove(final)  # an incomplete one, or this process would have started from it
-    partial.rename(final)
-    fsync(workdir)
+    with atomic_directory(workdir / f"checkpoint-{step}") as directory:
+        fill(directory)
+        digests = {file.name: digest_file(file) for file in sorted(directory.iterdir()) if file.is_file()}
+        (directory / MARKER).write_text(json.dumps({"run": run, "files": digests}))
     for old in _checkpoints(workdir)[KEEP:]:
         shutil.rmtree(old)
 
 
 def latest_checkpoint(workdir: Path, *, run: str, warn: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint, or None. Incomplete and damaged ones, and those of an older edgepress, are named to `warn` and removed.
+    """Return the newest complete checkpoint, or None.
 
-    Raises EdgepressError when it belongs to other work than `run`.
+    Incomplete and damaged ones, and those of an older edgepress, are removed, each with a warning.
+
+    Raises:
+        EdgepressError: The checkpoint belongs to other work than `run`.
     """
     for partial in workdir.glob(".partial-*"):
         shutil.rmtree(partial)
@@ -73,9 +71,10 @@ def latest_checkpoint(workdir: Path, *, run: str, warn: Callable[[str], None]) -
 
 
 def same_work(found: str, run: str, path: Path) -> bool:
-    """Whether what stands at `path` under the name `found` is of the work `run`; False where only another edgepress can tell.
+    """Return whether the fingerprint `found` at `path` is that of the work `run`; False where another version of edgepress made it.
 
-    Raises EdgepressError when it is of other work.
+    Raises:
+        EdgepressError: It is that of other work.
     """
     if found.rpartition(":")[0] != run.rpartition(":")[0]:
         return False
@@ -88,7 +87,7 @@ def same_work(found: str, run: str, path: Path) -> bool:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None."""
     try:
         digests = json.loads((path / MARKER).read_text())["files"]
     except FileNotFoundError:
@@ -104,11 +103,6 @@ def _damage(path: Path) -> str | None:
 
 
 def _checkpoints(workdir: Path) -> list[Path]:
-    """Newest first."""
+    """Return all checkpoints, the newest first."""
     found = [path for path in workdir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
-
-
-def _remove(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)

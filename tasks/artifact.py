@@ -1,6 +1,6 @@
-"""What every artifact carries besides the model: `edgepress.json` for machines and a model card for people. Imports no torch.
+"""The two files that every artifact has besides the model: `edgepress.json` for machines and a model card for people. Imports no torch.
 
-Both are part of the content, so they hold nothing that differs between two equal runs: no time, no path, no measurement.
+Both are part of the content, so they contain nothing that differs between two equal runs: no time, no path, no measurement.
 """
 
 import json
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from compression.checkpoints.checkpoint import file_digests
+from compression.files import size_of, write_json
 from compression.origin import Origin
 from export.proof import KL_TO_PARENT, Change
 from tasks.base import Base
 from tasks.stage import Artifact
-from tasks.store.files import size_of, write_json
 from tasks.store.provenance import CARRIED
 
 CHANGES: Mapping[Change, str] = {
@@ -52,25 +52,40 @@ print(tokenizer.decode(generator.get_sequence(0)))
 
 
 def complete_artifact(
-    out: Path, planned: Artifact, document: dict[str, Any], identity: str, ancestors: Sequence[tuple[str, dict[str, Any]]], base: Base
+    out: Path,
+    planned: Artifact,
+    document: dict[str, Any],
+    identity: str,
+    ancestors: Sequence[tuple[str, dict[str, Any]]],
+    base: Base,
 ) -> None:
     """Write `edgepress.json` and `README.md` into a finished export.
 
-    ancestors  (identity, its document) of every stage before this one, in order; not their names, which decide no bytes
+    Args:
+        out: The directory of the export.
+        planned: What the stage makes.
+        document: The identity document of the stage.
+        identity: The digest of `document`.
+        ancestors: (identity, its document) of every stage before this one, in order; not their names, which decide no bytes.
+        base: The model that everything was made from.
     """
     origin = {"source": _source(base), "revision": base.revision, "license": base.license, "content": base.content}
-    steps = [{"identity": digest, "document": known} for digest, known in ancestors]
+    steps = [{"identity": ancestor, "document": its_document} for ancestor, its_document in ancestors]
     facts = {
-        "runtime": planned.runtime, "change": planned.change, "base": origin, "identity": identity, "document": document,
+        "runtime": planned.runtime,
+        "change": planned.change,
+        "base": origin,
+        "identity": identity,
+        "document": document,
         "ancestors": steps,
         "files": {name: sha256 for name, sha256 in file_digests(out).items() if name not in CARRIED},
-    }  # fmt: skip
+    }
     write_json(out / "edgepress.json", facts)
     (out / "README.md").write_text(_card(out, planned, document, base, steps))
 
 
 def origin_of(base: Base) -> Origin:
-    """The base model as an artifact's own files may name it."""
+    """Return the base model as the files of an artifact may name it: without a local path."""
     license_name = None if base.license == "unknown" else base.license
     if base.revision is None:
         return Origin(_source(base), license=license_name)
@@ -113,18 +128,18 @@ the same files. `edgepress.json` holds the identity of every step, the versions 
 
 
 def _source(base: Base) -> str:
-    """What to call the base model where the path it had here says nothing."""
+    """Return a name of the base model that means something on other machines."""
     if base.revision:
         return base.source
     return "reference model of edgepress" if base.source == "embedded" else f"local model {base.content[:12]}"
 
 
 def chosen_parameters(document: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a stage's identity document that have a value."""
+    """Return the parameters of a stage's identity document that have a value."""
     return {key: value for key, value in document["parameters"].items() if key != "uses" and value not in (None, False, [], {})}
 
 
 def _step(document: dict[str, Any]) -> str:
-    chosen = chosen_parameters(document)
-    said = ", ".join(f"{key} {json.dumps(value) if isinstance(value, list | dict | bool) else value}" for key, value in chosen.items())
-    return f"`{document['uses']}`" + (f": {said}" if said else "")
+    values = chosen_parameters(document).items()
+    text = ", ".join(f"{key} {json.dumps(value) if isinstance(value, list | dict | bool) else value}" for key, value in values)
+    return f"`{document['uses']}`" + (f": {text}" if text else "")

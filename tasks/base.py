@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -12,26 +11,30 @@ from typing import Any
 from compression.checkpoints.checkpoint import Checkpoint, Limits, model_files, open_checkpoint
 from compression.data.hub import why_not_given
 from compression.errors import UnusableModel
-from compression.files import digest_file
+from compression.files import atomic_directory, digest_file, write_json
 from compression.locks import file_lock
-from tasks.store.files import write_json
 from tasks.store.identity import digest, library_versions
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "compression" / "reference" / "model"
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md", "LICENSE*"]
 _NORMALIZATION = 1
-"""Raise it whenever `compression.checkpoints.normalization` makes other bytes, limits or warnings of the same directory."""
+"""Raise it whenever `compression.checkpoints.normalization` makes other bytes, limits or warnings from the same directory."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model everything starts from, normalised (`compression.checkpoints.normalization`).
+    """A model that stages start from, normalised (`compression.checkpoints.normalization`).
 
-    identity  digest of its content, or `hub:id@commit`
-    content   digest of the bytes that are read
-    origin    the directory it was found in, and
-    found     the digest of what is read of that
-    warnings  what was found on the way that a person must see
+    Attributes:
+        checkpoint: The normalised checkpoint.
+        identity: Digest of its content, or `hub:id@commit`.
+        content: Digest of the bytes that are read.
+        source: "embedded", a directory or a hub id, as the recipe names it.
+        revision: The commit of a model of the hub.
+        license: What the recipe or the model card states, or "unknown".
+        origin: The directory that was normalised.
+        found: Digest of the bytes that are read of `origin`.
+        warnings: Findings of the normalisation that a person must see.
     """
 
     checkpoint: Checkpoint
@@ -50,12 +53,19 @@ class Base:
 
 
 def open_base(source: str, revision: str | None, license_name: str | None, cache: Path) -> Base:
-    """Find the model, normalise it and look at it. Raises UnusableModel.
+    """Locate a model, normalise it and open it.
 
-    cache  a store: it keeps digests of unchanged directories, and what they were normalised to (`bases/`)
+    Args:
+        source: "embedded", a directory, or a hub id.
+        revision: A revision of a hub id.
+        license_name: What the recipe states in place of the model card.
+        cache: The root of a store, which keeps digests of unchanged files (`digests/`) and normalised models (`bases/`).
+
+    Raises:
+        UnusableModel: It does not exist, cannot be downloaded, or is a model that edgepress does not support.
     """
     origin, commit = _locate(source, revision)
-    open_checkpoint(origin)  # what can be refused without transformers is refused at once
+    open_checkpoint(origin)  # refuse early whatever needs no transformers
     found = _content_digest(origin, cache)
     checkpoint, content, warnings = _normalized(origin, found, cache)
     identity = f"hub:{source}@{commit}{'' if content == found else f'+{content[:16]}'}" if commit else content
@@ -63,35 +73,29 @@ def open_base(source: str, revision: str | None, license_name: str | None, cache
 
 
 def is_unchanged(base: Base, cache: Path) -> bool:
-    """Whether a model's directory holds the bytes that were planned with."""
+    """Return whether the directory of a model still holds the bytes that were planned with."""
     return _content_digest(base.origin, cache) == base.found
 
 
 def _normalized(origin: Path, found: str, cache: Path) -> tuple[Checkpoint, str, tuple[str, ...]]:
-    """The normalised checkpoint, the digest of its content, and warnings. It is the directory itself where nothing is to change."""
-    if origin == EMBEDDED:  # it is kept as it has to be (a test sees to it), so that the demo need not wait
+    """Return the normalised checkpoint, the digest of its content, and warnings. It is the directory itself where nothing needs to change."""
+    if origin == EMBEDDED:  # it is normal (a test proves it), so that the demo need not wait
         return open_checkpoint(origin), found, ()
     versions = library_versions(("transformers", "tokenizers", "torch"))
     home = cache / "bases" / digest({"origin": str(origin), "content": found, "version": _NORMALIZATION, "libraries": versions})[:16]
     (cache / "locks").mkdir(parents=True, exist_ok=True)
-    with file_lock(cache / "locks" / f"base-{home.name}.lock"):  # of two that plan at once, one works
-        if (report := _kept(home / "report.json")) is None:
-            shutil.rmtree(home, ignore_errors=True)
-            beside = home.with_name(f".{home.name}")
-            shutil.rmtree(beside, ignore_errors=True)
-            try:
-                found_out = _normalize(origin, beside / origin.name)
-                report = found_out | {"content": _content_digest(beside / origin.name, cache) if found_out["changed"] else found}
-                write_json(beside / "report.json", report)
-                beside.rename(home)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
+    with file_lock(cache / "locks" / f"base-{home.name}.lock"):  # of two plans at once, one normalises
+        if (report := _read_cached(home / "report.json")) is None:
+            with atomic_directory(home) as partial:
+                report = _normalize(origin, partial / origin.name)
+                report["content"] = _content_digest(partial / origin.name, cache) if report["changed"] else found
+                write_json(partial / "report.json", report)
     checkpoint = open_checkpoint(home / origin.name if report["changed"] else origin)
     return replace(checkpoint, limits=Limits(**report["limits"])), report["content"], tuple(report["warnings"])
 
 
 def _normalize(origin: Path, out: Path) -> dict[str, Any]:
-    """Normalise in a child, or here where transformers is loaded already (a notebook, a test)."""
+    """Normalise in a child process, or in this one where transformers is loaded already (a notebook, a test)."""
     if "transformers" in sys.modules:
         from compression.checkpoints.normalization import normalize
 
@@ -99,15 +103,17 @@ def _normalize(origin: Path, out: Path) -> dict[str, Any]:
     folder = out.parent / "job"
     job = {"call": "tasks.runners.jobs:normalize_base", "arguments": {"source": str(origin), "out": str(out)}, "threads": 1, "seed": 0}
     write_json(folder / "job.json", job | {"device": "cpu", "visible_devices": [], "directory": str(Path.cwd())})
-    # not one of a flow's children: those wait while anything on the machine is timed, and a plan is wanted now
-    done = subprocess.run([sys.executable, "-P", "-m", "tasks.runners.worker", folder / "job.json"], stdin=subprocess.DEVNULL, check=False)
+    # not through an executor, whose jobs wait while anything on the machine is timed: a plan must not wait
+    process = subprocess.run(
+        [sys.executable, "-P", "-m", "tasks.runners.worker", folder / "job.json"], stdin=subprocess.DEVNULL, check=False
+    )
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text())["details"]
     if not (folder / "error.json").exists():
-        raise UnusableModel(f"{origin} could not be opened: the process that looked at it ended with status {done.returncode}", key="model")
+        raise UnusableModel(f"{origin} could not be opened: its process ended with status {process.returncode}", key="model")
     error = json.loads((folder / "error.json").read_text())
-    what = error["message"] if error["kind"] == "user" else f"{origin} could not be opened: {error['type']}: {error['message']}"
-    raise UnusableModel(what, key="model")
+    message = error["message"] if error["kind"] == "user" else f"{origin} could not be opened: {error['type']}: {error['message']}"
+    raise UnusableModel(message, key="model")
 
 
 def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
@@ -115,10 +121,10 @@ def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
         return EMBEDDED, None
     try:
         local = Path(source).expanduser()
-        found = local.is_dir()
-    except (OSError, RuntimeError) as error:  # a name that is too long, `~` of a user that is not there
+        is_directory = local.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long, `~` of an unknown user
         raise UnusableModel(f"there is no model directory {source}: {getattr(error, 'strerror', error)}", key="model") from None
-    if found:
+    if is_directory:
         if revision:
             raise UnusableModel(f"{source} is a local directory, which has no revision {revision!r}", key="model")
         return local.resolve(), None
@@ -131,28 +137,28 @@ def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED))
     except (HTTPError, OSError, HFValidationError) as error:
         raise UnusableModel(f"there is no directory {source}, and {why_not_given(error)}", key="model") from None
-    return folder, folder.name  # a snapshot's folder is named by its commit
+    return folder, folder.name  # the name of a snapshot's folder is its commit
 
 
 def _content_digest(path: Path, cache: Path) -> str:
-    """sha256 over the files of a model directory that are read."""
+    """Return the sha256 over the files of a model directory that are read."""
     return digest({file.relative_to(path).as_posix(): _file_digest(file.resolve(), cache) for file in model_files(path)})
 
 
 def _file_digest(file: Path, cache: Path) -> str:
-    """sha256 of a file, looked up by its size, inode and time of modification where it was hashed before."""
+    """Return the sha256 of a file, from the cache where its size, inode and time of modification are those of an earlier call."""
     status = file.stat()
     stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
-    known = cache / "digests" / f"{digest(str(file))}.json"
-    if (kept := _kept(known)) is not None and kept["stamp"] == stamp:
-        return kept["sha256"]
+    cached_file = cache / "digests" / f"{digest(str(file))}.json"
+    if (cached := _read_cached(cached_file)) is not None and cached["stamp"] == stamp:
+        return cached["sha256"]
     sha256 = digest_file(file)
-    write_json(known, {"path": str(file), "stamp": stamp, "sha256": sha256})
+    write_json(cached_file, {"path": str(file), "stamp": stamp, "sha256": sha256})
     return sha256
 
 
-def _kept(file: Path) -> dict[str, Any] | None:
-    """What a file of a cache holds; None where it is not there, or damaged: it is made again."""
+def _read_cached(file: Path) -> dict[str, Any] | None:
+    """Return the JSON of a cache's file; None where it is absent or damaged, so that it is written again."""
     try:
         return json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
@@ -160,7 +166,7 @@ def _kept(file: Path) -> dict[str, Any] | None:
 
 
 def _license(path: Path) -> str:
-    """The licence its model card states, or "unknown"."""
+    """Return the licence that the model card states, or "unknown"."""
     card = path / "README.md"
-    found = re.search(r"^license:\s*(\S+)", card.read_text(errors="replace"), re.MULTILINE) if card.is_file() else None
-    return found.group(1) if found else "unknown"
+    stated = re.search(r"^license:\s*(\S+)", card.read_text(errors="replace"), re.MULTILINE) if card.is_file() else None
+    return stated[1] if stated else "unknown"

@@ -1,4 +1,4 @@
-"""How work fails. Imports no torch."""
+"""The errors of jobs. Imports no torch."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from compression.redaction import redacted
 
 
 class JobFailed(PicklableError):
-    """A child that did not bring a result. `transient` says whether trying again can help."""
+    """A job that ended without a result. `transient` says whether a retry can help, `log` names the file to read."""
 
     def __init__(self, message: str, *, transient: bool, log: Path | None = None):
         super().__init__(redacted(message))
@@ -16,7 +16,7 @@ class JobFailed(PicklableError):
 
 
 class Cancelled(JobFailed):
-    """What `Executor.close` ended, or did not let start: nobody's failure."""
+    """A job that `Executor.close` ended or did not start: not a failure."""
 
     def __init__(self) -> None:
         super().__init__("stopped", transient=False)

@@ -1,4 +1,4 @@
-"""Which optional packages belong to which extra of edgepress, and what is missing. Imports none of them."""
+"""The optional packages of each extra of edgepress, and whether they are installed. Imports none of them."""
 
 from importlib.util import find_spec
 
@@ -18,7 +18,7 @@ EXTRAS: dict[str, dict[str, str]] = {  # extra -> distribution -> module
     "llamacpp": {"gguf": "gguf", "llama-cpp-python": "llama_cpp"},
 }
 
-ELSEWHERE = {  # what needs an extra and is no kind of stage
+ELSEWHERE = {  # what needs an extra besides the kinds of stages
     "gptqmodel": "quantize.gptq with engine gptqmodel",
     "qlora": "finetune with method qlora",
     "s3": "edgepress store export s3://…",
@@ -29,11 +29,11 @@ ELSEWHERE = {  # what needs an extra and is no kind of stage
 
 
 def missing(extra: str) -> list[str]:
-    """Distributions of an extra that are not installed."""
+    """Return the distributions of an extra that are not installed."""
     return [distribution for distribution, module in EXTRAS[extra].items() if find_spec(module) is None]
 
 
 def require(extra: str, needed_for: str) -> None:
-    """Raises MissingExtra naming the first package that is not installed."""
+    """Raise MissingExtra for the first package of an extra that is not installed; `needed_for` says what needs it."""
     for distribution in missing(extra):
         raise MissingExtra(distribution, extra, needed_for)

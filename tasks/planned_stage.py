@@ -1,4 +1,4 @@
-"""A stage of a planned pipeline: what it is asked to do, and what came of it. Imports no torch."""
+"""A stage of a planned pipeline, and its result. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,13 +11,13 @@ from tasks.stage import Artifact, Planned, Stage
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage of a planned pipeline. `definition` is None for the base model, which is only measured."""
+    """One stage of a planned pipeline; the base model is the first, and is only measured."""
 
     name: str
     index: int  # topological, 0 is the base model
-    definition: Stage | None
-    identity: str
-    document: dict[str, Any]  # what the identity is the digest of
+    definition: Stage | None  # None for the base model
+    identity: str  # the digest of the document
+    document: dict[str, Any]  # what decides its bytes
     inputs: Mapping[str, str]  # names by role
     ancestors: tuple[str, ...]  # every stage it descends from, base first
     product: Planned
@@ -26,15 +26,20 @@ class PlannedStage:
     gates: Mapping[str, Bound] = field(default_factory=dict)
     retries: int = 0
     timeout: float | None = None
-    memory: int = 0  # bytes that it claims of a budget
+    memory: int = 0  # bytes that it claims from the budget
     job_variables: Mapping[str, Any] = field(default_factory=dict)  # of a Prefect work pool
-    cell: str = ""  # the cell of a sweep that alone needs it, if one does
-    registered: str = ""  # the model in MLflow's registry that it becomes a version of
+    cell: str = ""  # the cell of a sweep, if no other cell needs it
+    registered: str = ""  # the model in MLflow's registry that gets it as a version
     recompute: bool = False  # compute it even if the store has it
 
     @property
+    def uses(self) -> str:
+        """The name of its kind; "base" for the base model."""
+        return self.definition.uses if self.definition else "base"
+
+    @property
     def roles(self) -> tuple[str, ...]:
-        """What it is compared with when it is measured."""
+        """The models that its measurements compare it with."""
         if self.definition is None:
             return ()
         return ("base", "parent") if isinstance(self.product, Artifact) else ("base",)
@@ -42,7 +47,7 @@ class PlannedStage:
 
 @dataclass
 class Result:
-    """What is known about a stage when it is done, or failed."""
+    """What a run knows about a stage, complete when the stage has ended."""
 
     name: str
     uses: str
@@ -54,11 +59,11 @@ class Result:
     runtime: str = ""
     seconds: float = 0.0
     measure_seconds: float = 0.0
-    computed: bool = False
+    computed: bool = False  # by this run
     metrics: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     curves: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)  # what measurements keep besides metrics: texts, per-item results
-    reason: str = ""
-    run: str = ""
+    reason: str = ""  # why it failed, was stopped or skipped
+    run: str = ""  # its run in MLflow

@@ -1,7 +1,7 @@
-"""What a stage is: its parameters as a frozen pydantic model, a check that needs no torch, and `run`. Imports no torch.
+"""The contract of a stage: its parameters as a frozen pydantic model, a plan that needs no torch, and `run`. Imports no torch.
 
 A kind of stage is one file with one subclass of `Stage`: in tasks/kinds, or in any installed package that names it under the entry-point
-group `edgepress.stages`. Nothing else has to be edited; recipes, schema, planning, caching and measuring find it.
+group `edgepress.stages`. Nothing else needs an edit: recipes, schema, planning, caching and measuring find it.
 """
 
 import importlib
@@ -27,7 +27,7 @@ Reads = Literal["nothing", "calibration", "validation", "training"]
 
 @dataclass(frozen=True)
 class Artifact:
-    """A planned or finished export: what no model stage can take any further."""
+    """A planned or finished export: no stage of a model can follow it."""
 
     runtime: str  # the runtime that opens it: "onnxruntime", "onnxruntime-genai", "openvino", "executorch", "llama.cpp"
     change: Change  # what the exporter does to the weights: the key of the default bounds of its proof
@@ -40,13 +40,13 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Planned or written text (`corpus.jsonl`): what training stages read through their parameter `corpus`, and nothing else takes."""
+    """Planned or written text (`corpus.jsonl`): training stages read it through their parameter `corpus`, and nothing else does."""
 
     size_bytes: int  # estimated while planned
 
     @property
     def words(self) -> str:
-        return "a corpus, which is text and no model; `corpus` of a training stage names it"
+        return "a corpus, which is text, not a model; `corpus` of a training stage names it"
 
 
 Planned = Checkpoint | Artifact | Corpus
@@ -54,9 +54,12 @@ Planned = Checkpoint | Artifact | Corpus
 
 @dataclass(frozen=True)
 class Inputs:
-    """Directories a stage reads: the checkpoint before it, and those it declared in `other_inputs` and `outside_inputs`, by role.
+    """The directories that a stage reads.
 
-    origin  what everything was made of, told to exports, which may write it into their files
+    Attributes:
+        parent: The checkpoint before it.
+        others: What it declared in `other_inputs` and `outside_inputs`, by role.
+        origin: The base model, for exports, which may write it into their files.
     """
 
     parent: Path
@@ -66,11 +69,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Directories a stage writes.
+    """The directories that a stage writes.
 
-    out     becomes the stage's content in the store when `run` returns; empty at the start
-    work    kept until then, also over a crash: training checkpoints, a walk's progress
-    shared  what several stages of this store would compute alike (a teacher's outputs); None: keep it in `work`
+    Attributes:
+        out: Becomes the stage's content in the store when `run` returns; empty at the start.
+        work: Kept until then, also over a crash: training checkpoints, the progress of a walk.
+        shared: For what several stages of this store would compute alike (the outputs of a teacher); None: use `work`.
     """
 
     out: Path
@@ -79,17 +83,19 @@ class Workplace:
 
 
 class Stage(Settings):
-    """Base of every stage kind. Fields are its parameters and part of its identity; so are `version` and `libraries`.
+    """Base of every stage kind. Its fields are parameters and part of its identity; so are `version` and `libraries`.
 
-    A subclass declares `uses: Literal["group.name"] = "group.name"` and
-    version    raise it whenever the same parameters give other bytes
-    libraries  distributions whose version decides bytes
-    accepts    layouts of the checkpoint before it
-    sparse     whether it takes a checkpoint with masks
-    compresses whether it works on the linear layers of the blocks, so that these have to be what the blocks are made of
-    reads      the part of the recipe's data it reads, and so depends on
-    extra      the extra of edgepress whose packages it needs, if any
-    metrics    names of what `run` returns (`*` stands for any), so that a gate on no metric is refused while planning
+    A subclass declares `uses: Literal["group.name"] = "group.name"`.
+
+    Attributes:
+        version: Raise it whenever the same parameters give other bytes.
+        libraries: The distributions whose version decides bytes.
+        accepts: The layouts of the checkpoint before it.
+        sparse: Whether it accepts a checkpoint with masks.
+        compresses: Whether it compresses the linear layers of the decoder blocks, so that the blocks must consist of these.
+        reads: The part of the recipe's data that it reads, and so depends on.
+        extra: The extra of edgepress whose packages it needs, if any.
+        metrics: The names of what `run` returns (`*` stands for any), so that planning refuses a gate on an unknown metric.
     """
 
     uses: str
@@ -103,46 +109,56 @@ class Stage(Settings):
     metrics: ClassVar[tuple[str, ...]] = ("*",)
 
     def data_read(self) -> Reads:
-        """`reads`, of a stage with these parameters."""
+        """Return what a stage with these parameters reads; `reads` unless a kind overrides it."""
         return self.reads
 
     def deciding_libraries(self) -> tuple[str, ...]:
-        """`libraries`, of a stage with these parameters."""
+        """Return the distributions that decide the bytes of a stage with these parameters; `libraries` unless a kind overrides it."""
         return self.libraries
 
     def other_inputs(self) -> dict[str, str]:
-        """Further inputs by role, each the name of a stage or `base` ({"teacher": "base"}). The role is the parameter that holds the name."""
+        """Return further inputs by role, each the name of a stage or `base` ({"teacher": "base"}). The role is the parameter with the name."""
         return {}
 
     def outside_inputs(self) -> dict[str, str]:
-        """Further inputs from outside the recipe by role, each a model directory or a hub id (`org/name`, `org/name@revision`)."""
+        """Return further inputs from outside the recipe by role, each a model directory or a hub id (`org/name`, `org/name@revision`)."""
         return {}
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
-        """What this stage will make of `parent`, computed from configs alone. Must not import torch.
+        """Return what this stage will make of `parent`, computed from configs alone. Must not import torch.
 
-        Raises EdgepressError with `key` for a parameter that cannot work on this checkpoint.
+        Args:
+            parent: The checkpoint before it, planned or real.
+            others: What `other_inputs` and `outside_inputs` name, by role.
+            data: The recipe's data.
+
+        Raises:
+            EdgepressError: A parameter, named by `key`, cannot work on this checkpoint.
         """
         raise NotImplementedError
 
     def check_text(self, parent: Checkpoint, data: DataSpec, seed: int) -> None:
-        """Refuse text that does not hold what this stage needs, and a tokenizer that cannot encode it: what `plan` cannot tell from configs.
+        """Refuse text that lacks what this stage needs, and a tokenizer that cannot encode it: `plan` reads configs alone. Must not import torch.
 
-        parent  the checkpoint it takes, planned or real; at its path is a tokenizer
-        seed    the one that `run` gets in its context
-        Raises EdgepressError with `key` for a parameter of the stage or of the recipe's data. Must not import torch.
+        Args:
+            parent: The checkpoint before it, planned or real; its path has a tokenizer.
+            data: The recipe's data.
+            seed: The seed that `run` gets in its context.
+
+        Raises:
+            EdgepressError: `key` names the parameter of the stage or of the recipe's data.
         """
         if self.data_read() == "calibration":
             check_calibration(data, parent.path, parent.vocab_size, seed)
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        """Do the work into `place.out`; returns metrics of the method itself (fallback_layers, kept_ratio, final_loss)."""
+        """Write the stage's content into `place.out`; return metrics of the method itself (fallback_layers, kept_ratio, final_loss)."""
         raise NotImplementedError
 
 
 @lru_cache(maxsize=1)
 def stage_kinds() -> dict[str, type[Stage]]:
-    """Every kind by its `uses`: the files of tasks/kinds, then the entry points of group `edgepress.stages`."""
+    """Return every kind by its `uses`: the files of tasks/kinds, then the entry points of group `edgepress.stages`."""
     package = importlib.import_module("tasks.kinds")
     modules = [importlib.import_module(f"tasks.kinds.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     found = [value for module in modules for value in vars(module).values() if isinstance(value, type) and issubclass(value, Stage)]
@@ -158,7 +174,7 @@ def stage_kinds() -> dict[str, type[Stage]]:
 
 
 def check_accepts(stage: Stage, parent: Planned) -> Checkpoint:
-    """The table of what can follow what, asked: returns `parent` as a checkpoint the stage takes, or raises Incompatible."""
+    """Return `parent` as a checkpoint that the stage can follow. Raises Incompatible, with what can follow it instead."""
     if not isinstance(parent, Checkpoint):
         raise Incompatible(f"{stage.uses} cannot follow {parent.words}; name the checkpoint stage before it in `needs`", key="needs")
     if parent.layout not in stage.accepts:
@@ -169,11 +185,11 @@ def check_accepts(stage: Stage, parent: Planned) -> Checkpoint:
         )
     if stage.compresses and parent.limits.compression:
         raise Incompatible(
-            f"{stage.uses} works on the linear layers of the decoder blocks, and here {parent.limits.compression}", key="uses"
+            f"{stage.uses} compresses the linear layers of the decoder blocks, and here {parent.limits.compression}", key="uses"
         )
     if parent.sparse and not stage.sparse:
         takers = ", ".join(uses for uses, kind in stage_kinds().items() if kind.sparse)
         raise Incompatible(
-            f"{stage.uses} would fill the zeros of this sparse checkpoint (masks.safetensors) in; what takes it: {takers}", key="uses"
+            f"{stage.uses} would fill in the zeros of this sparse checkpoint (masks.safetensors); what takes it: {takers}", key="uses"
         )
     return parent

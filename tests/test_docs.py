@@ -78,7 +78,7 @@ def test_the_worked_example_is_a_stage_like_any_other(plug_in: None, checkpoint:
     out.mkdir()
     assert assignment.definition is not None
     metrics = compute_stage(
-        stage=assignment.definition.model_dump(mode="json"), parent=str(checkpoint), others={}, out=str(out), work=str(work),
+        stage=assignment.definition.model_dump(mode="json"), inputs={"parent": str(checkpoint)}, place={"out": str(out), "work": str(work)},
         data=plan.parsed.recipe.data.model_dump(mode="json"), threads=1, context=Context(),
     )  # fmt: skip
     assert metrics == {"levels": 7}

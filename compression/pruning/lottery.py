@@ -21,7 +21,7 @@ from compression.checkpoints.skeleton import linear_layers, skeleton
 from compression.context import Context
 from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, Incompatible
-from compression.files import fsync
+from compression.files import atomic_directory, atomic_file
 from compression.pruning import Scope
 from compression.pruning.selection import PRUNED, keep_strongest, keep_strongest_overall
 from compression.resumption import fingerprint, same_work
@@ -133,11 +133,8 @@ def _claim(workdir: Path, run: str, context: Context) -> None:
         for left in (*workdir.glob("round-*"), *workdir.glob("ticket")):
             context.warn(f"{left} was left by another version of edgepress and is begun anew")
             shutil.rmtree(left)
-        beside = claim.with_suffix(".new")
-        beside.write_text(run)
-        fsync(beside)
-        beside.rename(claim)
-        fsync(workdir)
+        with atomic_file(claim) as stream:
+            stream.write(run.encode())
     processes.wait()
 
 
@@ -172,16 +169,10 @@ def _ticket(model: nn.Module, names: list[str], sparsity: float, scope: Scope) -
 
 
 def _write_found(place: Path, masks: Mapping[str, torch.Tensor], metrics: Mapping[str, float]) -> None:
-    """Keep what a round found, written beside and renamed, and no longer what it trained."""
-    partial_dir = place / f".{FOUND}"
-    shutil.rmtree(partial_dir, ignore_errors=True)
-    partial_dir.mkdir()
-    write_masks(partial_dir, masks)
-    (partial_dir / "metrics.json").write_text(json.dumps(metrics))
-    for file in partial_dir.iterdir():
-        fsync(file)
-    partial_dir.rename(place / FOUND)
-    fsync(place)
+    """Keep what a round found, and remove the checkpoints of its training."""
+    with atomic_directory(place / FOUND) as directory:
+        write_masks(directory, masks)
+        (directory / "metrics.json").write_text(json.dumps(metrics))
     for checkpoint in place.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
 

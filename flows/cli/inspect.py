@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from compression.checkpoints.checkpoint import open_checkpoint
+from compression.files import size_of
 from export.contents import read_contents
 from tasks.artifact import chosen_parameters
-from tasks.store.files import size_of
 from tasks.store.provenance import check_files, read_provenance
 
 

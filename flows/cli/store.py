@@ -14,7 +14,7 @@ from flows.cli.options import DEFAULT_OUTPUTS, DEFAULT_STORE, OutputsFolder, Sto
 
 if TYPE_CHECKING:
     from tasks.store.store import Store
-    from tasks.store.transfer import Carried
+    from tasks.store.transfer import TransferReport
 
 _SHORT = 12  # characters of an identity in tables
 store_app = typer.Typer(no_args_is_help=True, help="Look after the store: list, verify, collect garbage, pin, export, import.")
@@ -159,7 +159,7 @@ def import_store(location: Location, store: StoreFolder = DEFAULT_STORE) -> None
         print("no run names them yet: `edgepress store pin` keeps them from garbage collection until one does")
 
 
-def _transferred(done: "Carried", place: str) -> str:
+def _transferred(done: "TransferReport", place: str) -> str:
     present = f", {len(done.present)} were there" if done.present else ""
     return f"{len(done.entries)} entries and {done.records} records, {_size(done.bytes)}, {place}{present}"
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flows.report.charts import Dot, front
+from tasks.ancestry import walk_ancestors
 from tasks.measurement.figures import FIGURES, Figure, noise
 
 Row = dict[str, Any]
@@ -43,12 +44,8 @@ def leaves(rows: Sequence[Row]) -> list[Row]:
 
 def with_ancestors(rows: Sequence[Row], wanted: Iterable[Row]) -> list[Row]:
     """The rows on the way from the base to those wanted, each from its parent, in the order of the run."""
-    by_name, found = {row["stage"]: row for row in rows}, set()
-    for one in wanted:
-        row: Row | None = one
-        while row is not None and row["stage"] not in found:
-            found.add(row["stage"])
-            row = by_name.get(parent(row) or "")
+    parents = {row["stage"]: row["needs"][:1] for row in rows}
+    found = set(walk_ancestors((row["stage"] for row in wanted), lambda name: parents.get(name, [])))
     return [row for row in rows if row["stage"] in found]
 
 

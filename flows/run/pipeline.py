@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from compression.files import write_json
 from compression.redaction import redacted
 from flows.planning.nodes import BASE
 from flows.planning.plan import Plan, check_disk
@@ -26,11 +27,10 @@ from flows.run.tracked import (
     open_parent,
     series,
 )
-from tasks.execution import RunContext
 from tasks.planned_stage import Result
+from tasks.run_context import RunContext, TrackedRuns
 from tasks.runners.choice import open_executor
 from tasks.runners.executor import Executor
-from tasks.store.files import write_json
 from tasks.store.journal import Run, RunBase, RunStage, StageStatus, journal
 from tasks.store.owner import is_dead, owner_tag
 from tasks.store.store import Store, check_links, unpublish
@@ -104,7 +104,7 @@ def run_pipeline(
         open_run = _find_open_run(tracking, resumes, emit) if resumes else None
         run_name = open_run.name if open_run and open_run.name else journaled.run.run
         run = open_parent(tracking, plan, store, run_name, open_run)
-        journaled.note(tracking_uri=redacted(tracking.uri), tracking_run=run)
+        journaled.update(tracking_uri=redacted(tracking.uri), tracking_run=run)
 
         known_runs, superseded = known_stages(plan, open_run)
         recorded: set[str] = set()
@@ -114,13 +114,21 @@ def run_pipeline(
             if "ended" in event or stage not in recorded:
                 recorded.add(stage)
                 with context.lock:  # until the states are written: otherwise older ones could overwrite newer ones
-                    journaled.stages({name: StageStatus(r.state, r.reason, r.seconds) for name, r in context.results.items()})
+                    journaled.update_stages({name: StageStatus(r.state, r.reason, r.seconds) for name, r in context.results.items()})
 
+        runs = TrackedRuns(
+            run,
+            run_name,
+            open_cells(tracking, plan, run, run_name, open_run),
+            known_runs,
+            superseded,
+            series=series(plan),
+            leaves=leaves(plan),
+        )
         context = RunContext(
-            name=recipe.name, run_name=run_name, store=store, executor=executor, tracking=tracking, run=run, data=recipe.data, machine=plan.machine,
+            name=recipe.name, store=store, executor=executor, tracking=tracking, runs=runs, data=recipe.data, machine=plan.machine,
             base=plan.base, outputs=outputs, documents={a.name: (a.identity, a.document) for a in plan.stages}, progress=record_event,
-            cells=open_cells(tracking, plan, run, run_name, open_run), known_runs=known_runs, superseded=superseded, series=series(plan),
-            leaves=leaves(plan), evaluation=recipe.evaluation, remeasure=plan.remeasure,
+            evaluation=recipe.evaluation, remeasure=plan.remeasure,
         )  # fmt: skip
         finished = False
         try:
@@ -141,7 +149,7 @@ def run_pipeline(
                 close_interrupted(context, summary, plan)
             close_tracking(tracking, store.root / "outbox", warn)
         succeeded = all(row["state"] in {"Completed", "Cached"} for row in summary["rows"])
-        journaled.stages({row["stage"]: StageStatus(row["state"], row["reason"], row["seconds"]) for row in summary["rows"]})
+        journaled.update_stages({row["stage"]: StageStatus(row["state"], row["reason"], row["seconds"]) for row in summary["rows"]})
         journaled.end("Completed" if succeeded else "Failed")
     return RunOutcome(journaled.run.run, summary, succeeded, state)
 

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from export.runtimes import PACKAGES
-from tasks.execution import RunContext
 from tasks.measurement.gates import Verdict
 from tasks.planned_stage import PlannedStage
+from tasks.run_context import RunContext
 from tasks.tracking.descriptions import table
 
 

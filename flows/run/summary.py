@@ -9,9 +9,9 @@ from typing import Any
 
 from flows.planning.nodes import BASE
 from flows.planning.plan import Plan
-from tasks.execution import RunContext
 from tasks.measurement.measure import machine_fingerprint
 from tasks.planned_stage import PlannedStage, Result
+from tasks.run_context import RunContext
 
 
 def summarize(context: RunContext, plan: Plan, started: float, run: str) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def summarize(context: RunContext, plan: Plan, started: float, run: str) -> dict
         rows.append({**asdict(result), **figures})
     return {
         "recipe": json.loads(plan.parsed.recipe.model_dump_json()), "name": context.name, "journal": run, "started": started,
-        "seconds": time.time() - started, "rows": rows, "sweep": _sweep(context, plan), "run": context.run,
+        "seconds": time.time() - started, "rows": rows, "sweep": _sweep(context, plan), "run": context.runs.parent,
         "gates": [{"stage": row["stage"], **verdict} for row in rows for verdict in row["verdicts"]],
         "environment": {
             "edgepress": version("edgepress"), "machine": machine_fingerprint(), "device": plan.machine.device, "threads": plan.machine.threads,
@@ -63,7 +63,7 @@ def _sweep(context: RunContext, plan: Plan) -> dict[str, Any] | None:
     if not branches:
         return None
     cells = [
-        {"name": b.name, "values": dict(b.values), "leaves": {leaf: b.stages[leaf] for leaf in b.leaves}, "run": context.cells[b.name]}
+        {"name": b.name, "values": dict(b.values), "leaves": {leaf: b.stages[leaf] for leaf in b.leaves}, "run": context.runs.cells[b.name]}
         for b in branches
     ]
     return {"keys": list(dict.fromkeys(key for b in branches for key in b.values)), "cells": cells, "left_out": plan.left_out}

@@ -13,8 +13,9 @@ from compression.redaction import redacted
 from flows.planning.nodes import BASE
 from flows.planning.plan import Plan, estimate
 from flows.run.registering import register_results
-from tasks.execution import RunContext
+from tasks.ancestry import walk_ancestors
 from tasks.measurement.measure import machine_fingerprint
+from tasks.run_context import RunContext
 from tasks.store.store import Store
 from tasks.tracking.descriptions import charted, fitted, results_table, steps_table, table
 from tasks.tracking.runs_view import RUN
@@ -94,10 +95,7 @@ def leaves(plan: Plan) -> list[str]:
 
 def lineage(plan: Plan, stage: str) -> list[str]:
     """Return the stages from the base to a stage, from parent to parent, without teachers and corpora."""
-    stages = [stage]
-    while parent := plan.by_name[stages[-1]].inputs.get("parent"):
-        stages.append(parent)
-    return stages[::-1]
+    return walk_ancestors([stage], lambda name: [parent] if (parent := plan.by_name[name].inputs.get("parent")) else [])
 
 
 def auxiliary_stages(plan: Plan) -> list[str]:
@@ -170,14 +168,14 @@ def end_cells(context: RunContext, summary: dict[str, Any], plan: Plan, finished
     tracking, rows = context.tracking, {row["stage"]: row for row in summary["rows"]}
     auxiliary = set(auxiliary_stages(plan))
     for branch, cell in zip(plan.parsed.branches, summary["sweep"]["cells"] if summary["sweep"] else (), strict=True):
-        run, points = context.cells[cell["name"]], []
+        run, points = context.runs.cells[cell["name"]], []
         ends = {name: f"/{leaf}" if len(cell["leaves"]) > 1 else "" for leaf, name in cell["leaves"].items()}
         ends |= {name: f"/{origin}" for origin, name in branch.stages.items() if name in auxiliary}
         for end, suffix in ends.items():
             for stage in lineage(plan, end):
                 values = {metric + suffix: value for metric, value in charted(rows[stage]["metrics"]).items()}
                 points.append((plan.by_name[stage].index, values))
-        tracking.log_curve(run, points, again=bool(context.superseded))
+        tracking.log_curve(run, points, again=bool(context.runs.superseded))
         results = {leaf: rows[name]["metrics"] for leaf, name in cell["leaves"].items()}
         chosen = ", ".join(f"{key} {value}" for key, value in cell["values"].items())
         tracking.describe(run, f"A cell of the sweep: {chosen}.\n\n{table({**results, BASE: rows[BASE]['metrics']})}")
@@ -195,7 +193,7 @@ def close_interrupted(context: RunContext, summary: dict[str, Any], plan: Plan) 
         if result.run and result.state == "Running":
             context.tracking.end(result.run, "KILLED", "interrupted")
     describe_parent(context, summary, plan, "**Interrupted.**")
-    context.tracking.end(context.run, "KILLED", "interrupted")
+    context.tracking.end(context.runs.parent, "KILLED", "interrupted")
 
 
 def end_parent(context: RunContext, summary: dict[str, Any], plan: Plan, files: list[Path]) -> None:
@@ -203,12 +201,12 @@ def end_parent(context: RunContext, summary: dict[str, Any], plan: Plan, files: 
     registry = plan.parsed.recipe.registry
     registered = register_results(context, plan.stages, registry is not None and registry.champion)
     for file in files:
-        context.tracking.log_file(context.run, file)
+        context.tracking.log_file(context.runs.parent, file)
     failed = [row for row in summary["rows"] if row["state"] in {"Failed", "Skipped"}]
     reason = "; ".join(f"{row['stage']}: {row['reason']}" for row in failed if row["state"] == "Failed")
     ending = f"**Failed.** {reason}" if failed else ""
     describe_parent(context, summary, plan, ending, [f"- registered: {text}" for text in registered])
-    context.tracking.end(context.run, "FAILED" if failed else "FINISHED", reason or None)
+    context.tracking.end(context.runs.parent, "FAILED" if failed else "FINISHED", reason or None)
 
 
 def describe_parent(context: RunContext, summary: dict[str, Any], plan: Plan, ending: str, notes: Sequence[str] = ()) -> None:
@@ -229,7 +227,7 @@ def describe_parent(context: RunContext, summary: dict[str, Any], plan: Plan, en
     points += [f"- warning {row['stage']}: {warning}" for row in rows for warning in row["warnings"]]
     link = f"#/experiments/{tracking.experiment}/runs/"
     above = [results, *lines, ending, "\n".join(notes)]
-    tracking.describe(context.run, fitted(above, steps_table(stages, link), points))
+    tracking.describe(context.runs.parent, fitted(above, steps_table(stages, link), points))
 
 
 def close_tracking(tracking: Tracking, outbox: Path, warn: Callable[[str], None]) -> None:

@@ -19,11 +19,11 @@ from typing import Any
 import psutil
 
 from compression.evaluation.findings import Items
+from compression.files import size_of
 from export.runtimes import installed_runtimes, runtime_name
 from tasks.measurement.kinds import MEASUREMENTS
 from tasks.measurement.measurement import Measurement, MeasurementRequest, Subject
 from tasks.runners.executor import EventHandler, Executor, Job
-from tasks.store.files import size_of
 from tasks.store.identity import digest
 from tasks.store.store import Store
 

@@ -22,29 +22,46 @@ def normalize_base(*, source: str, out: str, threads: int, context: Context) -> 
 
 
 def compute_stage(
-    *, stage: dict[str, Any], parent: str, others: dict[str, str], out: str, work: str, data: dict[str, Any], threads: int, context: Context,
-    shared: str | None = None, origin: dict[str, Any] | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """Run a stage into `out`; returns the metrics of its method. Warns of one that its kind does not name.
+    *,
+    stage: dict[str, Any],
+    inputs: dict[str, Any],
+    place: dict[str, str],
+    data: dict[str, Any],
+    threads: int,
+    context: Context,
+) -> dict[str, float]:
+    """Run a stage, and warn of metrics that its kind does not declare.
 
-    Where it fails `out` is removed, for the disk may be full of it, and the reason has to be written down.
+    A stage that fails leaves no `out`: it may have filled the disk, and the child must still write the reason.
+
+    Args:
+        stage: `uses` and the parameters of the stage.
+        inputs: The fields of `Inputs` as JSON: `parent`, and optionally `others` and `origin`.
+        place: The fields of `Workplace` as JSON: `out`, `work`, and optionally `shared`.
+        data: The recipe's data.
+        threads: The threads of torch, set by the worker.
+        context: Seed, device, progress and warnings.
+
+    Returns:
+        The metrics of the stage's method.
     """
     kind = stage_kinds()[stage["uses"]]
-    inputs = Inputs(Path(parent), {role: Path(path) for role, path in others.items()}, Origin(**origin) if origin else None)
-    place = Workplace(Path(out), Path(work), Path(shared) if shared else None)
-    shutil.rmtree(place.out, ignore_errors=True)  # of a child before, whose worker was lost
-    place.out.mkdir(parents=True)
-    made, spec = kind.model_validate(stage), DataSpec.model_validate(data)
-    if made.data_read() in ("calibration", "training"):
+    others = {role: Path(path) for role, path in inputs.get("others", {}).items()}
+    sources = Inputs(Path(inputs["parent"]), others, Origin(**inputs["origin"]) if inputs.get("origin") else None)
+    workplace = Workplace(**{name: Path(path) for name, path in place.items()})
+    shutil.rmtree(workplace.out, ignore_errors=True)  # a lost child may have left a half
+    workplace.out.mkdir(parents=True)
+    definition, spec = kind.model_validate(stage), DataSpec.model_validate(data)
+    if definition.data_read() in ("calibration", "training"):
         for file in lone_documents(spec, "train"):
             context.warn(
                 f"{file} has no blank line, which is where documents of a .txt file end: it is read as one document from its beginning; "
                 "put blank lines between its documents, or give .jsonl with one a line"
             )
     try:
-        metrics = made.run(inputs, place, spec, context)
+        metrics = definition.run(sources, workplace, spec, context)
     except BaseException:
-        shutil.rmtree(place.out, ignore_errors=True)
+        shutil.rmtree(workplace.out, ignore_errors=True)
         raise
     if unnamed := [metric for metric in metrics if not any(fnmatchcase(metric, name) for name in (*kind.metrics, "seconds"))]:
         context.warn(f"{kind.__name__}.metrics does not name {', '.join(unnamed)}, so gates on it are refused")

@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from compression.errors import EdgepressError
+from compression.files import write_json
 from tasks.errors import Cancelled, JobFailed
 from tasks.runners.budget import Budget
 from tasks.runners.executor import EventHandler, Job, JobResult
@@ -21,7 +22,6 @@ from tasks.runners.folder import EventReader, cleared
 from tasks.runners.machine import IsCancelled, acquire_devices, machine_lock
 from tasks.runners.memory_pressure import MemoryWatch
 from tasks.runners.worker import DISK_FULL, NO_SPACE, PRELOAD, forked
-from tasks.store.files import write_json
 
 PATIENCE = 3.0
 """Seconds that a job waits for other runs on the machine before it says so."""

@@ -8,11 +8,11 @@ from prefect import flow
 from prefect.concurrency.sync import concurrency
 from prefect.states import Cancelled, Completed, Failed
 
+from compression.files import write_json
 from compression.locks import file_lock
 from tasks.runners.budget import Budget
 from tasks.runners.local import LocalExecutor
 from tasks.runners.remote import answered, device_asked, heartbeat_lock, serve
-from tasks.store.files import write_json
 
 FLOW = "edgepress-job"
 GPU_LIMIT = "edgepress-cuda"

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from compression.errors import EdgepressError, Incompatible
+from compression.files import write_json
 from compression.locks import acquire, open_lock, try_acquire
 from tasks.errors import Cancelled, JobFailed
 from tasks.runners.executor import EventHandler, Job, JobResult
 from tasks.runners.folder import EventReader, cleared
 from tasks.runners.local import LocalExecutor
 from tasks.stage import stage_kinds
-from tasks.store.files import write_json
 from tasks.store.identity import library_versions
 
 ASKED = "asked.json"

@@ -24,10 +24,10 @@ from typing import Any, TextIO
 from compression.context import Context
 from compression.errors import EdgepressError
 from compression.evaluation.findings import Findings
+from compression.files import write_json
 from compression.locks import file_lock
 from compression.redaction import redacted
 from tasks.runners.sampler import sampled
-from tasks.store.files import write_json
 
 STAGE = "tasks.runners.jobs:compute_stage"
 PRELOAD = (

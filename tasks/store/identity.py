@@ -15,26 +15,26 @@ from tasks.stage import Stage
 
 
 def digest(document: Any) -> str:
-    """sha256 of a JSON document in canonical form (sorted keys, no spaces)."""
+    """Return the sha256 of a JSON document in canonical form (sorted keys, no spaces)."""
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where stages run, as far as it decides bytes: device type and the fixed number of threads of a stage."""
+    """The machine of a stage as far as it decides bytes: the device, and the fixed number of threads of a stage."""
 
     device: str = "cpu"
     threads: int = 1
 
 
 def library_versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Installed versions; "absent" for an optional distribution that is not here."""
+    """Return the installed versions by distribution; "absent" for one that is not installed."""
     return {name: _library_version(name) for name in names}
 
 
 @cache
 def _library_version(name: str) -> str:
-    """Looked up once: it takes 10 ms, and a sweep asks for each of its stages."""
+    """Look up one version, once a process: it takes 10 ms, and a sweep needs it for each of its stages."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -42,10 +42,14 @@ def _library_version(name: str) -> str:
 
 
 def identity_document(stage: Stage, inputs: Mapping[str, str], data: str | None, seed: int, machine: Machine) -> dict[str, Any]:
-    """The document that is digested, kept in the store beside the content so that a person can compare two identities.
+    """Return the document whose digest is the identity; the store keeps it beside the content, so that a person can compare two identities.
 
-    inputs  identity by role: {"parent": ..., "teacher": ...}
-    data    fingerprint of the part of the recipe's data that the stage reads; None where it reads none
+    Args:
+        stage: The kind with its parameters.
+        inputs: Identity by role: {"parent": ..., "teacher": ...}.
+        data: Fingerprint of the part of the recipe's data that the stage reads; None where it reads none.
+        seed: The recipe's seed.
+        machine: Where the stage runs.
     """
     return {
         "uses": stage.uses,
@@ -61,15 +65,15 @@ def identity_document(stage: Stage, inputs: Mapping[str, str], data: str | None,
 
 
 def _parameters(stage: Stage) -> dict[str, Any]:
-    """What decides bytes among a stage's parameters, under the names that they first had: a new name leaves stored results valid.
+    """Return the parameters that decide bytes, under their first names: a renamed parameter leaves stored results valid.
 
-    Roles hold names of stages and places of models, so they are left out: `inputs` has their identities.
+    Parameters that name other inputs are left out: `inputs` has the identities of what they name.
     """
-    first_names = {today: former for former, today in stage.former_names.items()}
+    first_names = {current: former for former, current in stage.former_names.items()}
     values = stage.model_dump(mode="json", exclude={*stage.other_inputs(), *stage.outside_inputs()})
     return {first_names.get(name, name): value for name, value in values.items()}
 
 
 def seed_of(identity: str) -> int:
-    """The 31-bit seed of a stage's random draws."""
+    """Return the 31-bit seed of a stage's random draws."""
     return int(identity[:8], 16) & 0x7FFFFFFF

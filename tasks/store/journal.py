@@ -1,10 +1,10 @@
-"""The journal: what every run of a pipeline was asked to do and how far it came, as `runs/<run>.json` in the store. Imports no torch.
+"""The journal: the plan of every run of a pipeline and how far it came, as `runs/<run>.json` in the store. Imports no torch.
 
-It says which entries the last runs need (`edgepress store gc`), which runs there were, and what going on with one takes: the recipe's file and
+It says which runs there were, which entries the last ones need (`edgepress store gc`), and all that resuming one takes: the recipe's file and
 text, the overrides, the directory it was started in, MLflow's run. Runs are ordered by `sequence`, which only grows: a clock may jump.
 
-A run holds the lock `run-<run>` while it lives, and the kernel takes it back when it dies, however it dies. So a journal that says "Running"
-whose lock is free is that of a killed run (`current_state`).
+A run holds the lock `run-<run>` while it lives, and the kernel releases it when its process dies, however it dies. So a journal that says
+"Running" whose lock is free belongs to a killed run (`current_state`).
 """
 
 import re
@@ -17,8 +17,8 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compression.errors import EdgepressError
+from compression.files import write_json
 from compression.redaction import redacted
-from tasks.store.files import write_json
 from tasks.store.owner import owner_tag
 from tasks.store.store import Store
 
@@ -28,7 +28,7 @@ State = Literal["Running", "Completed", "Failed", "Interrupted", "Crashed"]
 
 
 class StageStatus(NamedTuple):
-    """What there is to say of a stage."""
+    """How far a stage has come."""
 
     state: str
     reason: str = ""
@@ -48,7 +48,7 @@ class RunStage(BaseModel):
         default="Pending", description="Pending, or as in the summary: Running, Completed, Cached, Failed, Stopped, Skipped."
     )
     reason: str = ""
-    seconds: float = Field(default=0.0, description="How long its content took to compute, when that was.")
+    seconds: float = Field(default=0.0, description="How long its content took to compute, whichever run did.")
 
 
 class RunBase(BaseModel):
@@ -58,78 +58,77 @@ class RunBase(BaseModel):
 
     source: str
     identity: str
-    content: str = Field(description="Digest of its bytes: records are about it.")
+    content: str = Field(description="Digest of its bytes, which records refer to.")
 
 
 class Run(BaseModel):
-    """One run of a pipeline, as its journal has it."""
+    """One run of a pipeline, as its journal records it."""
 
     model_config = ConfigDict(frozen=True)
 
-    run: str = Field(default="", description="<recipe>-<sequence>: its name for people, and of its file.")
+    run: str = Field(default="", description="<recipe>-<sequence>: its name, and that of its file.")
     sequence: int = Field(default=0, description="Grows with every run of the store: the order of runs, whatever the clock says.")
     recipe: str = Field(description="Name of the pipeline.")
     file: str = Field(description="The recipe's file, absolute.")
-    text: str = Field(description="What stood in the file.")
+    text: str = Field(description="The text of the file.")
     overrides: tuple[str, ...] = Field(default=(), description="Every --set, in order.")
-    directory: str = Field(description="Where the command was given: relative paths of the recipe start here.")
+    directory: str = Field(description="The working directory of the command, where relative paths of the recipe begin.")
     outputs: str = Field(description="The folder with the links, absolute.")
     base: RunBase
-    stages: tuple[RunStage, ...] = Field(description="In topological order, without the base, and without what `only` leaves out.")
-    only: tuple[str, ...] = Field(default=(), description="Every --only: the run is of these stages and their ancestors. Empty: of all.")
-    again: tuple[str, ...] = Field(default=(), description="Stages to compute whatever the store has, from --from and --force.")
-    resumes: str | None = Field(default=None, description="The run that this one goes on with.")
+    stages: tuple[RunStage, ...] = Field(description="In topological order, without the base, and without those that `only` leaves out.")
+    only: tuple[str, ...] = Field(default=(), description="Every --only: the run has these stages and their ancestors. Empty: all.")
+    again: tuple[str, ...] = Field(default=(), description="Stages to compute even if the store has them, from --from and --force.")
+    resumes: str | None = Field(default=None, description="The run that this one resumes.")
     owner: str = Field(default_factory=owner_tag, description="host/pid/start time of the process, for people.")
     started: float = Field(default_factory=time.time, description="Unix time, for people.")
     ended: float | None = None
     state: State = "Running"
-    reason: str = Field(default="", description="What the run itself failed of; a stage has its own.")
+    reason: str = Field(default="", description="Why the run itself failed; each stage has its own reason.")
     tracking_uri: str = Field(default="", description="The MLflow store; empty until its run is open.")
     tracking_run: str = Field(default="", description="MLflow's id of the pipeline's run.")
-    flow_run: str = Field(
-        default="", description="Prefect's id of the deployment's flow run: when that is retried it goes on with this run."
-    )
+    flow_run: str = Field(default="", description="Prefect's id of the deployment's flow run: its retry resumes this run.")
 
     @property
     def identities(self) -> frozenset[str]:
-        """Entries that the run needs: its plan has every ancestor of every stage."""
+        """The entries that the run needs: its plan has every ancestor of every stage."""
         return frozenset(stage.identity for stage in self.stages)
 
 
 class Journal:
-    """The open journal of a run of this process. Threads may use it at once."""
+    """The open journal of a run of this process. Threads may share it."""
 
     def __init__(self, store: Store, run: Run):
         self._store, self.run = store, run
         self._lock = threading.Lock()
 
-    def note(self, **fields: object) -> None:
-        """Put values in place of fields of the run."""
+    def update(self, **fields: object) -> None:
+        """Replace fields of the run."""
         with self._lock:
             self.run = self.run.model_copy(update=fields)
             _write(self._store, self.run)
 
-    def stages(self, told: Mapping[str, StageStatus]) -> None:
-        """Take down how far stages came, by name; names that are none of the plan's (the base) are left out."""
+    def update_stages(self, statuses: Mapping[str, StageStatus]) -> None:
+        """Record how far stages have come, by name; names that are not in the plan (the base) are ignored."""
         with self._lock:
-            stages = [
-                stage.model_copy(update=told[stage.name]._asdict()) if stage.name in told else stage for stage in self.run.stages
-            ]  # fmt: skip
-            self.run = self.run.model_copy(update={"stages": tuple(stages)})
+            stages = tuple(s.model_copy(update=statuses[s.name]._asdict()) if s.name in statuses else s for s in self.run.stages)
+            self.run = self.run.model_copy(update={"stages": stages})
             _write(self._store, self.run)
 
     def end(self, state: State, reason: str = "") -> None:
-        """Take down how the run ended. A stage that still ran then was stopped."""
-        self.stages({stage.name: StageStatus("Stopped", stage.reason) for stage in self.run.stages if stage.state == "Running"})
-        self.note(state=state, reason=reason, ended=time.time())
+        """Record how the run ended. A stage that is still running was stopped."""
+        self.update_stages({stage.name: StageStatus("Stopped", stage.reason) for stage in self.run.stages if stage.state == "Running"})
+        self.update(state=state, reason=reason, ended=time.time())
 
 
 @contextmanager
 def journal(store: Store, run: Run) -> Iterator[Journal]:
-    """Begin a run: give it its name, write it down, and hold its lock until the block ends.
+    """Begin a run: give it its name, write its journal, and hold its lock until the block ends.
 
-    The block calls `end`. One that raises ends the run as Interrupted (Ctrl-C, a worker that goes) or Failed, with the reason.
-    From its beginning until its end nothing the run needs is garbage. Raises EdgepressError where the run it resumes lives, or was resumed already.
+    The block calls `Journal.end`; if it raises, the run ends as Interrupted (Ctrl-C, a worker that shuts down) or Failed, with the reason.
+    While the run lives, nothing it needs is garbage.
+
+    Raises:
+        EdgepressError: The run that this one resumes is still running, or another run resumes it already.
     """
     with ExitStack() as stack:
         with store.lock(RUNS):
@@ -142,23 +141,23 @@ def journal(store: Store, run: Run) -> Iterator[Journal]:
         opened = Journal(store, run)
         try:
             yield opened
-        except BaseException as error:
-            if isinstance(error, Exception):
-                opened.end("Failed", redacted(str(error)) or type(error).__name__)
-            else:
-                opened.end("Interrupted")
+        except Exception as error:
+            opened.end("Failed", redacted(str(error)) or type(error).__name__)
+            raise
+        except BaseException:
+            opened.end("Interrupted")
             raise
         if opened.run.state == "Running":
-            raise RuntimeError(f"the run {run.run} ended, and nobody said how")
+            raise RuntimeError(f"the run {run.run} ended without a call of `Journal.end`")
 
 
 def run_names(store: Store) -> list[str]:
-    """Names of all runs, the oldest first."""
+    """Return the names of all runs, the oldest first."""
     return sorted((file.stem for file in (store.root / RUNS).iterdir() if _FILE.fullmatch(file.name)), key=_sequence)
 
 
 def read_run(store: Store, name: str) -> Run:
-    """Raises EdgepressError when there is no such run, or its journal cannot be read."""
+    """Return the run of a name. Raises EdgepressError where there is none, or its journal cannot be read."""
     file = store.root / RUNS / f"{name}.json"
     try:
         return Run.model_validate_json(file.read_bytes())
@@ -167,17 +166,17 @@ def read_run(store: Store, name: str) -> Run:
         raise EdgepressError(f"there is no run {name!r} in {store.root}; runs: {', '.join(known[-10:]) or 'none'}") from None
     except ValidationError as error:
         raise EdgepressError(
-            f"{file} is no journal of a run ({error.error_count()} faults); `edgepress store verify` sets it aside"
+            f"{file} is not the journal of a run ({error.error_count()} faults); `edgepress store verify` quarantines it"
         ) from None
 
 
 def read_runs(store: Store) -> list[Run]:
-    """All runs, the oldest first. Raises EdgepressError for one that cannot be read."""
+    """Return all runs, the oldest first. Raises EdgepressError for one that cannot be read."""
     return [read_run(store, name) for name in run_names(store)]
 
 
 def current_state(store: Store, run: Run) -> State:
-    """The state of a run; "Crashed" when its process died without a word."""
+    """Return the state of a run; "Crashed" where its process died before it could record how it ended."""
     if run.state != "Running":
         return run.state
     with store.try_lock(f"run-{run.run}") as free:
@@ -188,21 +187,21 @@ def current_state(store: Store, run: Run) -> State:
 
 
 def successors(runs: Iterable[Run]) -> dict[str, Run]:
-    """By a run's name the one that goes on with it: each run is resumed once at most."""
+    """Return the run that resumes each run, by the name of the resumed one: a run is resumed once at most."""
     return {run.resumes: run for run in runs if run.resumes is not None}
 
 
 def latest_attempt(store: Store, run: Run, say: Callable[[str], None]) -> Run:
-    """The run at the end of the chain that goes on with this one, as it is now. `say` is told of each step."""
+    """Follow the runs that resumed this one and return the last, with its current state; `say` gets a sentence for each step."""
     later = successors(read_runs(store))
     while run.run in later:
-        say(f"{later[run.run].run} went on with {run.run}")
+        say(f"{later[run.run].run} resumed {run.run}")
         run = later[run.run]
     return refresh(store, run)
 
 
 def refresh(store: Store, run: Run) -> Run:
-    """The run with its state now; what ran when it was killed has crashed too."""
+    """Return the run with its current state; a stage that ran when the run was killed has crashed too."""
     state = current_state(store, run)
     if state == run.state:
         return run
@@ -216,7 +215,7 @@ def _check_resumable(store: Store, name: str) -> None:
     if current_state(store, read_run(store, name)) == "Running":
         raise EdgepressError(f"{name} is still running")
     if later := successors(read_runs(store)).get(name):
-        raise EdgepressError(f"{later.run} goes on with {name} already")
+        raise EdgepressError(f"{later.run} already resumes {name}")
 
 
 def _sequence(name: str) -> int:

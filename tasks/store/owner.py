@@ -1,4 +1,4 @@
-"""Who owns a run, told so that anyone can see later whether the owner still lives. Imports no torch."""
+"""Tags that name a process, so that anybody can see later whether it still lives. Imports no torch."""
 
 import os
 import socket
@@ -8,28 +8,29 @@ import psutil
 
 
 def owner_tag() -> str:
-    """`host/pid/start` of this process."""
+    """Return `host/pid/start` of this process."""
     return f"{socket.gethostname()}/{os.getpid()}/{_start(os.getpid())}"
 
 
 def is_dead(tag: str) -> bool:
-    """Whether the owner was a process of this machine that has ended. Owners on other machines are left alone."""
-    host, pid, started = tag.rsplit("/", 2)
+    """Return whether a tag names a process of this machine that has ended; False for every process of another machine."""
+    host, pid, start = tag.rsplit("/", 2)
     if host != socket.gethostname():
         return False
     try:
-        return _start(int(pid)) != started
+        return _start(int(pid)) != start
     except (ProcessLookupError, FileNotFoundError, psutil.NoSuchProcess):
         return True
 
 
 def _start(pid: int) -> str:
-    """What tells a process from others that had its id: the boot and its ticks since then. Its time of day would move with the clock.
+    """Return what distinguishes a process from earlier ones with its id: the boot, and its ticks since then.
 
-    Raises ProcessLookupError, FileNotFoundError or psutil.NoSuchProcess where there is no such process.
+    The time of day at which it began would move with the clock. Raises ProcessLookupError, FileNotFoundError or psutil.NoSuchProcess where
+    no such process lives.
     """
     proc = Path("/proc")
     if not (proc / "self" / "stat").exists():
         return f"{psutil.Process(pid).create_time():.2f}"
-    ticks = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[19]  # field 22; the name before may hold anything
+    ticks = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[19]  # field 22; the name before it may hold any character
     return f"{(proc / 'sys/kernel/random/boot_id').read_text()[:8]}+{ticks}"

@@ -1,8 +1,8 @@
-"""Carrying entries from one store to another: as one `.tar`, or as a directory, at any place fsspec reaches (a path, s3://). Imports no torch.
+"""Export and import of entries: as one `.tar`, or as a directory, wherever fsspec reaches (a path, s3://). Imports no torch.
 
-Both are laid out as the store is (`objects/<identity>/content/...`, `objects/<identity>/manifest.json`, `records/<key>.json`). In a directory an
-entry's manifest is written last, in a tar the list of what it holds (`export.json`): what broke off is not taken for whole. A directory may
-be exported to again and again; what is there already is not written a second time.
+Both are laid out as the store is (`objects/<identity>/content/...`, `objects/<identity>/manifest.json`, `records/<key>.json`). In a directory the
+manifest of an entry is written last, in a tar the list of its members (`export.json`), so that no interrupted export passes for a whole one. A
+directory may be exported to again and again; what it has already is not written a second time.
 """
 
 import io
@@ -22,19 +22,19 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from compression.errors import EdgepressError, MissingExtra
-from tasks.store.files import written_beside
+from compression.files import atomic_file
 from tasks.store.identity import digest
-from tasks.store.store import SCHEMA, Entry, Store, open_record
+from tasks.store.store import SCHEMA, Entry, Store, content_of_record, open_record
 
 LIST = "export.json"
 _MEMBER = re.compile(r"objects/[0-9a-f]{64}/(manifest\.json|content/.+)|records/[0-9a-f]{64}\.json")
-_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs"}  # they have no directories; fsspec would make a bucket where one is mistyped
-_PUSHED = 16 * 2**20  # bytes read and written at once
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs"}  # they have no directories, and fsspec would create a mistyped bucket
+_BLOCK = 16 * 2**20  # bytes read and written at once
 
 
 @dataclass(frozen=True)
-class Carried:
-    """What was written or read; `present` entries were there before."""
+class TransferReport:
+    """What an export or import wrote. `present` are the identities that the target had before, `bytes` those of the files that were written."""
 
     entries: tuple[str, ...]
     present: tuple[str, ...]
@@ -42,61 +42,68 @@ class Carried:
     bytes: int
 
 
-def export_entries(store: Store, url: str, identities: Iterable[str]) -> Carried:
+def export_entries(store: Store, url: str, identities: Iterable[str]) -> TransferReport:
     """Write entries with their manifests, and all records about their contents.
 
-    url  ends with .tar for one file, which replaces one that is there; else a directory
+    Args:
+        store: The store to read.
+        url: One file, replaced where it exists, if it ends with .tar; else a directory.
+        identities: The entries to export.
 
-    Raises EdgepressError for a damaged entry (before anything is written), and for a place that cannot be written.
+    Raises:
+        EdgepressError: An entry is damaged (then nothing is written), or the place cannot be written.
     """
-    entries = [_whole(store, identity) for identity in sorted(identities)]
+    entries = [_verified(store, identity) for identity in sorted(identities)]
     contents = {entry.content for entry in entries}
-    records = [path for path in (store.root / "records" / f"{key}.json" for key in store.records()) if _about(path) in contents]
-    with _place(url) as (fs, root):
+    records = [path for path in (store.root / "records" / f"{key}.json" for key in store.records()) if _content_of(path) in contents]
+    with _open_place(url) as (fs, root):
         if url.endswith(".tar"):
             return _export_tar(fs, root, entries, records)
         return _export_directory(fs, root, entries, records)
 
 
-def import_entries(store: Store, url: str) -> Carried:
-    """Take over every entry and record of an export, or of another store's directory, that this store has not.
+def import_entries(store: Store, url: str) -> TransferReport:
+    """Add every entry and record of an export, or of another store's directory, that this store lacks.
 
-    All of it is read beside first, and verified: every file against its manifest, the manifest against the identity it stands for. Raises
-    EdgepressError for what is damaged, broken off, or no export; the store is then as it was, but for entries that came before the damaged one.
+    All of it is copied into the scratch of the store and verified first: every file against its manifest, the manifest against its identity.
+
+    Args:
+        store: The store to extend.
+        url: A .tar or a directory, as `export_entries` writes it.
+
+    Raises:
+        EdgepressError: It is damaged, incomplete, or not an export. The store is then unchanged, except for entries before the damaged one.
     """
     with store.lock("import"):
         staged = store.root / "work" / f"import-{uuid.uuid4().hex[:8]}"
         staged.mkdir()
         try:
-            with _place(url) as (fs, root):
+            with _open_place(url) as (fs, root):
                 fetch = _fetch_tar if url.endswith(".tar") else _fetch_directory
                 size, present = fetch(fs, root, staged, store)
-            return _take_over(store, staged, size, present)
+            return _adopt(store, staged, size, present)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
 
-def _whole(store: Store, identity: str) -> Entry:
+def _verified(store: Store, identity: str) -> Entry:
     with store.lock(identity):
         entry = store.get(identity)
     if entry is None:
-        raise EdgepressError(f"the entry {identity} is not in {store.root}, or was damaged and is set aside now")
+        raise EdgepressError(f"the entry {identity} is not in {store.root}, or was damaged and is in quarantine now")
     return entry
 
 
-def _about(record: Path) -> str | None:
-    """The digest of the content a record is about."""
+def _content_of(record: Path) -> str | None:
     try:
-        return open_record(record.read_bytes()).get("key", {}).get("content")
-    except FileNotFoundError:
-        return None
+        return content_of_record(record)
     except ValueError as error:
-        raise EdgepressError(f"{record} is damaged ({error}); `edgepress store verify` sets it aside") from None
+        raise EdgepressError(f"{record} is damaged ({error}); `edgepress store verify` quarantines it") from None
 
 
 @contextmanager
-def _place(url: str) -> Iterator[tuple[Any, str]]:
-    """The file system of a URL and the path in it; what goes wrong there becomes an EdgepressError."""
+def _open_place(url: str) -> Iterator[tuple[Any, str]]:
+    """Yield the file system of a URL and the path in it; every failure there becomes an EdgepressError."""
     try:
         fs, root = fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -105,7 +112,7 @@ def _place(url: str) -> Iterator[tuple[Any, str]]:
         raise EdgepressError(f"{url}: {error}") from None
     except ValueError as error:
         raise EdgepressError(f"{url}: {error}") from None
-    fs.invalidate_cache()  # file systems are kept for a process, with what they listed before
+    fs.invalidate_cache()  # fsspec keeps its file systems for the whole process, with their old listings
     try:
         yield fs, root.rstrip("/")
     except FileNotFoundError as error:
@@ -117,30 +124,30 @@ def _place(url: str) -> Iterator[tuple[Any, str]]:
 
 
 def _botocore_errors() -> type[Exception]:
-    """What s3fs lets through as it is: a server that could not even be asked (no credentials, no connection). None where it is not in use."""
+    """Return the base of the errors that s3fs passes on unchanged (no credentials, no connection); OSError where botocore is not loaded."""
     return getattr(sys.modules.get("botocore.exceptions"), "BotoCoreError", OSError)
 
 
 def _members(entry: Entry) -> Iterator[tuple[str, Path]]:
-    """(name in an export, file) of an entry, the manifest last."""
+    """Yield (name in an export, file) of an entry, the manifest last."""
     home = f"objects/{entry.identity}"
     for name in sorted(entry.manifest["files"]):
         yield f"{home}/content/{name}", entry.path / name
     yield f"{home}/manifest.json", entry.path.parent / "manifest.json"
 
 
-def _export_tar(fs: Any, path: str, entries: list[Entry], records: list[Path]) -> Carried:
-    """One after the other into a stream; the file is there when all of it is. Equal entries make equal bytes."""
+def _export_tar(fs: Any, path: str, entries: list[Entry], records: list[Path]) -> TransferReport:
+    """Stream all members into one file, which appears when it is whole. Equal entries make equal bytes."""
     files = [member for entry in entries for member in _members(entry)] + [(f"records/{file.name}", file) for file in records]
     listed = {"schema": SCHEMA, "members": [name for name, _ in files]}
     _make_parents(fs, path)
-    with _writing(fs, path) as stream, tarfile.open(fileobj=stream, mode="w|", bufsize=2**20) as tar:
+    with _atomic(fs, path) as stream, tarfile.open(fileobj=stream, mode="w|", bufsize=2**20) as tar:
         for name, file in files:
             with file.open("rb") as source:
                 _add(tar, name, file.stat().st_size, source)
         text = json.dumps(listed).encode()
         _add(tar, LIST, len(text), io.BytesIO(text))
-    return Carried(tuple(entry.identity for entry in entries), (), len(records), sum(file.stat().st_size for _, file in files))
+    return TransferReport(tuple(entry.identity for entry in entries), (), len(records), sum(file.stat().st_size for _, file in files))
 
 
 def _add(tar: tarfile.TarFile, name: str, size: int, source: IO[bytes]) -> None:
@@ -149,7 +156,7 @@ def _add(tar: tarfile.TarFile, name: str, size: int, source: IO[bytes]) -> None:
     tar.addfile(member, source)
 
 
-def _export_directory(fs: Any, root: str, entries: list[Entry], records: list[Path]) -> Carried:
+def _export_directory(fs: Any, root: str, entries: list[Entry], records: list[Path]) -> TransferReport:
     written: list[str] = []
     size = count = 0
     schema = f"{root}/schema.json"
@@ -172,23 +179,23 @@ def _export_directory(fs: Any, root: str, entries: list[Entry], records: list[Pa
         if not fs.exists(name):
             _put(fs, name, file.read_bytes())
             count += 1
-    return Carried(tuple(written), tuple(e.identity for e in entries if e.identity not in written), count, size)
+    return TransferReport(tuple(written), tuple(e.identity for e in entries if e.identity not in written), count, size)
 
 
 def _put(fs: Any, path: str, content: bytes) -> None:
     _make_parents(fs, path)
-    with _writing(fs, path) as stream:
+    with _atomic(fs, path) as stream:
         stream.write(content)
 
 
 @contextmanager
-def _writing(fs: Any, path: str) -> Iterator[IO[bytes]]:
-    """A stream into a file that is there, whole, when the block has ended well, and not before."""
+def _atomic(fs: Any, path: str) -> Iterator[IO[bytes]]:
+    """Yield a stream into a file that appears, whole, when the block ends."""
     if not isinstance(fs, LocalFileSystem):
-        with fs.transaction, fs.open(path, "wb", block_size=_PUSHED) as stream:
+        with fs.transaction, fs.open(path, "wb", block_size=_BLOCK) as stream:
             yield stream
         return
-    with written_beside(Path(path)) as stream:  # fsspec's own would wait in another file system
+    with atomic_file(Path(path)) as stream:  # the transactions of fsspec would keep it in another file system
         yield stream
 
 
@@ -199,8 +206,8 @@ def _make_parents(fs: Any, path: str) -> None:
 
 
 def _fetch_tar(fs: Any, path: str, staged: Path, store: Store) -> tuple[int, list[str]]:
-    """Unpack into `staged`, and see that nothing is missing at the end. Returns the bytes, and the entries it left out: none."""
-    _check_room(fs.size(path), store)
+    """Unpack into `staged`, and check that nothing is missing. Return the bytes, and the entries that it skipped: none."""
+    _check_space(fs.size(path), store)
     seen: list[str] = []
     listed: list[str] | None = None
     size = 0
@@ -208,26 +215,26 @@ def _fetch_tar(fs: Any, path: str, staged: Path, store: Store) -> tuple[int, lis
         for member in tar:
             content = tar.extractfile(member) if member.isreg() else None
             if content is None:
-                raise EdgepressError(f"{path}: {member.name!r} is no plain file, so this is no export of a store")
+                raise EdgepressError(f"{path}: {member.name!r} is not a plain file, so this is not an export of a store")
             if member.name == LIST:
                 listed = _read_head(content.read(), f"{path}: {LIST}").get("members", [])
                 continue
-            target = _safe(staged, member.name, path)
+            target = _safe_target(staged, member.name, path)
             with target.open("wb") as out:
-                shutil.copyfileobj(content, out, _PUSHED)
+                shutil.copyfileobj(content, out, _BLOCK)
             seen.append(member.name)
             size += member.size
     if listed is None:
-        raise EdgepressError(f"{path} has no {LIST} at its end: it broke off, or is no export of a store")
+        raise EdgepressError(f"{path} has no {LIST} at its end: it is incomplete, or not an export of a store")
     if sorted(seen) != sorted(listed):
         raise EdgepressError(f"{path} does not hold what its {LIST} lists")
     return size, []
 
 
 def _fetch_directory(fs: Any, root: str, staged: Path, store: Store) -> tuple[int, list[str]]:
-    """Copy every entry that this store has not, and every record, into `staged`. Returns the bytes, and the entries it has."""
+    """Copy every entry that this store lacks, and every record, into `staged`. Return the bytes, and the entries that it has."""
     if not fs.exists(f"{root}/schema.json"):
-        raise EdgepressError(f"{root} has no schema.json, so it is no export of a store, or not there")
+        raise EdgepressError(f"{root} has no schema.json, so it is not an export of a store, or does not exist")
     _read_head(fs.cat_file(f"{root}/schema.json"), f"{root}/schema.json")
     entries = [
         name for path in _listed(fs, f"{root}/objects") if fs.exists(f"{root}/objects/{(name := path.rpartition('/')[2])}/manifest.json")
@@ -240,53 +247,53 @@ def _fetch_directory(fs: Any, root: str, staged: Path, store: Store) -> tuple[in
         for path, facts in fs.find(f"{root}/objects/{name}", detail=True).items()
     }
     files |= {path: facts["size"] for path, facts in _listed(fs, f"{root}/records").items() if path.endswith(".json")}
-    _check_room(sum(files.values()), store)
+    _check_space(sum(files.values()), store)
     for path in files:
-        fs.get_file(path, str(_safe(staged, path.removeprefix(f"{root}/"), root)))
+        fs.get_file(path, str(_safe_target(staged, path.removeprefix(f"{root}/"), root)))
     return sum(files.values()), present
 
 
 def _listed(fs: Any, folder: str) -> dict[str, Any]:
-    """What is in a folder: path -> facts. Empty where there is none; half-written files (a dot in front) are left out."""
+    """Return the facts of everything in a folder, by path, but hidden files, which are half written; empty where there is no folder."""
     if not fs.exists(folder):
         return {}
     return {facts["name"]: facts for facts in fs.ls(folder, detail=True) if not facts["name"].rpartition("/")[2].startswith(".")}
 
 
-def _read_head(text: bytes, where: str) -> dict[str, Any]:
-    """What a store or an export says about itself. Raises EdgepressError for another schema."""
+def _read_head(text: bytes, place: str) -> dict[str, Any]:
+    """Return the document with the schema of a store or an export. Raises EdgepressError for another schema; `place` names it there."""
     try:
         document = json.loads(text)
-        found = document["schema"]
+        schema = document["schema"]
     except (ValueError, KeyError, TypeError) as error:
-        raise EdgepressError(f"{where} is none of a store's: {error!r}") from None
-    if found != SCHEMA:
-        raise EdgepressError(f"{where} has schema {found}, this edgepress reads {SCHEMA}")
+        raise EdgepressError(f"{place} does not belong to a store: {error!r}") from None
+    if schema != SCHEMA:
+        raise EdgepressError(f"{place} has schema {schema}, this edgepress reads {SCHEMA}")
     return document
 
 
-def _check_room(needed: int, store: Store) -> None:
+def _check_space(needed: int, store: Store) -> None:
     free = shutil.disk_usage(store.root).free
     if needed > free:
         raise EdgepressError(f"the disk of {store.root} has {free / 1e9:.1f} GB free, and this import needs {needed / 1e9:.1f} GB")
 
 
-def _safe(staged: Path, name: str, source: str) -> Path:
-    """Where a member goes. Raises EdgepressError for a name that no export has, such as one that leads elsewhere."""
+def _safe_target(staged: Path, name: str, source: str) -> Path:
+    """Return where a member goes. Raises EdgepressError for a name that no export has, such as one that leads outside `staged`."""
     if not _MEMBER.fullmatch(name) or {"", ".", ".."} & set(name.split("/")):
-        raise EdgepressError(f"{source}: {name!r} is nothing an export of a store holds")
+        raise EdgepressError(f"{source}: {name!r} does not belong into an export of a store")
     target = staged / name
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
 
-def _take_over(store: Store, staged: Path, size: int, present: list[str]) -> Carried:
-    taken = []
+def _adopt(store: Store, staged: Path, size: int, present: list[str]) -> TransferReport:
+    adopted = []
     for home in sorted((staged / "objects").glob("*")):
         with store.lock(home.name):
             if store.get(home.name) is None:
                 store.adopt(home.name, home)
-                taken.append(home.name)
+                adopted.append(home.name)
             else:
                 present.append(home.name)
     count = 0
@@ -301,4 +308,4 @@ def _take_over(store: Store, staged: Path, size: int, present: list[str]) -> Car
             if store.record(file.stem) is None:
                 store.put_record(file.stem, record)
                 count += 1
-    return Carried(tuple(taken), tuple(present), count, size)
+    return TransferReport(tuple(adopted), tuple(present), count, size)

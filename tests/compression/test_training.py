@@ -201,7 +201,7 @@ def test_survives_kill_9_at_a_step_and_in_the_middle_of_writing(tmp_path: Path, 
     assert json.loads(done.stdout.splitlines()[-1]) == [
         [0, ["checkpoint-8", "checkpoint-9"]],
         [-signal.SIGKILL, ["checkpoint-2", "checkpoint-4"]],
-        [-signal.SIGKILL, [".partial-6", "checkpoint-2", "checkpoint-4"]],
+        [-signal.SIGKILL, [".partial-checkpoint-6", "checkpoint-2", "checkpoint-4"]],
         [0, ["checkpoint-8", "checkpoint-9"]],
     ]
     assert Path(f"{killed}.safetensors").read_bytes() == Path(f"{whole}.safetensors").read_bytes()

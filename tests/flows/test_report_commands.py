@@ -94,7 +94,7 @@ def test_runs_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
 def test_damaged_summaries_and_those_of_other_versions_are_refused(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
     file = summary_files(store)["demo-1"]
     file.write_text("{")
-    assert "is no summary" in run(capfd, "report", "demo-1", code=2)
+    assert "demo-1.summary.json" in run(capfd, "report", "demo-1", code=2)
     file.write_text(f'{{"version": {SUMMARY + 1}, "summary": {{}}}}')
     assert f"has version {SUMMARY + 1}" in run(capfd, "report", "demo-1", code=2)
 

@@ -50,10 +50,7 @@ def test_verify(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
     damaged = store.entries()[0]
     (store.root / "objects" / damaged / "content" / "model.safetensors").write_text("x")
     told = run(capfd, "verify", code=1)
-    assert (
-        f"damaged: entry {damaged}: its files are not those of its manifest: model.safetensors" in told
-        and "1 damaged, set aside in" in told
-    )
+    assert f"damaged: entry {damaged}: " in told and "model.safetensors" in told and "1 damaged, set aside in" in told
     assert "2 entries" in run(capfd, "verify")
 
 

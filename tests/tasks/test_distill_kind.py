@@ -104,7 +104,7 @@ def test_stages_of_a_store_share_what_the_teacher_said(tmp_path: Path, checkpoin
         for task in made.stages[1:]:
             assert task.definition is not None
             results[task.name] = Result(task.name, task.definition.uses, [], "Running", identity=task.identity)
-            _compute(pipeline, task, task.definition, results[task.name], again=False)
+            _compute(pipeline, task, task.definition, results[task.name], recompute=False)
         built.append(results["taught"].metrics["teacher_cache_built"])
         assert str(tmp_path) not in str(made.stages[-1].document)  # where the cache is decides nothing
     assert built == [1, 0, 1]

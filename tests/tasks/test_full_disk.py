@@ -1,4 +1,4 @@
-"""A stage that fails leaves no half of its result, of which the disk may be full: then neither child nor flow could say what happened."""
+"""A stage that fails leaves no half of its result: on a disk that it filled neither child nor flow could record the reason."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,11 +14,11 @@ from tasks.runners.executor import Job, JobResult
 from tasks.runners.local import LocalExecutor
 from tasks.store.store import Store
 from tests.tasks.entries import commit, identity_of
-from tests.tasks.test_lost_inputs import Child, compute
+from tests.tasks.test_lost_inputs import FakeExecutor, compute
 
 
-class Filling(Child):
-    """Real children, whose stage fills the disk through its `out` or its `work`."""
+class FillingExecutor(FakeExecutor):
+    """Real child processes, whose stage fills the disk through its `out` or its `work`."""
 
     def __init__(self, into: str):
         super().__init__(lambda: None)
@@ -31,14 +31,14 @@ class Filling(Child):
 
 
 @pytest.fixture(params=["out", "work"])
-def filling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Filling]:
+def filling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FillingExecutor]:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # for a machine lock of its own
-    made = Filling(request.param)
+    made = FillingExecutor(request.param)
     yield made
     made.local.close()
 
 
-def test_a_disk_that_is_really_full_is_named_and_what_is_of_no_use_is_off_it(small_disk: Path, filling: Filling) -> None:
+def test_full_disk_is_named_and_the_half_result_removed(small_disk: Path, filling: FillingExecutor) -> None:
     store = Store(small_disk / "store")
     parent = commit(store)
     with pytest.raises(JobFailed, match="no space left on the disk") as caught:
@@ -52,7 +52,7 @@ def test_a_disk_that_is_really_full_is_named_and_what_is_of_no_use_is_off_it(sma
 
 
 @pytest.mark.parametrize("failure", [JobFailed("killed", transient=True), EdgepressError("too narrow"), Cancelled()])
-def test_of_a_stage_that_failed_or_was_killed_its_checkpoints_stay(tmp_path: Path, failure: Exception) -> None:
+def test_failed_stage_keeps_its_checkpoints_only(tmp_path: Path, failure: Exception) -> None:
     store = Store(tmp_path / "store")
     parent = commit(store)
     home = store.root / "work" / identity_of("child", [parent.identity])
@@ -63,5 +63,5 @@ def test_of_a_stage_that_failed_or_was_killed_its_checkpoints_stay(tmp_path: Pat
         raise failure
 
     with pytest.raises(type(failure)):
-        compute(store, parent, Child(fail))
+        compute(store, parent, FakeExecutor(fail))
     assert list((home / "out").iterdir()) == [] and (home / "work" / "checkpoint").exists()

@@ -23,8 +23,8 @@ def test_a_run_is_written_down_from_its_beginning_to_its_end(store: Store) -> No
         begun = read_run(store, "demo-1")
         assert begun == opened.run and current_state(store, begun) == "Running"
         assert [stage.state for stage in begun.stages] == ["Pending", "Pending"] and begun.overrides == ("seed=1",)
-        opened.note(tracking_run="abc")
-        opened.stages(
+        opened.update(tracking_run="abc")
+        opened.update_stages(
             {"base": StageStatus("Cached"), "s0": StageStatus("Completed", seconds=2.5), "s1": StageStatus("Failed", "too narrow")}
         )
         opened.end("Failed")
@@ -44,7 +44,7 @@ def test_runs_are_numbered_and_ordered_whatever_the_clock_says(store: Store) -> 
 @pytest.mark.parametrize(("error", "state", "reason"), [(KeyboardInterrupt(), "Interrupted", ""), (OSError("disk"), "Failed", "disk")])
 def test_a_run_that_is_broken_off_says_so_and_what_ran_was_stopped(store: Store, error: BaseException, state: str, reason: str) -> None:
     with pytest.raises(type(error)), journal(store, a_run("demo", ["1"])) as opened:
-        opened.stages({"s0": StageStatus("Running")})
+        opened.update_stages({"s0": StageStatus("Running")})
         raise error
     run = read_run(store, "demo-1")
     assert (run.state, run.reason, run.stages[0].state) == (state, reason, "Stopped")
@@ -78,7 +78,7 @@ def test_a_journal_of_a_later_version_is_read_and_a_damaged_one_is_told(store: S
     file.write_text(json.dumps({**document, "news": 1}))
     assert read_run(store, "demo-1") == opened.run
     file.write_text(json.dumps({**document, "stages": 1}))
-    with pytest.raises(EdgepressError, match=r"demo-1\.json is no journal .*store verify"):
+    with pytest.raises(EdgepressError, match=r"demo-1\.json .*store verify"):
         read_run(store, "demo-1")
     with pytest.raises(EdgepressError, match="no run 'demo-2'.*runs: demo-1"):
         read_run(store, "demo-2")

@@ -19,8 +19,8 @@ def run(
 ) -> tuple[set[str], list[str]]:  # fmt: skip
     said: list[str] = []
     metrics = compute_stage(
-        stage={"uses": uses, **parameters}, parent=str(checkpoint), others={"teacher": str(checkpoint)}, out=str(tmp_path / "out"),
-        work=str(tmp_path / "work"), data=DataSpec.model_validate(data).model_dump(mode="json"), threads=1, context=Context(seed=1, warn=said.append),
+        stage={"uses": uses, **parameters}, inputs={"parent": str(checkpoint), "others": {"teacher": str(checkpoint)}},
+        place={"out": str(tmp_path / "out"), "work": str(tmp_path / "work")}, data=DataSpec.model_validate(data).model_dump(mode="json"), threads=1, context=Context(seed=1, warn=said.append),
     )  # fmt: skip
     return set(metrics), said
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError
+from compression.files import write_json
 from tasks.errors import Cancelled
-from tasks.store.files import write_json
 from tasks.store.store import Entry, Store, check_links, publish, unpublish
 from tests.tasks.entries import KNOWN, commit, document_of, identity_of
 from tests.waiting import PATIENCE
@@ -97,7 +97,7 @@ def test_a_commit_killed_before_its_last_rename_is_finished(store: Store, monkey
 
     commit(store)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Store, "_take_over", kill)
+        patch.setattr(Store, "_install", kill)
         commit(store, text="weightz")
     assert not store.has(A)
     found = store.get(A)
@@ -226,7 +226,7 @@ def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("moment", ["tasks.store.store.fsync_tree", "tasks.store.files.os.fsync", "tasks.store.files.Path.replace"])
+@pytest.mark.parametrize("moment", ["tasks.store.store.fsync_tree", "compression.files.os.fsync", "compression.files.Path.replace"])
 def test_a_full_disk_leaves_the_store_whole(store: Store, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     commit(store, "before")
     store.put_record("k", {"metrics": {"perplexity": 3.5}})

@@ -162,7 +162,7 @@ def test_a_tar_without_its_list_is_refused(store: Store, other: Store, tmp_path:
     """Cut exactly between two members, which tar itself does not notice."""
     export_entries(store, str(tmp_path / "x"), [PARENT])
     pack(tmp_path / "x", tmp_path / "x.tar", listed=False)
-    with pytest.raises(EdgepressError, match="broke off"):
+    with pytest.raises(EdgepressError, match="incomplete"):
         import_entries(other, str(tmp_path / "x.tar"))
     assert other.entries() == []
 
@@ -173,7 +173,7 @@ def test_a_tar_without_its_list_is_refused(store: Store, other: Store, tmp_path:
 def test_a_member_that_leads_elsewhere_is_refused(other: Store, tmp_path: Path, name: str) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as out:
         out.addfile(tarfile.TarInfo(name), io.BytesIO())
-    with pytest.raises(EdgepressError, match="nothing an export of a store holds"):
+    with pytest.raises(EdgepressError, match="does not belong"):
         import_entries(other, str(tmp_path / "x.tar"))
     assert not list(tmp_path.rglob("outside"))
 
@@ -183,7 +183,7 @@ def test_a_link_in_a_tar_is_refused(other: Store, tmp_path: Path) -> None:
     member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
     with tarfile.open(tmp_path / "x.tar", "w") as out:
         out.addfile(member)
-    with pytest.raises(EdgepressError, match="no plain file"):
+    with pytest.raises(EdgepressError, match="plain file"):
         import_entries(other, str(tmp_path / "x.tar"))
 
 
@@ -249,5 +249,5 @@ def test_an_export_of_another_schema_is_refused(store: Store, other: Store, tmp_
         export_entries(store, str(tmp_path / "x"), [CHILD])
     for text in ("{", "[]", "{}"):
         (tmp_path / "x" / "schema.json").write_text(text)
-        with pytest.raises(EdgepressError, match=r"schema\.json is none of a store's"):
+        with pytest.raises(EdgepressError, match=r"schema\.json"):
             import_entries(other, str(tmp_path / "x"))

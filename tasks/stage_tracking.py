@@ -1,0 +1,103 @@
+"""The run in MLflow of one stage, and its points in the charts of the pipeline's run. Imports no torch and no MLflow."""
+
+from pathlib import Path
+
+from tasks.planned_stage import PlannedStage, Result
+from tasks.run_context import RunContext
+from tasks.stage import Artifact
+from tasks.store.provenance import CARRIED
+from tasks.tracking.descriptions import charted, describe_stage, properties
+from tasks.tracking.runs_view import RUN
+
+
+def open_stage_run(context: RunContext, stage: PlannedStage, result: Result, previous: Result | None) -> None:
+    """Open the stage's run. A retry continues the run of `previous`, a resumed stage the one that the resumed run opened."""
+    if previous is not None and previous.run:
+        result.run = previous.run
+        context.tracking.reopen(result.run)
+        return
+    tags = {
+        "edgepress.kind": "stage",
+        "edgepress.stage": stage.name,
+        "edgepress.uses": stage.uses,
+        "edgepress.identity": stage.identity,
+        "edgepress.recipe": context.name,
+        RUN: context.runs.name,
+        "edgepress.leaf": str(stage.name in context.runs.leaves).lower(),
+        **properties(stage.product, context.base.checkpoint.model_type),
+    }
+    parameters = stage.definition.model_dump(mode="json", exclude={"uses"}) if stage.definition else {}
+    result.run = context.tracking.open_run(
+        stage.name,
+        parent=context.runs.cells.get(stage.cell, context.runs.parent),
+        tags=tags,
+        params={"uses": stage.uses, **parameters, "seed": stage.document.get("seed")},
+        known=context.runs.known.get(stage.name),
+    )
+    if superseded := context.runs.superseded.get(stage.name):
+        context.tracking.supersede(superseded, by=result.run)
+    if stage.document.get("data"):
+        context.tracking.log_data(
+            result.run,
+            "recipe data",
+            stage.document["data"],
+            context.data.model_dump_json(),
+            stage.definition.data_read() if stage.definition else "evaluation",
+        )
+
+
+def finish_stage_run(context: RunContext, stage: PlannedStage, result: Result) -> None:
+    """Log what came of a stage on its run and on the pipeline's, and end its run."""
+    tracking, cached = context.tracking, result.state == "Cached"
+    passed = all(verdict.outcome == "PASS" for verdict in result.verdicts)
+    tags = {
+        "edgepress.state": result.state,
+        "edgepress.cached": str(cached).lower(),
+        **_place_tags(result),
+        "edgepress.final": str(stage.name in context.runs.leaves and passed).lower(),
+    }
+    tracking.log(result.run, result.metrics, tags=tags)
+    log_series(context, stage, result)
+    if isinstance(stage.product, Artifact):
+        for file in CARRIED:
+            tracking.log_file(result.run, Path(result.path) / file)
+    tracking.describe(result.run, _description(context, stage, result), cached_identity=stage.identity if cached else None)
+    tracking.end(result.run, "FINISHED")
+
+
+def fail_stage_run(context: RunContext, stage: PlannedStage, result: Result) -> None:
+    """Log a failed or stopped stage on its run, if it has one, and end it."""
+    if not result.run:
+        return
+    stopped = result.state == "Stopped"
+    context.tracking.log(result.run, result.metrics, tags={"edgepress.state": result.state, **_place_tags(result)})
+    context.tracking.describe(result.run, _description(context, stage, result))
+    context.tracking.end(result.run, "KILLED" if stopped else "FAILED", "interrupted" if stopped else result.reason)
+
+
+def log_series(context: RunContext, stage: PlannedStage, result: Result) -> None:
+    """Log the stage's metrics on the pipeline's run with step = the stage's index, one series for each path to a leaf."""
+    suffixes = context.runs.series.get(stage.name, ())
+    series = {metric + suffix: value for metric, value in charted(result.metrics).items() for suffix in suffixes}
+    if series:  # a superseded stage of another identity left points at this step, which these replace
+        context.tracking.log(context.runs.parent, series, step=stage.index, again=stage.name in context.runs.superseded)
+
+
+def _place_tags(result: Result) -> dict[str, str]:
+    return {"edgepress.path": result.path, "edgepress.content": result.content} if result.path else {}
+
+
+def _description(context: RunContext, stage: PlannedStage, result: Result) -> str:
+    parent = stage.inputs.get("parent", "base")
+    others = [name for name in dict.fromkeys((parent, "base")) if name != stage.name and name in context.results]
+    return describe_stage(
+        uses=result.uses,
+        needs=result.needs,
+        state=result.state,
+        reason=result.reason,
+        seconds=result.seconds,
+        runtime=result.runtime,
+        columns={stage.name: result.metrics, **{name: context.results[name].metrics for name in others}},
+        warnings=result.warnings,
+        verdicts=result.verdicts,
+    )

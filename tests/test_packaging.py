@@ -30,7 +30,9 @@ def test_constraints_lie_in_the_declared_ranges():
 
 def test_make_test_checks_everything_in_order_and_ci_calls_it():
     printed = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    checks = re.findall(r"^\.venv/bin/(ruff check|ruff format --check|lint-imports|mypy|python -m pytest -n 2 --durations=10)$", printed, re.MULTILINE)
+    checks = re.findall(
+        r"^\.venv/bin/(ruff check|ruff format --check|lint-imports|mypy|python -m pytest -n 2 --durations=10)$", printed, re.MULTILINE
+    )
     assert checks == ["ruff check", "ruff format --check", "lint-imports", "mypy", "python -m pytest -n 2 --durations=10"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]

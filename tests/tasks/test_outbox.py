@@ -167,7 +167,7 @@ def test_what_a_process_left_is_sent_by_the_next_from_where_it_stopped(uri: str,
     other, _, _ = connect()
     assert other.flush_leftover() == 8 and waiting(tmp_path / "outbox") == 0
     check_stage(uri, sender.ids[run], parent, ended)
-    assert other.begun(run) is not None  # found by our name too
+    assert other.find_open_run(run) is not None  # found by our name too
     assert other.flush_leftover() == 0 and list((tmp_path / "outbox").iterdir()) == []
 
 

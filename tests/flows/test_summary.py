@@ -13,6 +13,7 @@ from flows.planning.recipe import load_recipe
 from flows.planning.selection import select
 from flows.run.summary import summarize
 from tasks.planned_stage import Result
+from tasks.run_context import TrackedRuns
 from tasks.store.store import Store
 from tests.flows.recipes import recipe
 
@@ -26,7 +27,7 @@ def plan(tmp_path: Path, checkpoint: Path) -> Plan:
 
 
 def rows(plan: Plan, *results: Result) -> dict[str, dict[str, Any]]:
-    pipeline: Any = SimpleNamespace(name="r", run="f00", results={result.name: result for result in results})
+    pipeline: Any = SimpleNamespace(name="r", runs=TrackedRuns("f00"), results={result.name: result for result in results})
     made = summarize(pipeline, plan, 0.0, "r-1")
     assert json.loads(json.dumps(made)) and [row["stage"] for row in made["rows"]] == ["base", "a", "b", "c"]
     return {row["stage"]: row for row in made["rows"]}
@@ -46,7 +47,7 @@ def test_stages_that_never_began_say_why(plan: Plan) -> None:
 
 
 def test_what_figures_were_measured_with_is_told(plan: Plan) -> None:
-    pipeline: Any = SimpleNamespace(name="r", run="f00", results={})
+    pipeline: Any = SimpleNamespace(name="r", runs=TrackedRuns("f00"), results={})
     environment = json.loads(json.dumps(summarize(pipeline, plan, 0.0, "r-1")))["environment"]
     assert environment["measured_with"] == plan.measured_with and plan.measured_with["quality"]
     assert environment["data"] == fingerprint(plan.parsed.recipe.data)
@@ -63,7 +64,8 @@ def test_what_is_known_of_single_layers_comes_from_beside_the_checkpoint(plan: P
 def test_a_part_of_a_sweep_says_what_is_left_out(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "r.yaml").write_text(recipe(checkpoint, STAGES, "matrix: {b.bits: [2, 4, 8]}\n"))
     whole = make_plan(load_recipe(tmp_path / "r.yaml"), Store(tmp_path / "store"))
-    pipeline: Any = SimpleNamespace(name="r", run="f00", results={}, cells={branch.name: "" for branch in whole.parsed.branches})
+    runs = TrackedRuns("f00", cells={branch.name: "" for branch in whole.parsed.branches})
+    pipeline: Any = SimpleNamespace(name="r", runs=runs, results={})
     for only, left_out in ([], 0), (["b@bits=4"], 2), (["b"], 0):
         made = summarize(pipeline, select(whole, only=only), 0.0, "r-1")["sweep"]
         assert (len(made["cells"]), made["left_out"]) == (3 - left_out, left_out)

@@ -18,6 +18,7 @@ from flows.run.summary import summarize
 from flows.run.tracked import auxiliary_stages, end_cells, git_commit, installed_requirements, known_stages, leaves, planned_stages, series
 from tasks.measurement.gates import Verdict
 from tasks.planned_stage import Result
+from tasks.run_context import TrackedRuns
 from tasks.store.store import Store
 from tasks.tracking.tracking import OpenRun
 from tests.flows.recipes import STAGES, recipe
@@ -74,7 +75,7 @@ def test_a_cell_has_the_roads_to_its_leaves_and_helpers(plan: Callable[..., Plan
     )
     results = {t.name: Result(t.name, "x", [], "Completed", metrics={"accuracy": t.index / 10}) for t in made.stages}
     cells = {branch.name: branch.name for branch in made.parsed.branches}
-    pipeline: Any = SimpleNamespace(name="micro", run="f00", results=results, cells=cells, tracking=tracking, superseded={})
+    pipeline: Any = SimpleNamespace(name="micro", runs=TrackedRuns("f00", cells=cells), results=results, tracking=tracking)
     end_cells(pipeline, summarize(pipeline, made, 0.0, "micro-1"), made, finished=True)
     index = {task.name: task.index for task in made.stages}
     assert curves.keys() == {"steps=1", "steps=2"}

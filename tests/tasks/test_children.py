@@ -283,7 +283,7 @@ def test_the_fork_server_leaves_ctrl_c_to_the_flow(tmp_path: Path) -> None:
     code = (
         f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\nimport signal, sys\n"
         "from tasks.runners.budget import Budget\nfrom tasks.runners.local import LocalExecutor\n"
-        "signal.signal(signal.SIGINT, lambda *_: print('heard', flush=True))\nLocalChildren(Budget(2)).preload()\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('heard', flush=True))\nLocalExecutor(Budget(2)).preload()\n"
         "print('importing', flush=True)\nsys.stdin.read()"
     )
     flow = subprocess.Popen(

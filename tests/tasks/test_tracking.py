@@ -34,7 +34,7 @@ def test_what_a_pipeline_began_is_found_again(uri: str) -> None:
     cell = tracking.open_run("bits=2", parent=top, tags={"edgepress.kind": "cell"})
     shared = tracking.open_run("pruned", parent=top, tags=stage_tags("pruned", "1"))
     own = tracking.open_run("rtn", parent=cell, tags=stage_tags("rtn", "2"))
-    begun = Tracking(uri).begun(top)
+    begun = Tracking(uri).find_open_run(top)
     assert begun is not None and (begun.run, begun.name) == (top, "demo-3") and begun.cells == {"bits=2": cell}
     assert begun.stages == {("pruned", "1"): shared, ("rtn", "2"): own}
 

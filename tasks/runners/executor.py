@@ -12,7 +12,7 @@ from compression.evaluation.findings import Items
 
 EventHandler = Callable[[dict[str, Any]], None]
 """Hears of a job: {"progress": [done, total, what]}, {"metrics": {}, "step": n}, {"warning": text} from the job itself; {"note": text} about
-where and how it is executed; {"again": text} when it was begun anew after its worker was lost: what it said before counts no more."""
+where and how it is executed; {"restarted": text} when it starts anew because its worker was lost: what it reported before no longer counts."""
 
 
 @dataclass(frozen=True)

@@ -46,4 +46,4 @@ class EventReader:
                 continue
             self._starts += 1
             if self._starts > 1:
-                on_event({"again": f"its worker was lost; begun anew on {event['started']}"})
+                on_event({"restarted": f"its worker was lost; restarted on {event['started']}"})

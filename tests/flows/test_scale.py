@@ -92,7 +92,7 @@ def test_two_dask_workers_share_a_sweep_and_one_is_killed(sweep: Sweep, tmp_path
     with DaskCluster(tmp_path, workers=2) as cluster:
         process = sweep.start("dask", "execution.runner=dask", f"execution.address={cluster.address}")
         output = killing_one_worker(cluster, sweep.folder / "dask", process)
-    assert "its worker was lost; begun anew on" in output
+    assert "its worker was lost; restarted on" in output
     assert sweep.contents("dask") == sweep.contents("here")
 
 
@@ -100,5 +100,5 @@ def test_two_prefect_workers_share_a_sweep_and_one_is_killed(sweep: Sweep, tmp_p
     with PrefectPool(tmp_path, workers=2) as cluster:
         process = sweep.start("prefect", "execution.runner=prefect", "execution.pool=edge", PREFECT_API_URL=cluster.address)
         output = killing_one_worker(cluster, sweep.folder / "prefect", process)
-    assert "its worker was lost; begun anew on" in output
+    assert "its worker was lost; restarted on" in output
     assert sweep.contents("prefect") == sweep.contents("here")

@@ -290,7 +290,7 @@ def test_events_go_on_where_another_child_begins(tmp_path: Path) -> None:
     with file.open("a") as stream:  # as tasks/runners/worker.py begins
         stream.write('\n{"started": "b/2"}\n{"warning": "y"}\n')
     reader.forward(heard.append)
-    assert heard == [{"warning": "x"}, {"again": "its worker was lost; begun anew on b/2"}, {"warning": "y"}]
+    assert heard == [{"warning": "x"}, {"restarted": "its worker was lost; restarted on b/2"}, {"warning": "y"}]
 
 
 # --- `execution:` ---

@@ -107,7 +107,7 @@ def test_a_job_whose_worker_is_killed_is_done_by_another(cluster: DaskCluster, t
         killer.join(PATIENCE)
         children.close()
     assert done.metrics == {"start": 2}
-    assert [list(event) for event in events] == [["warning"], ["again"], ["warning"]]
+    assert [list(event) for event in events] == [["warning"], ["restarted"], ["warning"]]
 
 
 def test_what_cannot_work_is_told_before_any_job(cluster: DaskCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from flows.cli.main import main as cli
 from tasks.measurement.figures import FIGURES
 from tasks.tracking.runs_view import COLUMNS, KEY, RUN, TAG, runs_address, view_state
 from tasks.tracking.tracking import Tracking
@@ -45,7 +44,7 @@ def test_ui_prints_the_address_of_the_view(tmp_path: Path, monkeypatch: pytest.M
     started: list[list[str]] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(cli.subprocess, "Popen", Server)
+    monkeypatch.setattr("subprocess.Popen", Server)
     code, out, _ = edgepress(["ui", "--port", "5055"], capfd)
     (experiment,) = MlflowClient("sqlite:///mlflow.db").search_experiments(filter_string="name = 'edgepress'")
     assert code == 0 and len(started) == 1 and started[0][-2:] == ["--port", "5055"]

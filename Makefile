@@ -10,7 +10,7 @@ READY := .venv/.ready
 WORKERS := 2# tests run side by side, one file at a time each
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo check test lint bench-recovery bench-demo bench-compression bench-export bench-scale bench-studies bench-orchestration drill setup
+.PHONY: demo check test lint docs bench-recovery bench-demo bench-compression bench-export bench-scale bench-studies bench-orchestration drill setup
 
 demo: $(READY)
 	$(BIN)/edgepress run demo
@@ -27,6 +27,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# Writes build/site; a link that leads nowhere is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench-scale: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_scale

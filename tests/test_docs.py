@@ -1,6 +1,8 @@
 """The documentation says what is: its examples run, its generated parts are up to date, its links lead somewhere."""
 
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -24,7 +26,8 @@ from tasks.stage import check_accepts, stage_kinds
 from tasks.store.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
+SUFFIXES = {"md", "py", "json", "yaml", "toml", "txt", "html", "jsonl", "safetensors", "gguf", "onnx"}  # of files that the text names
 SMOLLM2 = {
     "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True, "dtype": "bfloat16",
@@ -202,3 +205,43 @@ def test_links_lead_somewhere(page: Path):
         assert linked.is_file(), f"{page.name} links to {target}"
         headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
         assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+
+
+def test_the_site_builds_offline_without_warnings(tmp_path: Path):
+    site = tmp_path / "site"
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", site], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, check=False,
+    )  # fmt: skip
+    assert (built.returncode, built.stdout + built.stderr) == (0, "")
+    loaded = re.compile(r"""<(?:script|link|img)\b[^>]*?(?:src|href)=["']?https?://""")
+    for page in site.rglob("*.html"):
+        assert not loaded.search(page.read_text()), f"{page.relative_to(site)} loads something from the network"
+    assert "export_gguf" in (site / "api" / "export.html").read_text()
+
+
+CODE = re.compile(r"`([A-Za-z_][\w.]*?)(?:\(\))?`")
+FILE = re.compile(r"`((?:compression|export|tasks|flows|tests|docs|docker)/[\w./-]+)`")
+FOLDERS = [ROOT / name for name in ("compression", "export", "tasks", "flows", "tests", "docker")]
+FOREIGN = {"DaskTaskRunner", "tasks.py", "working_dir"}  # what is not ours and the text names all the same
+
+
+@pytest.fixture(scope="module")
+def source_words() -> set[str]:
+    """Every word of the source: names, keys, and what strings contain."""
+    files = [file for folder in FOLDERS for file in folder.rglob("*") if file.suffix in (".py", ".yaml") and file != Path(__file__)]
+    return set(re.findall(r"\w+", "\n".join(file.read_text() for file in files))) | {file.stem for file in files}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_names_in_the_text_exist(page: Path, source_words: set[str]):
+    code = "\n".join(re.findall(r"^```.*?^```$", page.read_text(), re.MULTILINE | re.DOTALL))
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    known = source_words | SUFFIXES | FOREIGN | set(re.findall(r"\w+", code))
+    files = {file.name for folder in FOLDERS for file in folder.rglob("*.py")}
+    missing = [file for file in FILE.findall(text) if not (ROOT / file).exists() and Path(file).stem not in code]
+    missing += [name for name in CODE.findall(text) if not set(name.strip(".").split(".")) <= known]
+    missing += [
+        name for name in CODE.findall(text) if name.endswith(".py") and name not in files | FOREIGN and name.removesuffix(".py") not in code
+    ]
+    assert not missing, f"{page.name} names what does not exist: {', '.join(missing)}"

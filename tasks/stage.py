@@ -95,6 +95,7 @@ class Stage(Settings):
         compresses: Whether it compresses the linear layers of the decoder blocks, so that the blocks must consist of these.
         reads: The part of the recipe's data that it reads, and so depends on.
         extra: The extra of edgepress whose packages it needs, if any.
+        added_parameters: Parameters that the kind did not have at first; at their defaults they leave the identity as it was.
         metrics: The names of what `run` returns (`*` stands for any), so that planning refuses a gate on an unknown metric.
     """
 
@@ -106,6 +107,7 @@ class Stage(Settings):
     compresses: ClassVar[bool] = False
     reads: ClassVar[Reads] = "nothing"
     extra: ClassVar[str | None] = None
+    added_parameters: ClassVar[frozenset[str]] = frozenset()
     metrics: ClassVar[tuple[str, ...]] = ("*",)
 
     def data_read(self) -> Reads:

@@ -1,13 +1,6 @@
-"""Distillation. Importing the package imports no torch; the training is in `compression.distillation.distill`."""
+"""Distillation: settings, checks while planning, losses and their teacher. The training is `compression.distillation.distill`."""
 
-from compression.distillation.compatibility import (
-    CacheSettings,
-    Divergence,
-    Feature,
-    FeatureLayers,
-    check_length,
-    check_vocabularies,
-    pair_layers,
-)  # fmt: skip
+from compression.distillation.compatibility import check_length, check_vocabularies, pair_layers
+from compression.distillation.settings import CacheSettings, DistillationSettings, ObjectiveSettings
 
-__all__ = ["CacheSettings", "Divergence", "Feature", "FeatureLayers", "check_length", "check_vocabularies", "pair_layers"]
+__all__ = ["CacheSettings", "DistillationSettings", "ObjectiveSettings", "check_length", "check_vocabularies", "pair_layers"]

@@ -2,45 +2,13 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any
 
 from compression.checkpoints.checkpoint import Checkpoint
+from compression.distillation.settings import FeatureLayers
 from compression.errors import EdgepressError, Incompatible
-
-FeatureLayers = Literal["last", "middle", "uniform"] | Mapping[int, int]
-Divergence = Literal["forward", "reverse", "js"]
-Feature = Literal["hidden_mse", "hidden_cosine", "attention", "gradient"]
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """What is kept of a teacher's outputs, for each position that counts.
-
-    keep   full: what its output head reads, and the head once, so 4·width bytes for the whole distribution;
-           top_k: the `top_k` likeliest tokens and the mass of all others, 8·top_k bytes
-    dtype  float32 (exact) or float16 (half of it)
-    """
-
-    keep: Literal["full", "top_k"]
-    top_k: int = 64
-    dtype: Literal["float32", "float16"] = "float32"
-
-    def check(self, *, alpha: float, gamma: float, vocabulary: int) -> None:
-        """Raise Incompatible where a cache cannot give what the loss asks of a teacher."""
-        if gamma:
-            raise Incompatible(
-                f"gamma {gamma} compares blocks, and the teacher cache keeps outputs only; set gamma to 0, or teacher_cache to none",
-                key="teacher_cache",
-            )
-        if not alpha:
-            raise Incompatible("with alpha 0 nothing is asked of a teacher; set teacher_cache to none", key="teacher_cache")
-        if self.keep == "top_k" and not 1 <= self.top_k < vocabulary:
-            raise Incompatible(
-                f"top_k {self.top_k} leaves no tail of a vocabulary of {vocabulary}; take fewer, or teacher_cache full", key="top_k"
-            )
 
 
 def check_vocabularies(student: Checkpoint, teacher: Checkpoint) -> None:

@@ -9,91 +9,92 @@ from compression.checkpoints.checkpoint import Checkpoint, file_digests, open_ch
 from compression.checkpoints.kept import read_kept
 from compression.checkpoints.loading import load_model
 from compression.context import Context
-from compression.distillation.compatibility import (
-    CacheSettings,
-    Divergence,
-    Feature,
-    FeatureLayers,
-    check_length,
-    check_vocabularies,
-    pair_layers,
-)  # fmt: skip
+from compression.distillation.compatibility import check_length, check_vocabularies, pair_layers
 from compression.distillation.objective import Objective
+from compression.distillation.settings import DistillationSettings
 from compression.distillation.teacher_cache import TeacherCache, open_teacher_cache
-from compression.training.batches import check_rows
+from compression.training.batches import TrainingRows, check_rows
 from compression.training.loop import train
-from compression.training.settings import TrainingSettings
 from compression.training.students import check_student, open_student, save_student
-from compression.training.validation import HeldOut
+from compression.training.trainer import TrainingRun
 
 
 def distill(
-    student: Path, teacher: Path, out: Path, rows: torch.Tensor, *, mask: torch.Tensor | None = None, validation: HeldOut | None = None,
-    alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0, temperature: float = 2.0, divergence: Divergence = "forward",
-    jsd_beta: float = 0.5, feature: Feature = "hidden_mse", feature_layers: FeatureLayers = "middle",
-    teacher_cache: CacheSettings | None = None, cache: Path | None = None, settings: TrainingSettings, workdir: Path, context: Context,
-) -> dict[str, float]:  # fmt: skip
-    """Minimise α·L_KD + β·cross-entropy + γ·L_feature (`losses`), and write the student to `out` in its own dtype.
+    student: Path,
+    teacher: Path,
+    out: Path,
+    data: TrainingRows,
+    settings: DistillationSettings,
+    *,
+    workdir: Path,
+    context: Context,
+    cache_folder: Path | None = None,
+) -> dict[str, float]:
+    """Minimise the objective of `settings` on `data`, and write the student to `out` in its own dtype.
 
-    β = 0 needs no labels (self-distillation, L2PSD of arXiv 2505.18166); α = γ = 0 is fine-tuning, and the teacher is not loaded.
+    Args:
+        student: A dense checkpoint.
+        teacher: A checkpoint with the same vocabulary; not loaded where alpha = gamma = 0.
+        out: The directory to write.
+        data: Rows of tokens, their targets, and rows for early stopping on the same loss.
+        settings: Objective and training.
+        workdir: Holds the checkpoints of the unfinished training.
+        context: Device, seed, and who hears of progress.
+        cache_folder: Where a teacher cache is, for every training that needs the same outputs; by default in `workdir`.
 
-    rows, mask      int64 and bool [n, length]: packed tokens, true where a token is a target; None takes all
-    validation      further ones, for early stopping on the same loss
-    divergence      forward, reverse or js, with its `jsd_beta` (`losses.kd_loss`)
-    feature         hidden_mse, hidden_cosine, attention or gradient (`features.look`), read when γ > 0
-    feature_layers  "last", "middle", "uniform", or student block -> teacher block
-    teacher_cache   keep the teacher's outputs in the directory `cache` (default: in `workdir`), for every training that asks the same.
-                    The teacher then runs in batches of its own, so a last bit may differ from a training without; between two
-                    trainings with the cache, whoever made it, none does
+    Returns:
+        The metrics of `compression.training.loop.train`: loss, loss_kd, loss_task, loss_feature (those with a weight), ...; with a cache
+        teacher_cache_mb and teacher_cache_built (1: by this call).
 
-    Returns the metrics of `compression.training.train`: loss, loss_kd, loss_task, loss_feature (those with a weight), ...; with a cache
-    teacher_cache_mb and teacher_cache_built (1: by this call).
-    Raises Incompatible (another vocabulary, a quantized student, a cache that cannot hold what is asked), UnusableModel, UnusableData,
-    EdgepressError.
+    Raises:
+        Incompatible: Another vocabulary, a quantized student, or a cache that cannot hold what the loss needs.
+        UnusableModel: A checkpoint cannot be read.
+        UnusableData: Rows that cannot be trained on.
+        EdgepressError: See `train`.
     """
-    pupil = open_checkpoint(student)
-    guide = open_checkpoint(teacher) if alpha or gamma else None
-    check_student(pupil, rows)
-    if guide is not None:
-        check_vocabularies(pupil, guide)
-        check_length(guide, rows.shape[1])
-    said: TeacherCache | None = None
-    if teacher_cache is not None:
-        vocabulary = min(checkpoint.vocab_size for checkpoint in (pupil, guide or pupil))
-        teacher_cache.check(alpha=alpha, gamma=gamma, vocabulary=vocabulary)
-        said = open_teacher_cache(
-            cache or workdir / "teacher", teacher, *_asked(rows, mask, validation if settings.evaluate_every else None),
-            settings=teacher_cache, vocabulary=vocabulary, temperature=temperature, context=context,
+    before = open_checkpoint(student)
+    source = open_checkpoint(teacher) if settings.needs_teacher else None
+    check_student(before, data.rows)
+    if source is not None:
+        check_vocabularies(before, source)
+        check_length(source, data.rows.shape[1])
+    cache: TeacherCache | None = None
+    if settings.cache is not None:
+        vocabulary = min(checkpoint.vocab_size for checkpoint in (before, source or before))
+        settings.cache.check(alpha=settings.alpha, gamma=settings.gamma, vocabulary=vocabulary)
+        cache = open_teacher_cache(
+            cache_folder or workdir / "teacher", teacher, *_teacher_rows(data, settings), settings=settings.cache, vocabulary=vocabulary,
+            temperature=settings.temperature, context=context,
         )  # fmt: skip
-    model = open_student(student, rows, context)
-    layers = pair_layers(feature_layers, pupil.num_layers, guide.num_layers, _origins(pupil, guide)) if guide and gamma else {}
-    objective = Objective(
-        model, teacher=load_model(teacher, device=context.device) if guide and not said else None, cache=said, alpha=alpha, beta=beta,
-        gamma=gamma, temperature=temperature, divergence=divergence, jsd_beta=jsd_beta, feature=feature, layers=layers, seed=context.seed,
-    )  # fmt: skip
-    origin = {"method": "distill", "student": file_digests(student), "teacher": file_digests(teacher) if guide else None}
-    metrics = train(
-        objective, rows, mask=mask, settings=settings, origin=origin, workdir=workdir, context=context, what="distil", validation=validation
-    )
+    model = open_student(student, data.rows, context)
+    layers: dict[int, int] = {}
+    if source is not None and settings.gamma:
+        layers = pair_layers(settings.feature_layers, before.num_layers, source.num_layers, _origins(before, source))
+    live_teacher = load_model(teacher, device=context.device) if source and not cache else None
+    objective = Objective(model, settings, teacher=live_teacher, cache=cache, layers=layers, seed=context.seed)
+    origin = {"method": "distill", "student": file_digests(student), "teacher": file_digests(teacher) if source else None}
+    metrics = train(objective, data, settings, TrainingRun("distil", origin, workdir), context=context)
     save_student(model, out, like=student)
-    if said is not None:
-        metrics |= {"teacher_cache_mb": said.nbytes / 1e6, "teacher_cache_built": float(said.built)}
+    if cache is not None:
+        metrics |= {"teacher_cache_mb": cache.nbytes / 1e6, "teacher_cache_built": float(cache.built)}
     return metrics
 
 
-def _asked(rows: torch.Tensor, mask: torch.Tensor | None, validation: HeldOut | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """All rows that the teacher is asked about, and their mask: padded behind to one length, which decides nothing."""
-    sets = [(rows, check_rows(rows, mask)), *([(validation[0], check_rows(*validation))] if validation else [])]
-    length = max(some.shape[1] for some, _ in sets)
+def _teacher_rows(data: TrainingRows, settings: DistillationSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return all rows that the teacher reads, and their mask, padded to one length: padding after the last target decides nothing."""
+    sets = [(data.rows, check_rows(data.rows, data.mask))]
+    if data.validation and settings.evaluate_every:
+        sets.append((data.validation[0], check_rows(*data.validation)))
+    length = max(rows.shape[1] for rows, _ in sets)
     padded = [[functional.pad(tensor, (0, length - tensor.shape[1])) for tensor in pair] for pair in sets]
-    return torch.cat([some for some, _ in padded]), torch.cat([targets for _, targets in padded])
+    return torch.cat([rows for rows, _ in padded]), torch.cat([targets for _, targets in padded])
 
 
 def _origins(student: Checkpoint, teacher: Checkpoint) -> list[int] | None:
-    """The teacher block that each block of the student was; None where it lost none, or its blocks are none of this teacher's.
+    """Return the teacher block that each block of the student was; None where it lost none, or they are not blocks of this teacher.
 
-    Pruning writes down indices into the model that it started from. A teacher of the same architecture and width that has all of
-    them is taken for that model, or for another one that was pruned from it.
+    Pruning records indices into the model that it started from. A teacher of the same architecture and width that has all of
+    them counts as that model, or as another one that was pruned from it.
     """
     left, theirs = (read_kept(checkpoint.path).get(checkpoint.blocks) for checkpoint in (student, teacher))
     if left is None or (student.model_type, student.hidden_size) != (teacher.model_type, teacher.hidden_size):

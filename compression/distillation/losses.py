@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from compression.distillation.compatibility import Divergence
+from compression.distillation.settings import Divergence
 
 MAX_LOGITS = 2**24  # elements of a chunk of logits: 64 MB in float32
 
@@ -40,7 +40,7 @@ def kd_loss(
 
 
 def merge_tail(log_probs: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """The log-probabilities of k outcomes, and of all others taken as one: [n, vocabulary] and int64 [n, k] -> [n, k + 1].
+    """Return the log-probabilities of k outcomes, and of all others as one: [n, vocabulary] and int64 [n, k] -> [n, k + 1].
 
     A divergence between two such distributions is exact for them, and at most that between the whole ones (data processing
     inequality); the two are equal where student and teacher spread the tail alike.
@@ -93,5 +93,5 @@ def _kl(of: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
 
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 where autocast gave less; float64 stays."""
+    """Return float32 where autocast gave less; float64 stays."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,4 +1,4 @@
-"""The two ways in which a teacher's distribution is told, small as long as it waits and expanded chunk by chunk."""
+"""Two compact forms of a teacher's distribution, expanded to the vocabulary chunk by chunk."""
 
 from typing import Protocol
 
@@ -13,19 +13,19 @@ class Targets(Protocol):
 
     vocabulary: int
 
-    def compare(self, student: torch.Tensor, *said: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Student log-probabilities [n, vocabulary] and what the teacher said, [n, ...] each -> both over the same outcomes."""
+    def compare(self, student: torch.Tensor, *teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log-probabilities of student [n, vocabulary] and teacher (its stored outputs, [n, ...] each) over the same outcomes."""
 
 
 class HeadTargets:
-    """The whole distribution, told by what the teacher's output head reads: [n, width] instead of [n, vocabulary]."""
+    """The whole distribution, stored as the input of the teacher's output head: [n, width] instead of [n, vocabulary]."""
 
     def __init__(self, head: nn.Module, vocabulary: int, temperature: float):
         self.head, self.vocabulary, self.temperature = head, vocabulary, temperature
 
-    def compare(self, student: torch.Tensor, *said: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def compare(self, student: torch.Tensor, *teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
-            return student, log_probabilities(self.head(*said)[:, : self.vocabulary], self.temperature)
+            return student, log_probabilities(self.head(*teacher)[:, : self.vocabulary], self.temperature)
 
 
 class TopTargets:
@@ -34,6 +34,6 @@ class TopTargets:
     def __init__(self, vocabulary: int):
         self.vocabulary = vocabulary
 
-    def compare(self, student: torch.Tensor, *said: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        indices, theirs = said
+    def compare(self, student: torch.Tensor, *teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        indices, theirs = teacher
         return merge_tail(student, indices), theirs.log_softmax(-1)  # kept in float16, their sum is not quite one

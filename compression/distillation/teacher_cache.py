@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from compression.checkpoints.loading import load_model
 from compression.context import Context
-from compression.distillation.compatibility import CacheSettings
-from compression.distillation.features import look
+from compression.distillation.features import extract_features
 from compression.distillation.losses import MAX_LOGITS, log_probabilities, merge_tail
+from compression.distillation.settings import CacheSettings
 from compression.distillation.targets import HeadTargets, Targets, TopTargets
 from compression.errors import EdgepressError, Incompatible
 from compression.files import digest_file
@@ -126,7 +126,9 @@ def _fill(
     done = 0
     at_once = max(1, TOKENS_PER_FORWARD // rows.shape[1])
     for batch, targets in zip(rows.split(at_once), mask.split(at_once), strict=True):
-        hidden = look(model, batch.to(context.device), targets[:, 1:].to(context.device), (), "hidden_mse", max_logits=MAX_LOGITS).last
+        hidden = extract_features(
+            model, batch.to(context.device), targets[:, 1:].to(context.device), (), "hidden_mse", max_logits=MAX_LOGITS
+        ).last
         said = [hidden] if settings.keep == "full" else _likeliest(hidden, head, settings.top_k, vocabulary, temperature)
         for array, tensor in zip(arrays.values(), said, strict=True):
             array[done : done + len(tensor)] = tensor.cpu().numpy()

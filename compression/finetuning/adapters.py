@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: putting them on, keeping a sparse base sparse under them, saving and merging them."""
+"""Low-rank adapters through peft: add them, keep a sparse base sparse under them, save and merge them."""
 
 import re
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible
-from compression.finetuning.methods import TIED
+from compression.finetuning.settings import TIED, FinetuningSettings
 from compression.training.held_masks import zero_pruned
 
-LARGEST_DIVERGENCE = 1e-3  # mean KL of a merged model from the one with its adapters beside it, in nats; rounding gives far less
+LARGEST_DIVERGENCE = 1e-3  # mean KL of a merged model from the one with separate adapters, in nats; rounding gives far less
 _COMPARED = (2, 64)  # rows and tokens
 _IN_PEFT = "base_model.model."  # what peft puts before the names of a model's modules
 
 
 def open_in_4_bits(path: Path, context: Context) -> PreTrainedModel:
-    """A checkpoint with its blocks' linear layers in NF4, scales quantized too (QLoRA: Dettmers et al., arXiv 2305.14314), float32 else."""
+    """Load a checkpoint with its blocks' linear layers in NF4, scales quantized too (QLoRA, arXiv 2305.14314), and the rest in float32."""
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
     )
@@ -34,21 +34,27 @@ def open_in_4_bits(path: Path, context: Context) -> PreTrainedModel:
     ).eval()  # fmt: skip
 
 
-def adapt(
-    student: PreTrainedModel, *, rank: int, alpha: int, dropout: float, target_modules: str | list[str], rank_pattern: Mapping[str, int],
-    magnitudes: bool, context: Context,
-) -> PeftModel:  # fmt: skip
-    """Put new adapters into a model, which is frozen. A is drawn from torch's generator, B is zero.
+def adapt(student: PreTrainedModel, settings: FinetuningSettings, *, context: Context) -> PeftModel:
+    """Add new adapters to a model, which is frozen. A is drawn from torch's generator, B is zero.
 
-    magnitudes  a learned norm for every row (DoRA)
-    Raises EdgepressError for a module that does not exist, Incompatible for one that takes no adapter.
+    Args:
+        student: The model.
+        settings: Rank, scale, dropout and modules; method "dora" learns a norm for every row.
+        context: Hears which layers get no adapter.
+
+    Raises:
+        EdgepressError: A module does not exist.
+        Incompatible: A module takes no adapter.
     """
+    target_modules = settings.target_modules
     routers = _routers(student)
     if routers and target_modules == "all-linear":
-        context.warn(f"{len(routers)} linear layers give more than a product (routers of experts) and get no adapter: {', '.join(routers)}")
+        context.warn(
+            f"{len(routers)} linear layers return more than a product (routers of experts) and get no adapter: {', '.join(routers)}"
+        )
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules,
-        rank_pattern=dict(rank_pattern), use_dora=magnitudes, bias="none",
+        task_type="CAUSAL_LM", r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=target_modules,
+        rank_pattern=dict(settings.rank_pattern), use_dora=settings.method == "dora", bias="none",
         exclude_modules=routers if routers and target_modules == "all-linear" else None,
     )  # fmt: skip
     try:
@@ -58,8 +64,8 @@ def adapt(
     paths = _layers(adapted)
     if wrong := [path for path in routers if path in paths]:
         raise Incompatible(
-            f"target_modules {target_modules!r} names {wrong[0]}, which gives more than a product (a router of experts), so that no adapter "
-            "can stand beside it; name other modules",
+            f"target_modules {target_modules!r} names {wrong[0]}, which returns more than a product (a router of experts), so it takes "
+            "no adapter; name other modules",
             key="target_modules",
         )
     ends = (student.get_input_embeddings(), student.get_output_embeddings())
@@ -67,7 +73,9 @@ def adapt(
         wrong := [path for path, part in paths.items() if part in ends]
     ):
         raise Incompatible(TIED.format(wrong[0]), key="target_modules")
-    unused = [name for name in rank_pattern if not any(re.fullmatch(rf"(.*\.)?({name})", path) for path in paths)]  # as peft matches
+    unused = [
+        name for name in settings.rank_pattern if not any(re.fullmatch(rf"(.*\.)?({name})", path) for path in paths)
+    ]  # as peft matches
     if unused:
         raise EdgepressError(f"rank_pattern names {', '.join(unused)}, and no layer with an adapter is called so", key="rank_pattern")
     return adapted
@@ -75,15 +83,15 @@ def adapt(
 
 @torch.no_grad()
 def _routers(model: PreTrainedModel) -> list[str]:
-    """Paths of linear layers that return something else than a tensor, told by a run over a few tokens."""
+    """Return the paths of linear layers that return something else than a tensor, found by a run over a few tokens."""
     found: list[str] = []
 
-    def look(path: str, output: Any) -> None:
+    def check(path: str, output: Any) -> None:
         if not isinstance(output, torch.Tensor):
             found.append(path)
 
     linears = [(path, part) for path, part in model.named_modules() if isinstance(part, nn.Linear)]
-    hooks = [part.register_forward_hook(lambda _, __, output, path=path: look(path, output)) for path, part in linears]
+    hooks = [part.register_forward_hook(lambda _, __, output, path=path: check(path, output)) for path, part in linears]
     model(input_ids=torch.arange(min(8, model.config.vocab_size), device=model.device)[None], use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -91,9 +99,13 @@ def _routers(model: PreTrainedModel) -> list[str]:
 
 
 def mask_updates(adapted: PeftModel, masks: Mapping[str, torch.Tensor]) -> None:
-    """Let layers whose weight has a mask M, bool [out, in] by the weight's name in the model, compute x·(W + M ⊙ s·B·A)ᵀ.
+    """Make layers whose weight has a mask M compute x·(W + M ⊙ s·B·A)ᵀ.
 
-    What is trained is then what `merged` gives: an update that is zero where the base is pruned.
+    What is trained is then what `merged` returns: an update that is zero where the base is pruned.
+
+    Args:
+        adapted: The model with its adapters.
+        masks: bool [out, in] by the weight's name in the model.
     """
     for path, layer in _layers(adapted).items():
         if f"{path}.weight" in masks:
@@ -110,21 +122,25 @@ def _mask_update(layer: Any, mask: torch.Tensor) -> None:
 
 
 def _layers(adapted: PeftModel) -> dict[str, LoraLayer]:
-    """The layers with an adapter, by their path in the model."""
+    """Return the layers with an adapter, by their path in the model."""
     return {path.removeprefix(_IN_PEFT): part for path, part in adapted.named_modules() if isinstance(part, LoraLayer)}
 
 
 def merged(adapted: PeftModel, rows: torch.Tensor) -> PreTrainedModel:
-    """The model with its adapters added in, in the precision of its weights; what masks prune is zero.
+    """Merge the adapters into the weights, in the precision of the weights; what masks prune is zero.
 
-    rows  int64 [n, length], on the first of which both are compared
-    Raises EdgepressError where the merged model says something else than the one with its adapters beside it.
+    Args:
+        adapted: The model with its adapters.
+        rows: int64 [n, length]; the merged model is compared on the first of them.
+
+    Raises:
+        EdgepressError: The merged model's next tokens differ from those of the model with separate adapters.
     """
-    some = rows[: _COMPARED[0], : _COMPARED[1]].to(adapted.device)
-    before = _log_probabilities(adapted, some)
+    sample = rows[: _COMPARED[0], : _COMPARED[1]].to(adapted.device)
+    before = _log_probabilities(adapted, sample)
     model = adapted.merge_and_unload()
     zero_pruned(model)
-    after = _log_probabilities(model, some)
+    after = _log_probabilities(model, sample)
     divergence = float((before.exp() * (before - after)).sum(-1).mean())
     if not divergence <= LARGEST_DIVERGENCE:  # nor is a NaN
         raise EdgepressError(
@@ -137,17 +153,17 @@ def merged(adapted: PeftModel, rows: torch.Tensor) -> PreTrainedModel:
 
 @torch.no_grad()
 def _log_probabilities(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """Of the next tokens, float32 [rows, length, vocabulary]."""
+    """Return those of the next tokens, float32 [rows, length, vocabulary]."""
     return model.eval()(input_ids=rows, use_cache=False).logits.float().log_softmax(-1)
 
 
 def copy_adapters(source: PeftModel, target: PeftModel) -> None:
-    """Let `target` have the adapters of `source`, whose base may be held in another precision."""
+    """Copy the adapters of `source` to `target`, whose base may have another precision."""
     set_peft_model_state_dict(target, get_peft_model_state_dict(source))
 
 
 def save_adapters(adapted: PeftModel, out: Path) -> None:
-    """Weights and config alone: peft's own saving adds a card, and the path of this machine's base model."""
+    """Save weights and config alone: peft's own saving adds a card, and the path of this machine's base model."""
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(adapted).items()}
     save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -5,9 +5,9 @@ from typing import Literal
 
 from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import Incompatible
+from compression.pruning.settings import Scope
 
 PruningMethod = Literal["magnitude", "gradient", "wanda", "sparsegpt"]
-Scope = Literal["layer", "global"]
 Pattern = Literal["unstructured", "2:4", "4:8"]
 Allocation = Literal["uniform", "sensitivity"]
 

@@ -7,7 +7,6 @@ al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis" (arXiv 1912.05
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,109 +19,105 @@ from compression.checkpoints.masks import read_masks, write_masks
 from compression.checkpoints.skeleton import linear_layers, skeleton
 from compression.context import Context
 from compression.distillation.objective import Objective
+from compression.distillation.settings import NEXT_TOKENS
 from compression.errors import EdgepressError, Incompatible
 from compression.files import atomic_directory, atomic_file
-from compression.pruning import Scope
 from compression.pruning.selection import PRUNED, keep_strongest, keep_strongest_overall
+from compression.pruning.settings import LotterySettings, Scope
 from compression.resumption import fingerprint, same_work
 from compression.training import processes
+from compression.training.batches import TrainingRows
 from compression.training.held_masks import held_masks, hold_masks, zero_pruned
 from compression.training.loop import train
-from compression.training.settings import TrainingSettings
 from compression.training.students import open_student, save_student
-from compression.training.trainer import KEPT
-from compression.training.validation import HeldOut
+from compression.training.trainer import KEPT, TrainingRun
 
 CLAIM = "search"  # in the work directory: the name of the search that it belongs to
 FOUND = "found"  # below a round's directory: its masks and metrics, there once it is done
 
 
 def prune_lottery(
-    model: Path, out: Path, rows: torch.Tensor, *, mask: torch.Tensor | None = None, validation: HeldOut | None = None, sparsity: float,
-    rounds: int = 3, rewind_step: int = 0, scope: Scope = "global", finish: bool = False, settings: TrainingSettings, workdir: Path,
-    context: Context,
-) -> dict[str, float]:  # fmt: skip
-    """Find a mask in `rounds` of training on next tokens and pruning, each from the weights of step `rewind_step`; write these weights
-    under the mask to `out`, as a dense checkpoint with masks. `finish` trains them once more first.
+    model: Path, out: Path, data: TrainingRows, settings: LotterySettings, *, workdir: Path, context: Context
+) -> dict[str, float]:
+    """Find a mask in rounds of training on next tokens and pruning, each from the weights of step `rewind_step`.
 
-    rows, mask   int64 and bool [n, length]: packed tokens, true where a token is a target; None takes all
-    sparsity     of every linear layer of every block together. Each round keeps the same share of what is left:
-                 after r of R rounds 1 - (1 - sparsity)^(r / R), of a dense model
-    rewind_step  0 are the weights of `model`; another is a step of the first round's training, whose schedule, data order and
-                 optimizer state the later rounds take up with it
-    scope        compare the weights of all layers, or within a layer
+    Each round keeps the same share of what is left: after r of R rounds 1 - (1 - sparsity)^(r / R), of a dense model, over every linear
+    layer of every block together. What a sparse model has pruned stays pruned, and counts. A `rewind_step` of 0 takes the weights of
+    `model`; another is a step of the first round's training, whose schedule, data order and optimizer state the later rounds continue.
+    `finish` trains the rewound weights once more before they are written.
 
-    A finished round is kept in `workdir`: a run that was killed goes on at its round, and within it at its last checkpoint. What a sparse
-    model has pruned stays pruned, and counts.
+    A finished round is kept in `workdir`: a run that was killed resumes at its round, and within it at its last checkpoint.
 
-    Returns sparsity, and the metrics of `compression.training.train` of the last training.
-    Raises EdgepressError for a rewind_step that the training does not reach, and what `open_student` raises.
+    Args:
+        model: A dense checkpoint.
+        out: The directory to write: the rewound weights under the mask, as a dense checkpoint with masks.
+        data: Rows of tokens, their targets, and rows for early stopping.
+        settings: Sparsity, rounds, and the training of each round.
+        workdir: Holds the finished rounds and the checkpoints of the unfinished one.
+        context: Device, seed, and who hears of progress.
+
+    Returns:
+        sparsity, and the metrics of `compression.training.loop.train` of the last training.
+
+    Raises:
+        EdgepressError: The training does not reach `rewind_step`, or what `open_student` raises.
     """
-    if not 0 <= rewind_step < settings.steps:
+    rounds, rewind_step = settings.rounds, settings.rewind_step
+    if rewind_step >= settings.steps:
         raise EdgepressError(f"rewind_step is {rewind_step}; it is a step before the last, {settings.steps}", key="rewind_step")
-    if not rounds >= 1:
-        raise EdgepressError(f"rounds is {rounds}; at least one is needed", key="rounds")
     checkpoint = open_checkpoint(model)
     linear_layers(skeleton(checkpoint), checkpoint)
     names = checkpoint.linear_tensors()
     masks = read_masks(model)
-    densities = _densities(1 - _sparsity(masks, names, model), 1 - sparsity, rounds)
-    origin = {
-        "method": "lottery",
-        "student": file_digests(model),
-        "sparsity": sparsity,
-        "rounds": rounds,
-        "rewind_step": rewind_step,
-        "scope": scope,
-    }
-    _claim(workdir, _run(origin, rows, mask, validation, settings, context), context)
+    densities = _densities(1 - _sparsity(masks, names, model), 1 - settings.sparsity, rounds)
+    origin = {"method": "lottery", "student": file_digests(model)}
+    origin |= settings.model_dump(include={"sparsity", "rounds", "rewind_step", "scope"})
+    _claim(workdir, _fingerprint(origin, data, settings, context), context)
     early = workdir / "round-1" / KEPT / f"checkpoint-{rewind_step}" if rewind_step else None
     metrics: dict[str, float] = {}
 
-    def opened() -> Objective:
-        student = open_student(model, rows, context)
+    def open_ticket() -> Objective:
+        student = open_student(model, data.rows, context)
         hold_masks(student, masks)
-        return Objective(student, beta=1.0)
+        return Objective(student, NEXT_TOKENS)
 
-    def trained(place: Path, what: str, **where: Any) -> tuple[Objective, dict[str, float]]:
-        objective = opened()
-        figures = train(
-            objective, rows, mask=mask, settings=settings, origin=origin, workdir=place, context=context, what=what, validation=validation, **where
-        )  # fmt: skip
-        return objective, figures
+    def train_ticket(
+        name: str, folder: Path, *, start: Path | None = None, keep_step: int | None = None
+    ) -> tuple[Objective, dict[str, float]]:
+        objective = open_ticket()
+        return objective, train(objective, data, settings, TrainingRun(name, origin, folder, start, keep_step), context=context)
 
     for number, density in enumerate(densities, 1):
-        place, what = workdir / f"round-{number}", f"lottery, round {number} of {rounds}"
-        if not (place / FOUND).is_dir():
-            where = {"keep_step": rewind_step or None} if number == 1 else {"start": early and early.parent}
-            objective, metrics = trained(place, what, **where)
+        folder, name = workdir / f"round-{number}", f"lottery, round {number} of {rounds}"
+        if not (folder / FOUND).is_dir():
+            if number == 1:
+                objective, metrics = train_ticket(name, folder, keep_step=rewind_step or None)
+            else:
+                objective, metrics = train_ticket(name, folder, start=early and early.parent)
             if processes.is_first():
-                _write_found(place, _ticket(objective.student, names, 1 - density, scope), metrics)
+                _write_found(folder, _ticket(objective.student, names, 1 - density, settings.scope), metrics)
         processes.wait()
         if early and not early.is_dir():
             raise EdgepressError(f"round 1 stopped early, before rewind_step {rewind_step}; rewind to an earlier step", key="rewind_step")
-        masks, metrics = read_masks(place / FOUND), json.loads((place / FOUND / "metrics.json").read_text())
-    if finish:
-        objective, metrics = trained(workdir / "ticket", "lottery, the ticket", start=early and early.parent)
+        masks, metrics = read_masks(folder / FOUND), json.loads((folder / FOUND / "metrics.json").read_text())
+    if settings.finish:
+        objective, metrics = train_ticket("lottery, the ticket", workdir / "ticket", start=early and early.parent)
     else:
-        objective = opened()
+        objective = open_ticket()
         if early:
             _rewind(objective, early)
     save_student(objective.student, out, like=model)
     return metrics | {"sparsity": _sparsity(masks, names, model)}
 
 
-def _run(
-    origin: Mapping[str, Any], rows: torch.Tensor, mask: torch.Tensor | None, validation: HeldOut | None, settings: TrainingSettings,
-    context: Context,
-) -> str:  # fmt: skip
-    """What the rounds in a work directory must agree with to be taken up."""
-    data = [tensor for tensor in (rows, mask, *(validation or ())) if tensor is not None]
+def _fingerprint(origin: Mapping[str, Any], data: TrainingRows, settings: LotterySettings, context: Context) -> str:
+    """Digest what the rounds in a work directory must agree with to be continued."""
+    tensors = [tensor for tensor in (data.rows, data.mask, *(data.validation or ())) if tensor is not None]
     document = {
-        **origin, "settings": asdict(settings), "seed": context.seed, "data": [list(tensor.shape) for tensor in data],
+        **origin, "settings": settings.training_values(), "seed": context.seed, "data": [list(tensor.shape) for tensor in tensors],
         "device": torch.device(context.device).type, "processes": processes.count(),
     }  # fmt: skip
-    return fingerprint(document, *(tensor.numpy().tobytes() for tensor in data))
+    return fingerprint(document, *(tensor.numpy().tobytes() for tensor in tensors))
 
 
 def _claim(workdir: Path, run: str, context: Context) -> None:
@@ -130,9 +125,9 @@ def _claim(workdir: Path, run: str, context: Context) -> None:
     claim = workdir / CLAIM
     if processes.is_first() and not (claim.is_file() and same_work(claim.read_text(), run, workdir)):
         workdir.mkdir(parents=True, exist_ok=True)
-        for left in (*workdir.glob("round-*"), *workdir.glob("ticket")):
-            context.warn(f"{left} was left by another version of edgepress and is begun anew")
-            shutil.rmtree(left)
+        for leftover in (*workdir.glob("round-*"), *workdir.glob("ticket")):
+            context.warn(f"{leftover} was left by another version of edgepress and starts anew")
+            shutil.rmtree(leftover)
         with atomic_file(claim) as stream:
             stream.write(run.encode())
     processes.wait()

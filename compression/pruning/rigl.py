@@ -12,49 +12,47 @@ from compression.checkpoints.masks import pack_mask, unpack_mask
 from compression.checkpoints.skeleton import linear_layers
 from compression.context import Context
 from compression.distillation.objective import Objective
+from compression.distillation.settings import NEXT_TOKENS
 from compression.errors import Incompatible
 from compression.pruning.densities import Distribution, layer_sparsities
 from compression.pruning.selection import PRUNED, keep_strongest
+from compression.pruning.settings import RigLSettings
+from compression.training.batches import TrainingRows
 from compression.training.held_masks import HeldMasks, held_masks, hold_masks, zero_moments
 from compression.training.loop import train
-from compression.training.settings import TrainingSettings
 from compression.training.students import open_student, save_student
-from compression.training.validation import HeldOut
+from compression.training.trainer import TrainingRun
 
 
-def prune_rigl(
-    model: Path, out: Path, rows: torch.Tensor, *, mask: torch.Tensor | None = None, validation: HeldOut | None = None, sparsity: float,
-    distribution: Distribution = "uniform", drop_fraction: float = 0.3, delta_t: int = 100, stop_at: float = 0.75,
-    settings: TrainingSettings, workdir: Path, context: Context,
-) -> dict[str, float]:  # fmt: skip
-    """Prune every linear layer of every block by magnitude to `sparsity`, then train on next tokens while the zeros move; write a dense
-    checkpoint with masks to `out`.
+def prune_rigl(model: Path, out: Path, data: TrainingRows, settings: RigLSettings, *, workdir: Path, context: Context) -> dict[str, float]:
+    """Prune every linear layer of every block by magnitude, then train on next tokens while the zeros move.
 
-    rows, mask     int64 and bool [n, length]: packed tokens, true where a token is a target; None takes all
-    distribution   of the sparsity over layers (`layer_sparsities`)
-    drop_fraction  of a layer's weights that moves at first, annealed along a cosine (`RigL.fraction`)
-    delta_t        steps from one update to the next
-    stop_at        share of the steps after which the masks stay
+    What a sparse model has pruned is pruned at the start, and may grow back.
 
-    What a sparse model has pruned stays pruned at the start, and may grow back.
+    Args:
+        model: A dense checkpoint.
+        out: The directory to write: a dense checkpoint with masks.
+        data: Rows of tokens, their targets, and rows for early stopping.
+        settings: Sparsity (`layer_sparsities`), how the zeros move (`RigL`), and the training.
+        workdir: Holds the checkpoints of the unfinished training.
+        context: Device, seed, and who hears of progress.
 
-    Returns the metrics of `compression.training.train` with sparsity (of those layers) and mask_updates.
-    Raises Incompatible: a model that is sparser already in a layer, and what `open_student` raises.
+    Returns:
+        The metrics of `compression.training.loop.train` with sparsity (of those layers) and mask_updates.
+
+    Raises:
+        Incompatible: The model is sparser already in a layer, or what `open_student` raises.
     """
     checkpoint = open_checkpoint(model)
-    student = open_student(model, rows, context)
+    student = open_student(model, data.rows, context)
     linear_layers(student, checkpoint)
-    hold_masks(student, _starting_masks(student, checkpoint.linear_tensors(), sparsity, distribution))
-    objective = Objective(student, beta=1.0)
-    rigl = RigL(objective, drop_fraction=drop_fraction, delta_t=delta_t, last_step=math.ceil(stop_at * settings.steps))
-    origin = {
-        "method": "rigl", "student": file_digests(model), "sparsity": sparsity, "distribution": distribution, "drop_fraction": drop_fraction,
-        "delta_t": delta_t, "stop_at": stop_at,
-    }  # fmt: skip
-    metrics = train(
-        objective, rows, mask=mask, settings=settings, origin=origin, workdir=workdir, context=context, what="RigL", validation=validation,
-        sparsity=rigl,
-    )  # fmt: skip
+    hold_masks(student, _starting_masks(student, checkpoint.linear_tensors(), settings.sparsity, settings.distribution))
+    objective = Objective(student, NEXT_TOKENS)
+    last_step = math.ceil(settings.stop_at * settings.steps)
+    rigl = RigL(objective, drop_fraction=settings.drop_fraction, delta_t=settings.delta_t, last_step=last_step)
+    origin = {"method": "rigl", "student": file_digests(model)}
+    origin |= settings.model_dump(include={"sparsity", "distribution", "drop_fraction", "delta_t", "stop_at"})
+    metrics = train(objective, data, settings, TrainingRun("RigL", origin, workdir), context=context, sparsity=rigl)
     save_student(student, out, like=model)
     masks = held_masks(student).values()
     return metrics | {
@@ -66,9 +64,9 @@ def prune_rigl(
 class RigL(HeldMasks):
     """The masks of a module in dynamic sparse training. Every layer keeps its number of weights.
 
-    At step t, where `delta_t` divides t and t < `last_step`, nothing is trained; of the n weights that a layer keeps, k = fraction(t)·n move:
-    the k smallest are dropped, and of those that are not kept then the k with the largest gradient grow, starting from zero with moments
-    of zero. One that is dropped and grows again has not moved. All other steps train as with fixed masks.
+    At step t, where `delta_t` divides t and t < `last_step`, no weight is trained; of the n weights that a layer keeps, k = fraction(t)·n
+    move: the k smallest are dropped, and of the pruned weights the k with the largest gradient grow, starting from zero with moments
+    of zero. A weight that is dropped and grows again has not moved. All other steps train as with fixed masks.
     """
 
     def __init__(self, module: nn.Module, *, drop_fraction: float, delta_t: int, last_step: int):
@@ -83,7 +81,7 @@ class RigL(HeldMasks):
         return self.drop_fraction / 2 * (1 + math.cos(math.pi * step / self.last_step))
 
     def mask_gradients(self, step: int) -> None:
-        """The gradients of pruned weights are what tells where to grow: they stay at a step that moves."""
+        """Keep the gradients of pruned weights at a step that moves: they decide where weights grow."""
         if not self.moves(step):
             super().mask_gradients(step)
 
@@ -94,16 +92,16 @@ class RigL(HeldMasks):
         for name, weight in self.weights.items():
             before, mask = self.masks[name].clone(), self.masks[name]
             if weight.grad is None:
-                raise Incompatible(f"{name} has no gradient, so there is nothing to grow its weights by")
+                raise Incompatible(f"{name} has no gradient, which decides where its weights grow")
             mask.copy_(moved(weight, weight.grad, before, self.fraction(step)))
             weight.masked_fill_(~mask, 0)
             zero_moments(optimizer, weight, ~(mask & before))
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                parameter.grad = None  # the optimizer leaves what has none alone
+                parameter.grad = None  # the optimizer skips a parameter without gradient
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The masks, packed."""
+        """Return the masks, packed."""
         return {name: pack_mask(mask) for name, mask in self.masks.items()}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -112,21 +110,21 @@ class RigL(HeldMasks):
 
 
 def moved(weight: torch.Tensor, gradient: torch.Tensor, mask: torch.Tensor, fraction: float) -> torch.Tensor:
-    """The mask after `fraction` of the kept weights moved, bool like the tensors [out, in]; of equal ones the earlier moves."""
+    """Return the mask after `fraction` of the kept weights moved, bool like the tensors [out, in]; of equal weights the earlier moves."""
     count = int(fraction * int(mask.sum()))
-    dropped = _first(weight.abs().masked_fill(~mask, math.inf), count, largest=False)
+    dropped = _extreme(weight.abs().masked_fill(~mask, math.inf), count, largest=False)
     kept = mask & ~dropped
-    return kept | _first(gradient.abs().masked_fill(kept, -1), count, largest=True)
+    return kept | _extreme(gradient.abs().masked_fill(kept, -1), count, largest=True)
 
 
-def _first(values: torch.Tensor, count: int, *, largest: bool) -> torch.Tensor:
+def _extreme(values: torch.Tensor, count: int, *, largest: bool) -> torch.Tensor:
     chosen = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
     chosen[values.flatten().argsort(descending=largest, stable=True)[:count]] = True
     return chosen.view(values.shape)
 
 
 def _starting_masks(model: nn.Module, names: list[str], sparsity: float, distribution: Distribution) -> dict[str, torch.Tensor]:
-    """The largest weights of each layer, none of them pruned already."""
+    """Keep the largest weights of each layer, none of them pruned already."""
     weights = {name: model.get_parameter(name).detach() for name in names}
     before = held_masks(model)
     sparsities = layer_sparsities({name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}, sparsity, distribution)
@@ -136,8 +134,8 @@ def _starting_masks(model: nn.Module, names: list[str], sparsity: float, distrib
         masks[name] = keep_strongest(scores.view(1, -1), sparsities[name]).view(weight.shape)
         if name in before and (masks[name] & ~before[name]).any():
             raise Incompatible(
-                f"{name} is {1 - int(before[name].sum()) / weight.numel():.3f} sparse already, and was to be {sparsities[name]:.3f}; "
-                "ask for a sparsity at or above that of the model",
+                f"{name} is {1 - int(before[name].sum()) / weight.numel():.3f} sparse already, above the {sparsities[name]:.3f} it is to have; "
+                "set a sparsity at or above that of the model",
                 key="sparsity",
             )
     return masks

@@ -1,5 +1,7 @@
 """Which rows each step of a training sees, and how much of them."""
 
+from dataclasses import dataclass
+
 import torch
 from torch.utils.data import Dataset
 
@@ -7,10 +9,26 @@ from compression.errors import UnusableData
 from compression.training.settings import TrainingSettings
 
 POOL = 50  # batches whose rows are sorted by length together: like lengths, and yet another mix in every permutation
+HeldOut = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What a training reads.
+
+    Attributes:
+        rows: Packed tokens, int64 [n, length].
+        mask: bool [n, length], true where a token is a target (not prompt, not padding); None takes all.
+        validation: Further rows and their mask, for early stopping; read where `TrainingSettings.evaluate_every` is set.
+    """
+
+    rows: torch.Tensor
+    mask: torch.Tensor | None = None
+    validation: HeldOut | None = None
 
 
 def check_rows(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The loss mask as bool [n, length]. Raises UnusableData where rows and mask cannot be trained on."""
+    """Return the loss mask as bool [n, length]. Raises UnusableData where rows and mask cannot be trained on."""
     if rows.ndim != 2 or rows.dtype != torch.int64 or rows.shape[0] < 1 or rows.shape[1] < 2:
         raise UnusableData(
             f"training rows are {rows.dtype} {list(rows.shape)}; int64 [rows, length], two tokens or longer, is needed", key="data"
@@ -27,10 +45,15 @@ def check_rows(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 class Batches(Dataset):
     """Every row of the whole training in its order: permutation after permutation, as one epoch.
 
-    One epoch has no remainder batch at its seams, and resuming is skipping the first k batches. The order is one of rows, so that a
-    step sees the same ones however they are divided into batches and processes.
+    One epoch has no remainder batch at its seams, and resuming skips the first k batches. The order is an order of rows, so that a
+    step sees the same rows however they are divided into batches and processes.
 
-    processes  that train together; each takes every `processes`-th batch
+    Args:
+        rows: Packed tokens, int64 [n, length].
+        mask: bool [n, length], true where a token is a target.
+        settings: Sizes of batches, number of steps.
+        seed: Of the permutations.
+        processes: Processes that train together; each takes every `processes`-th batch.
     """
 
     def __init__(self, rows: torch.Tensor, mask: torch.Tensor, settings: TrainingSettings, seed: int, processes: int = 1):
@@ -53,14 +76,14 @@ class Batches(Dataset):
 
 
 def batch_of(rows: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The chosen rows, cut behind the last target of them all: what follows it decides nothing in a causal model."""
+    """Return the chosen rows, cut behind the last target among them: what follows it decides nothing in a causal model."""
     tokens, targets = rows[chosen], mask[chosen]
     longest = max(2, int(used_lengths(targets).max()))
     return {"input_ids": tokens[:, :longest], "loss_mask": targets[:, :longest]}
 
 
 def used_lengths(mask: torch.Tensor) -> torch.Tensor:
-    """How many tokens of each row there are up to its last target, int64 [n]."""
+    """Return the number of tokens of each row up to its last target, int64 [n]."""
     return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
 
 

@@ -1,70 +1,70 @@
 """How long and how fast a stage trains. Imports no torch: recipes are validated with it."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal
 
-from compression.errors import EdgepressError
+from pydantic import Field, ValidationInfo, field_validator
+
+from compression.settings import Settings
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal["cosine", "linear", "constant"]
 
 
-@dataclass(frozen=True)
-class TrainingSettings:
-    """AdamW (Loshchilov and Hutter, 2019) under a linear warm-up and then a schedule.
+class TrainingSettings(Settings):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) under a linear warm-up and then a schedule.
 
-    steps                   optimizer steps
-    batch_size              rows in one forward pass (of one process)
-    gradient_accumulation   forward passes in one optimizer step; the loss is the mean over the tokens of all of them
-    learning_rate           at its peak
-    schedule                after the warm-up: down to zero along a cosine or a line, or constant
-    warmup_ratio            share of `steps` over which the learning rate rises, in [0, 1)
-    weight_decay            of every matrix; norms and biases are left out
-    max_grad_norm           gradients are clipped to this norm; 0 leaves them
-    precision               of the matrix products (autocast); weights and optimizer state are float32 in every case
-    gradient_checkpointing  activations are computed again in the backward pass instead of kept: less memory, the same weights
-    group_by_length         batches hold rows of like length, where rows differ: less padding is computed
-    save_every              steps between crash-safe checkpoints; the last step always has one
-    save_minutes            also a checkpoint when this much time has passed since the last; 0 is never
-    evaluate_every          steps between evaluations on validation rows, the last step among them; 0 is never.
-                            Where there are any, the weights of the lowest validation loss are what the training ends with
-    patience                evaluations without a lower loss after which training stops; 0 is never
+    Every stage that trains has these keys in a recipe, and every training function takes them in its own settings object:
 
-    Raises EdgepressError for a value out of range.
+        steps: 300
+        batch_size: 8
+        learning_rate: 1.0e-4
+        evaluate_every: 50      # with early stopping on the validation split:
+        patience: 3
+
+    An optimizer step sees `batch_size * gradient_accumulation` rows; its loss is the mean over the targets of all of them.
+    Where rows of the validation split are evaluated, training ends with the weights of the lowest validation loss.
+    Weights and optimizer state are float32 in every precision.
+
+    Raises:
+        pydantic.ValidationError: A value is out of range.
     """
 
-    steps: int = 300
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    learning_rate: float = 1e-4
-    schedule: Schedule = "cosine"
-    warmup_ratio: float = 0.05
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    precision: Precision = "float32"
-    gradient_checkpointing: bool = False
-    group_by_length: bool = False
-    save_every: int = 100
-    save_minutes: float = 0.0
-    evaluate_every: int = 0
-    patience: int = 0
+    steps: Annotated[int, Field(ge=1, description="Optimizer steps.")] = 300
+    batch_size: Annotated[int, Field(ge=1, description="Rows in one forward pass.")] = 8
+    gradient_accumulation: Annotated[int, Field(ge=1, description="Forward passes in one optimizer step.")] = 1
+    learning_rate: Annotated[float, Field(gt=0, description="Peak of the schedule.")] = 1e-4
+    schedule: Annotated[
+        Schedule, Field(description="Of the learning rate after its rise: to zero along a cosine or a line, or constant.")
+    ] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1, description="Share of the steps over which the learning rate rises.")] = 0.05
+    weight_decay: Annotated[float, Field(ge=0, description="AdamW's, on matrices.")] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0, description="Gradients are clipped to this norm; 0 leaves them.")] = 1.0
+    precision: Annotated[Precision, Field(description="Of matrix products; weights stay float32. float16 needs a GPU.")] = "float32"
+    gradient_checkpointing: Annotated[
+        bool, Field(description="Compute activations again in the backward pass instead of keeping them: less memory, more time.")
+    ] = False
+    group_by_length: Annotated[bool, Field(description="Batches of questions of like length: less padding is computed.")] = True
+    save_every: Annotated[int, Field(ge=1, description="Steps between crash-safe checkpoints; the last step always has one.")] = 100
+    save_minutes: Annotated[float, Field(ge=0, description="Also a checkpoint when so many minutes passed since the last; 0 is never.")] = (
+        0.0
+    )
+    evaluate_every: Annotated[
+        int,
+        Field(ge=0, description="Steps between evaluations of the loss on the validation split; the best weights are kept. 0 is never."),
+    ] = 0
+    patience: Annotated[int, Field(ge=0, description="Evaluations without a lower loss after which training stops; 0 is never.")] = 0
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "save_every"):
-            if getattr(self, name) < 1:
-                raise EdgepressError(f"{name} is {getattr(self, name)}; at least 1 is needed", key=name)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int | float) and value < 0:
-                raise EdgepressError(f"{field.name} is {value}; it cannot be negative", key=field.name)
-        if self.warmup_ratio >= 1:
-            raise EdgepressError(f"warmup_ratio is {self.warmup_ratio}; it is a share of the steps, below 1", key="warmup_ratio")
-        for name, choices in (("precision", get_args(Precision)), ("schedule", get_args(Schedule))):
-            if getattr(self, name) not in choices:
-                raise EdgepressError(f"{name} is {getattr(self, name)!r}; {', '.join(choices)} can be chosen", key=name)
-        if self.patience and not self.evaluate_every:
-            raise EdgepressError("patience counts evaluations, and evaluate_every is 0: there are none; set it", key="patience")
+    @field_validator("patience")
+    @classmethod
+    def _patience_counts_evaluations(cls, patience: int, info: ValidationInfo) -> int:
+        if patience and not info.data.get("evaluate_every", 1):
+            raise ValueError("patience counts evaluations, and evaluate_every is 0: there are none; set it")
+        return patience
 
     def of_batch_size(self, size: int) -> "TrainingSettings":
-        """The same rows a step in batches of `size`, a divisor of batch_size."""
-        return replace(self, batch_size=size, gradient_accumulation=self.gradient_accumulation * self.batch_size // size)
+        """Return settings for the same rows a step in batches of `size`, a divisor of batch_size."""
+        return self.model_copy(update={"batch_size": size, "gradient_accumulation": self.gradient_accumulation * self.batch_size // size})
+
+    def training_values(self) -> dict[str, Any]:
+        """Return the values of `TrainingSettings` alone, without those that a subclass adds."""
+        return {name: getattr(self, name) for name in TrainingSettings.model_fields}

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,32 +28,68 @@ POINTS = 200  # of a loss curve, at most
 SECONDS_PER_TEXT = 1.0  # the progress bar's text reads the loss, for which a GPU has to be waited for
 
 
+@dataclass(frozen=True)
+class TrainingRun:
+    """One training, which a kill interrupts and a second call with the same arguments continues.
+
+    Attributes:
+        name: Names the work in progress, warnings and errors.
+        origin: What the objective was made of, as JSON: the method's name and settings, `file_digests` of the models that it started from.
+            A checkpoint of another origin is not continued.
+        workdir: Holds the checkpoints of this one training. They stay: the caller removes them once the result is safe.
+        start: A folder with a kept checkpoint of the same training, from which it starts where `workdir` has none.
+        keep_step: The step whose checkpoint is kept in `workdir/kept`.
+    """
+
+    name: str
+    origin: Mapping[str, Any]
+    workdir: Path
+    start: Path | None = None
+    keep_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where the checkpoints of `run` are written, under the `fingerprint` of all that decides its weights."""
+
+    run: TrainingRun
+    fingerprint: str
+
+
 class StageTrainer(Trainer):
+    """Hugging Face's Trainer over `Batches`: quiet, with our checkpoints, masks, early stopping and loss curve."""
+
     loss_is_scaled_for_ga = True  # by the number of counted tokens in the whole accumulated batch, below
 
     def __init__(
-        self, objective: nn.Module, batches: Batches, *, settings: TrainingSettings, fit: BatchPlan, sparsity: HeldMasks, validation: Validation | None,
-        workdir: Path, context: Context, run: str, what: str, keep_step: int | None,
-    ):  # fmt: skip
+        self,
+        objective: nn.Module,
+        batches: Batches,
+        settings: TrainingSettings,
+        checkpoints: Checkpoints,
+        *,
+        plan: BatchPlan,
+        sparsity: HeldMasks,
+        validation: Validation | None,
+        context: Context,
+    ):
         self.curve = Curve()
         self.objective: nn.Module = objective
         self.sparsity: HeldMasks = sparsity
         self.validation: Validation | None = validation
-        self.fit: BatchPlan = fit
-        self.workdir: Path = workdir
-        self.run: str = run
-        self.keep_step: int | None = keep_step
+        self.plan: BatchPlan = plan
+        self.checkpoints: Checkpoints = checkpoints
         super().__init__(
             model=objective,
-            args=_arguments(settings, workdir, context),
+            args=_arguments(settings, checkpoints.run.workdir, context),
             train_dataset=batches,
             data_collator=_as_is,
-            callbacks=[_Steps(self, settings, context, what)],
+            callbacks=[_Steps(self, settings, context)],
         )
         self.remove_callback(PrinterCallback)
 
     def run_from(self, checkpoint: Path | None) -> dict[str, float]:
-        """Train to the end, from `checkpoint` on where there is one; returns the last point of the curve, and steps."""
+        """Train to the end, from `checkpoint` where there is one. Returns the last point of the curve, and steps."""
         steps = step_of(checkpoint) if checkpoint else 0
         if checkpoint:
             self._load_from_checkpoint(str(checkpoint))
@@ -64,13 +101,13 @@ class StageTrainer(Trainer):
         self._unwrap()
         return self.curve.last | {"steps": float(steps)}
 
-    def set_back(self, fit: BatchPlan) -> Path:
-        """After BatchTooLarge: a checkpoint of the steps that are complete, to be continued in batches of another size."""
-        self.fit = fit
+    def set_back(self, plan: BatchPlan) -> Path:
+        """After BatchTooLarge: write a checkpoint of the complete steps, which training continues in batches of another size."""
+        self.plan = plan
         self.objective.zero_grad(set_to_none=True)
-        self.write(self.workdir)
+        self.write(self.checkpoints.run.workdir)
         self._unwrap()
-        return self.workdir / f"checkpoint-{self.state.global_step}"
+        return self.checkpoints.run.workdir / f"checkpoint-{self.state.global_step}"
 
     def _unwrap(self) -> None:
         """Take accelerate's autocast off the objective's forward."""
@@ -102,17 +139,19 @@ class StageTrainer(Trainer):
         return super()._clip_grad_norm(model)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        self.write(self.workdir)
+        self.write(self.checkpoints.run.workdir)
 
     def write(self, workdir: Path) -> None:
-        """A checkpoint of the steps done so far."""
+        """Write a checkpoint of the steps done so far."""
         states = processes.gathered(self._random_state())
         if processes.is_first():
-            write_checkpoint(workdir, self.state.global_step, lambda directory: self._fill(directory, states), run=self.run)
+            write_checkpoint(
+                workdir, self.state.global_step, lambda directory: self._fill(directory, states), run=self.checkpoints.fingerprint
+            )
         processes.wait()
 
     def _random_state(self) -> tuple[str, bytes]:
-        """Name and content of the file in which Trainer finds this process's random state again."""
+        """Return name and content of the file in which Trainer finds this process's random state again."""
         with TemporaryDirectory() as folder:
             self._save_rng_state(folder)
             (file,) = Path(folder).iterdir()
@@ -126,12 +165,12 @@ class StageTrainer(Trainer):
             (directory / name).write_bytes(content)
         self.state.save_to_json(str(directory / "trainer_state.json"))
         self.curve.save(directory / "curve.json")
-        self.fit.save(directory)
+        self.plan.save(directory)
         if self.validation:
             self.validation.save(directory)
 
     def snapshot(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What the training has made so far: weights and masks, on the CPU."""
+        """Copy weights and masks as they stand, on the CPU."""
         weights = {name: weight.to("cpu", copy=True) for name, weight in trainable(self.objective).items()}
         return {"weights": weights, "masks": self.sparsity.state()}
 
@@ -145,19 +184,19 @@ class StageTrainer(Trainer):
         checkpoint = Path(resume_from_checkpoint)
         self.restore(torch.load(checkpoint / "trainable.pt", map_location="cpu", weights_only=True))
         self.curve.load(checkpoint / "curve.json")
-        if self.validation and checkpoint.parent == self.workdir:  # what another training was judged by is not this one's best
+        if self.validation and checkpoint.parent == self.checkpoints.run.workdir:  # the best weights of another training are not this one's
             self.validation.load(checkpoint)
 
 
 class _Steps(TrainerCallback):
-    """What happens around an optimizer step; tells the context how far the training is and how it goes."""
+    """Acts around each optimizer step, and reports progress and loss to the context."""
 
-    def __init__(self, trainer: StageTrainer, settings: TrainingSettings, context: Context, what: str):
-        self.trainer, self.settings, self.context, self.what = trainer, settings, context, what
+    def __init__(self, trainer: StageTrainer, settings: TrainingSettings, context: Context):
+        self.trainer, self.settings, self.context, self.run = trainer, settings, context, trainer.checkpoints.run
         self.learning_rate = 0.0
-        self.since = self.told = 0.0
+        self.since = self.reported = 0.0
         self.saved = time.monotonic()
-        self.text = what
+        self.text = self.run.name
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         self.trainer.sparsity.start(parts["optimizer"])
@@ -175,7 +214,7 @@ class _Steps(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         step, total, curve, validation = state.global_step, state.max_steps, self.trainer.curve, self.trainer.validation
         loss = curve.end_step(time.perf_counter() - self.since)
-        self._tell(step, total, loss)
+        self._report(step, total, loss)
         if validation and validation.due(step):
             losses = validation.losses(self.trainer.objective, args.device)
             self.context.metrics(losses, step)
@@ -188,23 +227,23 @@ class _Steps(TrainerCallback):
         if control.should_save:
             self.saved = time.monotonic()
         point = step % max(1, total // POINTS) == 0 or control.should_training_stop
-        if point or control.should_save or step == self.trainer.keep_step:
+        if point or control.should_save or step == self.run.keep_step:
             self._check_finite(step, total)
         if point:
             self.context.metrics(curve.point(self.learning_rate), step)
-        if step == self.trainer.keep_step:
-            self.trainer.write(self.trainer.workdir / KEPT)
+        if step == self.run.keep_step:
+            self.trainer.write(self.run.workdir / KEPT)
 
-    def _tell(self, step: int, total: int, loss: torch.Tensor) -> None:
-        if step == total or time.monotonic() - self.told >= SECONDS_PER_TEXT:
-            self.told = time.monotonic()
-            self.text = f"{self.what}: loss {float(loss):.4g}, {self.trainer.curve.tokens_per_second:,.0f} tokens/s"
+    def _report(self, step: int, total: int, loss: torch.Tensor) -> None:
+        if step == total or time.monotonic() - self.reported >= SECONDS_PER_TEXT:
+            self.reported = time.monotonic()
+            self.text = f"{self.run.name}: loss {float(loss):.4g}, {self.trainer.curve.tokens_per_second:,.0f} tokens/s"
         self.context.progress(step, total, self.text)
 
     def _check_finite(self, step: int, total: int) -> None:
         if not all(math.isfinite(value) for value in self.trainer.curve.sums.values()):
             raise EdgepressError(
-                f"{self.what}: the loss is no longer finite at step {step} of {total}; lower the learning rate", key="learning_rate"
+                f"{self.run.name}: the loss is no longer finite at step {step} of {total}; lower the learning rate", key="learning_rate"
             )
 
 
@@ -237,9 +276,7 @@ def _arguments(settings: TrainingSettings, workdir: Path, context: Context) -> T
         disable_tqdm=True,
     )
     if arguments.device.type != device.type:
-        raise Incompatible(
-            f"the training was asked to run on {context.device}, and this machine trains on {arguments.device}", key="device"
-        )
+        raise Incompatible(f"training needs {context.device}, and transformers trains on {arguments.device} on this machine", key="device")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # or Trainer wraps the model into DataParallel where it sees several
     return arguments
 
@@ -252,22 +289,22 @@ def _check_precision(settings: TrainingSettings, device: torch.device) -> None:
 
 
 def checkpoint_activations(objective: nn.Module) -> None:
-    """Let the models that learn keep no activations but those between their blocks."""
+    """Make the models that learn keep only the activations between their blocks."""
     for part in objective.modules():
         if isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing and not part.is_gradient_checkpointing:
             part.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of steps that a checkpoint's name tells."""
+    """Return the number of steps in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def trainable(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What learns, by name."""
+    """Return the parameters that learn, by name."""
     return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def _as_is(batch: Any) -> Any:
-    """`Batches` gives whole batches."""
+    """Collate nothing: `Batches` gives whole batches."""
     return batch

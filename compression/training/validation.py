@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from compression.errors import EdgepressError
-from compression.training.batches import batch_of, check_rows
+from compression.training.batches import HeldOut, batch_of, check_rows
 from compression.training.settings import TrainingSettings
 
-HeldOut = tuple[torch.Tensor, torch.Tensor | None]  # rows and mask, as `train` takes them
 Snapshot = Mapping[str, Any]
 
 

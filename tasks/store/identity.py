@@ -67,10 +67,12 @@ def identity_document(stage: Stage, inputs: Mapping[str, str], data: str | None,
 def _parameters(stage: Stage) -> dict[str, Any]:
     """Return the parameters that decide bytes, under their first names: a renamed parameter leaves stored results valid.
 
-    Parameters that name other inputs are left out: `inputs` has the identities of what they name.
+    Parameters that name other inputs are left out: `inputs` has the identities of what they name. So are `added_parameters` at their
+    defaults, with which a stage does what it did before they were added.
     """
     first_names = {current: former for former, current in stage.former_names.items()}
-    values = stage.model_dump(mode="json", exclude={*stage.other_inputs(), *stage.outside_inputs()})
+    unset = {name for name in stage.added_parameters if getattr(stage, name) == type(stage).model_fields[name].default}
+    values = stage.model_dump(mode="json", exclude={*stage.other_inputs(), *stage.outside_inputs(), *unset})
     return {first_names.get(name, name): value for name, value in values.items()}
 
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -19,22 +20,25 @@ from compression.checkpoints.checkpoint import open_checkpoint
 from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.context import Context
 from compression.data import DataSpec, training_rows
-from compression.distillation import CacheSettings
 from compression.distillation.distill import distill
 from compression.distillation.objective import Objective
+from compression.distillation.settings import NEXT_TOKENS, DistillationSettings
 from compression.pruning.depth import prune_depth
 from compression.pruning.width import prune_width
+from compression.training.batches import TrainingRows
 from compression.training.loop import train
 from compression.training.settings import TrainingSettings
+from compression.training.trainer import TrainingRun
 from tasks.base import EMBEDDED
 from tasks.measurement.measure import machine_fingerprint
 from tests.benchmarks import page
 
 PART = "recovery"
+Cached = Literal["none", "full", "top_k"]
 UNTIMED = 3  # steps at the start: allocators and caches fill
 TURNS = 3
 ROWS = 96
-CACHES = {"teacher": None, "cached, full": CacheSettings("full"), "cached, top 64": CacheSettings("top_k", 64)}
+CACHES: dict[str, Cached] = {"teacher": "none", "cached, full": "full", "cached, top 64": "top_k"}
 ENTROPY = "cross-entropy, the reference model"
 
 Pair = tuple[str, str]  # what is trained, and with what
@@ -99,16 +103,7 @@ def measure(settings: TrainingSettings) -> tuple[dict[Pair, list[float]], int]:
 
 
 def our_loop(rows: torch.Tensor, settings: TrainingSettings, place: Path, context: Context) -> None:
-    train(
-        Objective(load_model(EMBEDDED), beta=1.0),
-        rows,
-        mask=None,
-        settings=settings,
-        origin={},
-        workdir=place,
-        context=context,
-        what="ours",
-    )
+    train(Objective(load_model(EMBEDDED), NEXT_TOKENS), TrainingRows(rows), settings, TrainingRun("ours", {}, place), context=context)
 
 
 def bare_loop(rows: torch.Tensor, settings: TrainingSettings, context: Context) -> None:
@@ -129,20 +124,10 @@ def bare_loop(rows: torch.Tensor, settings: TrainingSettings, context: Context) 
 
 
 def distilled(
-    student: Path, rows: torch.Tensor, settings: TrainingSettings, place: Path, context: Context,
-    cached: CacheSettings | None, cache: Path,
+    student: Path, rows: torch.Tensor, settings: TrainingSettings, place: Path, context: Context, cached: Cached, cache: Path
 ) -> None:  # fmt: skip
-    distill(
-        student,
-        EMBEDDED,
-        place / "out",
-        rows,
-        settings=settings,
-        workdir=place / "work",
-        context=context,
-        teacher_cache=cached,
-        cache=cache,
-    )
+    complete = DistillationSettings(**settings.model_dump(), teacher_cache=cached)
+    distill(student, EMBEDDED, place / "out", TrainingRows(rows), complete, workdir=place / "work", context=context, cache_folder=cache)
 
 
 def render(speeds: dict[Pair, list[float]], length: int, threads: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,14 +19,15 @@ from compression.checkpoints.kept import read_kept
 from compression.checkpoints.loading import copy_tokenizer, load_model
 from compression.context import Context
 from compression.distillation import check_vocabularies
-from compression.distillation.distill import distill
 from compression.distillation.objective import Objective
+from compression.distillation.settings import ObjectiveSettings
 from compression.errors import EdgepressError, Incompatible, UnusableData
 from compression.pruning.depth import prune_depth
 from compression.pruning.width import prune_width
 from compression.training.settings import TrainingSettings
 from tests.compression.test_losses import reference_kl, softmax
 from tests.tiny import tiny_checkpoint, tiny_windows
+from tests.trainings import build_objective, run_distillation
 
 SETTINGS = TrainingSettings(steps=20, batch_size=4, learning_rate=1e-2, save_every=100)
 
@@ -66,7 +68,7 @@ def reference(student: PreTrainedModel, teacher: PreTrainedModel, pairs: dict[in
 @pytest.mark.parametrize("max_logits", [2**24, 320 * 4])
 def test_the_terms_are_the_formulas_over_counted_positions(checkpoint: Path, narrow: Path, max_logits: int) -> None:
     student, teacher = load_model(narrow), load_model(checkpoint)
-    objective = Objective(
+    objective = build_objective(
         student, teacher=teacher, alpha=0.7, beta=0.2, gamma=0.1, temperature=2.0, layers={0: 0, 2: 1}, max_logits=max_logits
     )  # fmt: skip
     terms = {name: value.item() for name, value in objective(*prompt_masked()).items()}
@@ -80,7 +82,9 @@ def test_chunks_do_not_change_the_gradient(checkpoint: Path, narrow: Path) -> No
     gradients = []
     for max_logits in (2**24, 320 * 4):
         student = load_model(narrow)
-        Objective(student, teacher=load_model(checkpoint), alpha=1.0, beta=1.0, max_logits=max_logits)(*prompt_masked())["loss"].backward()
+        build_objective(student, teacher=load_model(checkpoint), alpha=1.0, beta=1.0, max_logits=max_logits)(*prompt_masked())[
+            "loss"
+        ].backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in student.parameters()]))
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
@@ -99,7 +103,7 @@ def test_only_what_a_weight_asks_for_is_computed(checkpoint: Path, narrow: Path)
         return model
 
     def calls(**weights: float) -> tuple[list[bool], list[str]]:
-        objective = Objective(load_model(narrow), teacher=load_model(checkpoint), layers={0: 0}, **weights)
+        objective = build_objective(load_model(narrow), teacher=load_model(checkpoint), layers={0: 0}, **weights)
         spy(objective.student, "student")
         spy(objective.frozen[0], "teacher")
         asked.clear()
@@ -113,7 +117,7 @@ def test_only_what_a_weight_asks_for_is_computed(checkpoint: Path, narrow: Path)
 
 
 def test_without_alpha_and_gamma_no_teacher_is_opened(tmp_path: Path, checkpoint: Path) -> None:
-    metrics = distill(
+    metrics = run_distillation(
         checkpoint, tmp_path / "no such teacher", tmp_path / "out", tiny_windows(), alpha=0.0, beta=1.0,
         settings=SETTINGS, workdir=tmp_path / "work", context=Context(),
     )  # fmt: skip
@@ -126,7 +130,7 @@ def test_brings_the_student_to_its_teacher(tmp_path: Path, checkpoint: Path, nar
     out, rows = tmp_path / "out", tiny_windows(8)
     save_file({"mlp": torch.arange(3)}, narrow / "kept.safetensors")
     curve: list[dict[str, float]] = []
-    metrics = distill(
+    metrics = run_distillation(
         narrow, checkpoint, out, rows, alpha=1.0, beta=0.1, gamma=0.1, feature_layers="uniform",
         settings=TrainingSettings(steps=60, batch_size=8, learning_rate=1e-2), workdir=tmp_path / "work",
         context=Context(metrics=lambda values, step: curve.append(dict(values))),
@@ -162,7 +166,7 @@ def test_brings_the_student_to_its_teacher(tmp_path: Path, checkpoint: Path, nar
 
 def test_another_teacher_is_another_training(tmp_path: Path, checkpoint: Path) -> None:
     def taught_by(teacher: Path) -> None:
-        distill(
+        run_distillation(
             checkpoint, teacher, tmp_path / "out", tiny_windows(4), settings=TrainingSettings(steps=2, batch_size=4), workdir=tmp_path / "work",
             context=Context(),
         )  # fmt: skip
@@ -173,12 +177,12 @@ def test_another_teacher_is_another_training(tmp_path: Path, checkpoint: Path) -
 
 
 def test_the_projector_starts_orthogonal_and_only_where_widths_differ(checkpoint: Path, narrow: Path) -> None:
-    objective = Objective(load_model(narrow), teacher=load_model(checkpoint), gamma=1.0, layers={1: 0}, seed=3)
+    objective = build_objective(load_model(narrow), teacher=load_model(checkpoint), gamma=1.0, layers={1: 0}, seed=3)
     weight = objective.projectors.maps["1"].weight  # [64, 32]
     torch.testing.assert_close(weight.T @ weight, torch.eye(32), rtol=0, atol=1e-5)
-    again = Objective(load_model(narrow), teacher=load_model(checkpoint), gamma=1.0, layers={1: 0}, seed=3)
+    again = build_objective(load_model(narrow), teacher=load_model(checkpoint), gamma=1.0, layers={1: 0}, seed=3)
     assert torch.equal(weight, again.projectors.maps["1"].weight)
-    equal = Objective(load_model(checkpoint), teacher=load_model(checkpoint), gamma=1.0, layers={1: 1})
+    equal = build_objective(load_model(checkpoint), teacher=load_model(checkpoint), gamma=1.0, layers={1: 1})
     assert not list(equal.projectors.parameters())
     assert equal(*prompt_masked())["loss_feature"].item() == 0
 
@@ -190,7 +194,7 @@ def test_padded_embeddings_share_a_vocabulary(tmp_path: Path, checkpoint: Path) 
     padded.save_pretrained(tmp_path)
     copy_tokenizer(checkpoint, tmp_path)
     check_vocabularies(open_checkpoint(tmp_path), open_checkpoint(checkpoint))
-    assert Objective(padded, teacher=teacher, alpha=1.0)(*prompt_masked())["loss_kd"].item() == pytest.approx(0, abs=1e-6)
+    assert build_objective(padded, teacher=teacher, alpha=1.0)(*prompt_masked())["loss_kd"].item() == pytest.approx(0, abs=1e-6)
 
 
 def _rename_token(tokenizer: dict[str, Any]) -> None:
@@ -218,7 +222,7 @@ def test_another_vocabulary_is_refused(tmp_path: Path, checkpoint: Path, change:
     change(tokenizer)
     (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(Incompatible, match=message) as caught:
-        distill(
+        run_distillation(
             checkpoint, teacher, tmp_path / "out", tiny_windows(), settings=SETTINGS, workdir=tmp_path / "work", context=Context()
         )  # fmt: skip
     assert caught.value.key == "teacher"
@@ -242,7 +246,7 @@ def paired(student: Path, teacher: Path, home: Path, monkeypatch: pytest.MonkeyP
         return {}
 
     monkeypatch.setattr("compression.distillation.distill.train", note)
-    distill(
+    run_distillation(
         student, teacher, home / "out", tiny_windows(), gamma=1.0, feature_layers="uniform", settings=SETTINGS, workdir=home / "work",
         context=Context(), **terms,
     )  # fmt: skip
@@ -270,7 +274,7 @@ def test_what_depth_pruning_left_alone_is_what_it_was(tmp_path: Path) -> None:
     for feature in ("hidden_mse", "attention"):
         losses = []
         for pair in enumerate(kept):
-            objective = Objective(
+            objective = build_objective(
                 load_model(tmp_path / "student"), teacher=load_model(base), gamma=1.0, feature=feature, layers=dict([pair])
             )  # fmt: skip
             losses.append(objective(*prompt_masked())["loss_feature"].item())
@@ -278,30 +282,28 @@ def test_what_depth_pruning_left_alone_is_what_it_was(tmp_path: Path) -> None:
         assert losses[2] > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ({"alpha": 0.0}, "nothing to minimise"),
-        ({"alpha": -1.0, "beta": 1.0}, "negative"),
-        ({"alpha": 1.0, "temperature": 0.0}, "above 0"),
-        ({"alpha": 1.0, "jsd_beta": 1.0}, "jsd_beta"),
-    ],
-)
-def test_weights_out_of_range(checkpoint: Path, weights: dict[str, float], message: str) -> None:
-    with pytest.raises(EdgepressError, match=message):
-        Objective(load_model(checkpoint), teacher=load_model(checkpoint), **weights)
+@pytest.mark.parametrize("weights", [{"alpha": -1.0}, {"temperature": 0.0}, {"jsd_beta": 1.0}])
+def test_weights_out_of_range(weights: dict[str, float]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        ObjectiveSettings(**weights)
+    assert caught.value.errors()[0]["loc"] == (*weights,)
+
+
+def test_an_objective_needs_a_term(checkpoint: Path) -> None:
+    with pytest.raises(EdgepressError, match="nothing to minimise"):
+        build_objective(load_model(checkpoint), teacher=load_model(checkpoint), alpha=0.0)
 
 
 def test_a_model_that_scales_its_logits_is_refused(checkpoint: Path) -> None:
     model = load_model(checkpoint)
     model.register_forward_hook(lambda module, inputs, output: output.__class__(logits=output.logits / 2))
     with pytest.raises(Incompatible, match="after the output head"):
-        Objective(model, beta=1.0)
+        build_objective(model, beta=1.0)
 
 
 def test_students_and_rows_that_cannot_be_trained(tmp_path: Path, checkpoint: Path) -> None:
     def attempt(student: Path, rows: torch.Tensor) -> None:
-        distill(student, checkpoint, tmp_path / "out", rows, settings=SETTINGS, workdir=tmp_path / "work", context=Context())
+        run_distillation(student, checkpoint, tmp_path / "out", rows, settings=SETTINGS, workdir=tmp_path / "work", context=Context())
 
     for token in (320, -1):
         with pytest.raises(UnusableData, match=rf"token {token}, .* only 320 rows; .* tokenize with the tokenizer of the model"):
@@ -312,7 +314,9 @@ def test_students_and_rows_that_cannot_be_trained(tmp_path: Path, checkpoint: Pa
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
     with pytest.raises(Incompatible, match="32 tokens long, the teacher .* reads 20"):
-        distill(checkpoint, short, tmp_path / "out", tiny_windows(), settings=SETTINGS, workdir=tmp_path / "work", context=Context())
+        run_distillation(
+            checkpoint, short, tmp_path / "out", tiny_windows(), settings=SETTINGS, workdir=tmp_path / "work", context=Context()
+        )
     quantized = tiny_checkpoint(tmp_path / "quantized")
     config = json.loads((quantized / "config.json").read_text())
     (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))

@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 
 from compression.context import Context
 from compression.errors import EdgepressError
-from compression.finetuning.finetune import finetune
 from compression.pruning.unstructured import prune_unstructured
 from compression.training import processes
 from compression.training.distributed import in_processes
 from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_windows
+from tests.trainings import run_finetuning
 
-ONE = TrainingSettings(steps=6, batch_size=4, learning_rate=1e-2, save_every=2, evaluate_every=3)
-TWO = replace(ONE, batch_size=2)
+ONE = TrainingSettings(steps=6, batch_size=4, learning_rate=1e-2, save_every=2, evaluate_every=3, group_by_length=False)
+TWO = ONE.model_copy(update={"batch_size": 2})
 MASK = torch.rand(11, 32, generator=torch.Generator().manual_seed(3)) < torch.linspace(0.1, 1, 11)[:, None]  # unequal targets
 DATA = {"mask": MASK, "validation": (tiny_windows(3, seed=1), None), "method": "full"}
 
@@ -34,7 +34,7 @@ def dies_once(model: Path, out: Path, rows: torch.Tensor, *, context: Context, *
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return finetune(model, out, rows, context=replace(context, progress=progress), **parameters)
+    return run_finetuning(model, out, rows, context=replace(context, progress=progress), **parameters)
 
 
 def fails(*, context: Context) -> dict[str, float]:
@@ -54,7 +54,7 @@ def test_two_processes_train_as_one_with_all_their_rows_also_after_a_kill(tmp_pa
             2, dies_once, sparse, tmp_path / "two", tiny_windows(11), **DATA, settings=TWO, workdir=tmp_path / "b", context=context("two")
         )
 
-    one = finetune(sparse, tmp_path / "one", tiny_windows(11), **DATA, settings=ONE, workdir=tmp_path / "a", context=context("one"))
+    one = run_finetuning(sparse, tmp_path / "one", tiny_windows(11), **DATA, settings=ONE, workdir=tmp_path / "a", context=context("one"))
     with pytest.raises(RuntimeError, match="exit status -9"):
         in_two()
     two = in_two()

@@ -12,13 +12,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from compression.checkpoints.families import FAMILIES
 from compression.checkpoints.loading import load_model
 from compression.context import Context
-from compression.distillation import Feature, pair_layers
-from compression.distillation.features import look
+from compression.distillation import pair_layers
+from compression.distillation.features import extract_features
 from compression.distillation.objective import Objective
+from compression.distillation.settings import Feature
 from compression.errors import EdgepressError, Incompatible
 from compression.pruning.depth import prune_depth
 from compression.pruning.width import prune_width
 from tests.tiny import tiny_checkpoint, tiny_windows
+from tests.trainings import build_objective
 
 FEATURES: list[Feature] = ["hidden_mse", "hidden_cosine", "attention", "gradient"]
 
@@ -36,7 +38,7 @@ def masked(rows: int = 3, length: int = 16) -> tuple[torch.Tensor, torch.Tensor]
 
 def objective_of(student: Path, teacher: Path, feature: Feature, layers: dict[int, int], **weights: float) -> Objective:
     models = load_model(student).double(), load_model(teacher).double()
-    return Objective(models[0], teacher=models[1], feature=feature, layers=layers, **({"gamma": 1.0} | weights)).double()
+    return build_objective(models[0], teacher=models[1], feature=feature, layers=layers, **({"gamma": 1.0} | weights)).double()
 
 
 def plain(path: Path) -> PreTrainedModel:
@@ -150,7 +152,7 @@ def test_every_family_trains_with_every_term(tmp_path: Path, family: str) -> Non
     labels = rows.masked_fill(~mask, -100)
     for feature in FEATURES:
         student = load_model(tmp_path / "student")
-        objective = Objective(
+        objective = build_objective(
             student, teacher=load_model(teacher), alpha=1.0, beta=1.0, gamma=1.0, temperature=2.0, feature=feature, layers={0: 0, 1: 2}
         )  # fmt: skip
         terms = objective(rows, mask)
@@ -164,12 +166,12 @@ def test_every_family_trains_with_every_term(tmp_path: Path, family: str) -> Non
 def test_logits_that_are_capped_are_refused(tmp_path: Path) -> None:
     capped = tiny_checkpoint(tmp_path / "gemma", "gemma3_text", final_logit_softcapping=5.0)
     with pytest.raises(Incompatible, match="after the output head"):
-        Objective(load_model(capped), beta=1.0)
+        build_objective(load_model(capped), beta=1.0)
 
 
 def test_nothing_of_it_is_written_into_the_student(tmp_path: Path, checkpoint: Path) -> None:
     student = load_model(checkpoint)
-    Objective(student, teacher=load_model(checkpoint), gamma=1.0, feature="attention", layers={0: 0})
+    build_objective(student, teacher=load_model(checkpoint), gamma=1.0, feature="attention", layers={0: 0})
     student.save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_text() == (checkpoint / "config.json").read_text()
 
@@ -178,8 +180,8 @@ def test_a_model_that_hides_its_maps_is_refused(checkpoint: Path) -> None:
     model = load_model(checkpoint)
     model.set_attn_implementation("eager")
     model.base_model.register_forward_hook(lambda module, inputs, output: output.__class__(last_hidden_state=output.last_hidden_state))
-    with pytest.raises(Incompatible, match="does not tell its attention maps"):
-        look(model, tiny_windows(1, 8), torch.ones(1, 7, dtype=torch.bool), [0], "attention", max_logits=2**24)
+    with pytest.raises(Incompatible, match="does not return its attention maps"):
+        extract_features(model, tiny_windows(1, 8), torch.ones(1, 7, dtype=torch.bool), [0], "attention", max_logits=2**24)
 
 
 def test_pairs_of_layers() -> None:

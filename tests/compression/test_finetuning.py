@@ -16,16 +16,16 @@ from compression.checkpoints.masks import read_masks, write_masks
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, MissingExtra
 from compression.finetuning.adapters import merged
-from compression.finetuning.finetune import finetune
 from compression.pruning.unstructured import prune_unstructured
 from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_checkpoint, tiny_windows
+from tests.trainings import run_finetuning
 
 SETTINGS = TrainingSettings(steps=12, batch_size=4, learning_rate=2e-2, save_every=5)
 
 
 def tune(model: Path, place: Path, **parameters: object) -> dict[str, float]:
-    return finetune(
+    return run_finetuning(
         model, place / "out", tiny_windows(4), settings=SETTINGS, workdir=place / "work",
         **{"context": Context(seed=2), "adapter_out": place / "adapter", **parameters},
     )  # fmt: skip
@@ -169,7 +169,7 @@ def test_only_the_answer_is_learned_where_the_prompt_is_masked(tmp_path: Path, c
     other = rows.clone()
     other[:, 20:] = tiny_windows(4, seed=9)[:, 20:]
     for name, tokens in (("one", rows), ("two", other)):
-        finetune(
+        run_finetuning(
             checkpoint, tmp_path / name, tokens, mask=mask, method="full", settings=SETTINGS,
             workdir=tmp_path / f"{name}-work", context=Context(),
         )  # fmt: skip
@@ -250,7 +250,7 @@ def test_qlora_trains_over_four_bits_and_merges_into_full_precision(tmp_path: Pa
 
 
 def test_qlora_without_its_package_is_refused(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compression.finetuning.methods.find_spec", lambda name: None)
+    monkeypatch.setattr("compression.finetuning.settings.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"bitsandbytes.*pip install 'edgepress\[qlora\]'"):
         tune(checkpoint, tmp_path, method="qlora")
     assert not (tmp_path / "out").exists()

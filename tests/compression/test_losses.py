@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from compression.distillation.compatibility import Divergence
 from compression.distillation.losses import (
     attention_distance,
     cosine_distance,
@@ -22,7 +21,8 @@ from compression.distillation.losses import (
     merge_tail,
     sum_in_chunks,
 )  # fmt: skip
-from compression.distillation.objective import Objective
+from compression.distillation.settings import Divergence
+from tests.trainings import build_objective
 
 DIVERGENCES: list[Divergence] = ["forward", "reverse", "js"]
 
@@ -212,7 +212,7 @@ def large_vocabulary() -> PreTrainedModel:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_vocabulary_of_150k_is_never_whole_in_memory(divergence: Divergence, max_logits: int, bounded: bool) -> None:
     """64 positions have 9.7M logits; nothing above 2**21 elements is made, forward or backward, where that is the limit."""
-    objective = Objective(
+    objective = build_objective(
         large_vocabulary(), teacher=large_vocabulary(), alpha=1.0, beta=1.0, divergence=divergence, temperature=2.0, max_logits=max_logits
     )  # fmt: skip
     rows = torch.randint(0, 151936, (1, 65), generator=torch.Generator().manual_seed(0))

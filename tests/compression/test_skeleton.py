@@ -9,14 +9,13 @@ from compression.checkpoints.families import FAMILIES
 from compression.checkpoints.skeleton import skeleton, unclaimed_tensors
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.pruning.lottery import prune_lottery
-from compression.pruning.rigl import prune_rigl
 from compression.pruning.unstructured import prune_unstructured
 from compression.quantization.fp8 import quantize_fp8
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.rtn import quantize_rtn
 from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_checkpoint, tiny_windows
+from tests.trainings import run_lottery, run_rigl
 
 MORE = {
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
@@ -56,8 +55,8 @@ def test_every_method_refuses_what_it_would_leave(tmp_path: Path) -> None:
         lambda: quantize_fp8(source, out, context=context),
         lambda: quantize_gptq(source, out, windows, group_size=32, context=context),
         lambda: prune_unstructured(source, out, method="magnitude", context=context),
-        lambda: prune_rigl(source, out, windows, **trained),
-        lambda: prune_lottery(source, out, windows, **trained),
+        lambda: run_rigl(source, out, windows, **trained),
+        lambda: run_lottery(source, out, windows, **trained),
     ):
         with pytest.raises(Incompatible, match=r"4 tensors of its blocks.*experts\.gate_up_proj") as caught:
             method()

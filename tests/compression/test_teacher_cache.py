@@ -12,14 +12,14 @@ import torch
 from compression.checkpoints.checkpoint import file_digests
 from compression.checkpoints.loading import load_model
 from compression.context import Context
-from compression.distillation import CacheSettings, Divergence
-from compression.distillation.distill import distill
 from compression.distillation.objective import Objective
+from compression.distillation.settings import CacheSettings, Divergence
 from compression.distillation.teacher_cache import TeacherCache, open_teacher_cache
 from compression.errors import EdgepressError, Incompatible
 from compression.training.settings import TrainingSettings
 from tests.compression.test_losses import reference, softmax
 from tests.tiny import tiny_checkpoint, tiny_windows
+from tests.trainings import build_objective, run_distillation
 
 SETTINGS = TrainingSettings(steps=4, batch_size=4, learning_rate=1e-2, save_every=100)
 FULL = CacheSettings("full")
@@ -65,8 +65,8 @@ def terms(objective: Objective, chosen: list[int], length: int = 16) -> tuple[fl
 def test_full_is_the_loss_without_a_cache(opened: Open, student: Path, checkpoint: Path, divergence: Divergence, max_logits: int) -> None:
     """In any order, and for batches that are cut behind their last target."""
     settings: dict[str, Any] = {"alpha": 1.0, "beta": 0.5, "temperature": 2.0, "divergence": divergence, "max_logits": max_logits}
-    live = Objective(load_model(student), teacher=load_model(checkpoint), **settings)
-    cached = Objective(load_model(student), cache=opened(), **settings)
+    live = build_objective(load_model(student), teacher=load_model(checkpoint), **settings)
+    cached = build_objective(load_model(student), cache=opened(), **settings)
     for chosen, length in (([0, 1, 2, 3, 4], 16), ([3, 1], 12), ([4, 2, 2], 16), ([1], 9)):
         expected, slope = terms(live, chosen, length)
         value, gradient = terms(cached, chosen, length)
@@ -77,7 +77,9 @@ def test_full_is_the_loss_without_a_cache(opened: Open, student: Path, checkpoin
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
 def test_top_k_is_the_formula_over_k_tokens_and_the_rest(opened: Open, student: Path, checkpoint: Path, divergence: Divergence) -> None:
     rows, mask = masked()
-    objective = Objective(load_model(student), cache=opened(CacheSettings("top_k", 7)), alpha=1.0, temperature=2.0, divergence=divergence)
+    objective = build_objective(
+        load_model(student), cache=opened(CacheSettings("top_k", 7)), alpha=1.0, temperature=2.0, divergence=divergence
+    )
     with torch.no_grad():
         ours, theirs = (load_model(path).double()(input_ids=rows).logits[:, :-1][mask[:, 1:]].numpy() for path in (student, checkpoint))
     top = np.argsort(theirs, -1)[:, -7:]
@@ -95,7 +97,7 @@ def test_top_k_is_the_formula_over_k_tokens_and_the_rest(opened: Open, student: 
 def test_float16_is_half_as_large_and_close(opened: Open, student: Path, keep: Any) -> None:
     def value(dtype: Any) -> tuple[float, int]:
         cache = opened(CacheSettings(keep, 7, dtype))
-        return terms(Objective(load_model(student), cache=cache, alpha=1.0, temperature=2.0), [0, 1, 2, 3])[0], cache.nbytes
+        return terms(build_objective(load_model(student), cache=cache, alpha=1.0, temperature=2.0), [0, 1, 2, 3])[0], cache.nbytes
 
     (exact, large), (close, small) = value("float32"), value("float16")
     assert close == pytest.approx(exact, rel=2e-3)
@@ -107,8 +109,8 @@ def test_float16_is_half_as_large_and_close(opened: Open, student: Path, keep: A
 def distilled(
     student: Path, teacher: Path, home: Path, name: str, *, settings: TrainingSettings = SETTINGS, **others: Any
 ) -> dict[str, float]:
-    arguments = {"teacher_cache": FULL, "cache": home / "cache", "context": Context()} | others
-    return distill(student, teacher, home / name, tiny_windows(8), settings=settings, workdir=home / f"{name}-work", **arguments)
+    arguments = {"teacher_cache": FULL, "cache_folder": home / "cache", "context": Context()} | others
+    return run_distillation(student, teacher, home / name, tiny_windows(8), settings=settings, workdir=home / f"{name}-work", **arguments)
 
 
 def no_teacher(*_: object, **__: object) -> None:
@@ -202,17 +204,17 @@ def test_what_a_cache_cannot_give_is_refused(tmp_path: Path, opened: Open, stude
     with pytest.raises(Incompatible, match="compares blocks") as caught:
         distilled(student, checkpoint, tmp_path, "out", gamma=0.1)
     assert caught.value.key == "teacher_cache"
-    with pytest.raises(Incompatible, match="nothing is asked"):
+    with pytest.raises(Incompatible, match="no output of a teacher"):
         distilled(student, checkpoint, tmp_path, "out", alpha=0.0, beta=1.0)
     with pytest.raises(Incompatible, match="no tail") as caught:
         distilled(student, checkpoint, tmp_path, "out", teacher_cache=CacheSettings("top_k", 320))
     assert caught.value.key == "top_k"
-    objective = Objective(load_model(student), cache=opened(), alpha=1.0, temperature=2.0)
+    objective = build_objective(load_model(student), cache=opened(), alpha=1.0, temperature=2.0)
     with pytest.raises(EdgepressError, match="not made for a row"):
         objective(tiny_windows(2, 16, seed=9), torch.ones(2, 16, dtype=torch.bool))
     for arguments in ({"teacher": load_model(checkpoint), "temperature": 2.0}, {"temperature": 1.0}):
         with pytest.raises(EdgepressError, match="give it alone"):
-            Objective(load_model(student), cache=opened(), alpha=1.0, **arguments)
+            build_objective(load_model(student), cache=opened(), alpha=1.0, **arguments)
 
 
 def test_a_value_that_float16_cannot_hold_is_refused(tmp_path: Path, opened: Open) -> None:

@@ -15,19 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional
 
 from compression.checkpoints.loading import load_model
 from compression.context import Context
-from compression.distillation.objective import Objective
 from compression.errors import EdgepressError, UnusableData
 from compression.training.curve import Curve
-from compression.training.loop import train
 from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_windows
+from tests.trainings import build_objective, run_training
 
-SETTINGS = TrainingSettings(steps=10, batch_size=4, learning_rate=1e-2, warmup_ratio=0.2, weight_decay=0.1, save_every=3)
+SETTINGS = TrainingSettings(
+    steps=10, batch_size=4, learning_rate=1e-2, warmup_ratio=0.2, weight_decay=0.1, save_every=3, group_by_length=False
+)
 
 
 class Toy(nn.Module):
@@ -51,8 +53,8 @@ def run(
     model: nn.Module, workdir: Path, *, settings: TrainingSettings = SETTINGS, mask: torch.Tensor | None = None,
     origin: Mapping[str, Any] | None = None, **context: object,
 ) -> dict[str, float]:  # fmt: skip
-    return train(
-        model, tiny_windows(11), mask=mask, settings=settings, origin=origin or {}, workdir=workdir, context=Context(seed=5, **context), what="toy"
+    return run_training(
+        model, tiny_windows(11), mask=mask, settings=settings, origin=origin or {}, workdir=workdir, context=Context(seed=5, **context), name="toy"
     )  # fmt: skip
 
 
@@ -99,7 +101,7 @@ def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
         small,
         tmp_path / "small",
         mask=some_mask(),
-        settings=TrainingSettings(**vars(SETTINGS) | {"batch_size": 2, "gradient_accumulation": 2}),
+        settings=SETTINGS.model_copy(update={"batch_size": 2, "gradient_accumulation": 2}),
     )
     torch.testing.assert_close(weights(large), weights(small), rtol=1e-4, atol=1e-6)
 
@@ -108,7 +110,7 @@ def test_bfloat16_multiplies_in_bfloat16_and_keeps_float32_weights(tmp_path: Pat
     seen = set()
     model = Toy()
     model.head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
-    run(model, tmp_path, settings=TrainingSettings(**vars(SETTINGS) | {"precision": "bfloat16"}))
+    run(model, tmp_path, settings=SETTINGS.model_copy(update={"precision": "bfloat16"}))
     assert seen == {torch.bfloat16}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
@@ -145,13 +147,12 @@ from pathlib import Path
 from typing import Any
 import torch
 from compression.context import Context
-from compression.distillation.objective import Objective
 from compression.checkpoints.loading import load_model
-from compression.training.loop import train
 from compression.training.curve import Curve
 from compression.training.settings import TrainingSettings
 from safetensors.torch import save_file
 from tests.tiny import tiny_windows
+from tests.trainings import build_objective, run_training
 
 torch.set_num_threads(1)
 
@@ -173,9 +174,9 @@ def attempt(checkpoint, workdir, die_at_step, die_at_sync):
     student, teacher = load_model(checkpoint), load_model(checkpoint)
     with torch.no_grad():
         student.model.layers[0].mlp.up_proj.weight[::2] = 0
-    objective = Objective(student, teacher=teacher, alpha=1.0, gamma=0.1, temperature=2.0, layers={0: 0})
+    objective = build_objective(student, teacher=teacher, alpha=1.0, gamma=0.1, temperature=2.0, layers={0: 0})
     settings = TrainingSettings(steps=9, batch_size=2, learning_rate=1e-3, save_every=2)
-    train(objective, tiny_windows(7), mask=None, settings=settings, origin={}, workdir=workdir, context=Context(progress=progress), what="distil")
+    run_training(objective, tiny_windows(7), mask=None, settings=settings, origin={}, workdir=workdir, context=Context(progress=progress), name="distil")
     save_file({name: tensor.clone() for name, tensor in objective.state_dict().items()}, f"{workdir}.safetensors")
 
 found = []
@@ -232,7 +233,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(tmp_path: Pa
 def test_the_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
     run(Toy(), tmp_path)
     with pytest.raises(EdgepressError, match="with other settings"):
-        run(Toy(), tmp_path, settings=TrainingSettings(**vars(SETTINGS) | {"learning_rate": 2e-2}))
+        run(Toy(), tmp_path, settings=SETTINGS.model_copy(update={"learning_rate": 2e-2}))
     with pytest.raises(EdgepressError, match="with other settings"):
         run(Toy(), tmp_path, mask=some_mask())
     with pytest.raises(EdgepressError, match="another method, on another model"):
@@ -261,7 +262,7 @@ def test_is_quiet_and_leaves_the_global_random_state_alone(tmp_path: Path, capfd
 def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
     models = [Toy(dropout=0.1) for _ in range(3)]
     for index, seed in enumerate((0, 0, 1)):
-        train(
+        run_training(
             models[index],
             tiny_windows(11),
             mask=None,
@@ -269,7 +270,7 @@ def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
             origin={},
             workdir=tmp_path / str(index),
             context=Context(seed=seed),
-            what="toy",
+            name="toy",
         )
     assert torch.equal(weights(models[0]), weights(models[1]))
     assert not torch.equal(weights(models[0]), weights(models[2]))
@@ -300,7 +301,7 @@ def test_a_loss_that_is_no_number_stops_the_training_before_it_is_saved(tmp_path
 )
 def test_unusable_rows(tmp_path: Path, rows: torch.Tensor, mask: torch.Tensor | None, message: str) -> None:
     with pytest.raises(UnusableData, match=message):
-        train(Toy(), rows, mask=mask, settings=SETTINGS, origin={}, workdir=tmp_path, context=Context(), what="toy")
+        run_training(Toy(), rows, mask=mask, settings=SETTINGS, origin={}, workdir=tmp_path, context=Context(), name="toy")
 
 
 @pytest.mark.parametrize(
@@ -308,24 +309,24 @@ def test_unusable_rows(tmp_path: Path, rows: torch.Tensor, mask: torch.Tensor | 
     [("steps", 0), ("batch_size", 0), ("learning_rate", -1.0), ("warmup_ratio", 1.0), ("precision", "float8"), ("save_every", 0)],
 )  # fmt: skip
 def test_settings_out_of_range(key: str, value: object) -> None:
-    with pytest.raises(EdgepressError, match=key) as caught:
+    with pytest.raises(ValidationError) as caught:
         TrainingSettings(**{key: value})
-    assert caught.value.key == key
+    assert caught.value.errors()[0]["loc"] == (key,)
 
 
 def test_a_real_model_learns_its_rows(tmp_path: Path, checkpoint: Path) -> None:
     curve: list[float] = []
     settings = TrainingSettings(steps=30, batch_size=4, learning_rate=3e-3)
     context = Context(metrics=lambda values, step: curve.append(values["loss"]))
-    train(
-        Objective(load_model(checkpoint), beta=1.0),
+    run_training(
+        build_objective(load_model(checkpoint), beta=1.0),
         tiny_windows(4),
         mask=None,
         settings=settings,
         origin={},
         workdir=tmp_path,
         context=context,
-        what="fit",
+        name="fit",
     )
     assert curve[-1] < 0.5 * curve[0]
 
@@ -336,9 +337,9 @@ def test_padding_is_no_token_of_the_curve(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Curve, "add", lambda curve, terms, tokens: (counted.append(int(tokens)), add(curve, terms, tokens))[1])
     lengths = torch.tensor([32, 9, 4, 2])
     mask = (torch.arange(32) < lengths[:, None]) & (torch.arange(32) > 0)
-    settings = TrainingSettings(steps=3, batch_size=4, learning_rate=1e-3)
-    metrics = train(
-        Toy(), tiny_windows(4), mask=mask, settings=settings, origin={}, workdir=tmp_path, context=Context(), what="toy"
+    settings = TrainingSettings(steps=3, batch_size=4, learning_rate=1e-3, group_by_length=False)
+    metrics = run_training(
+        Toy(), tiny_windows(4), mask=mask, settings=settings, origin={}, workdir=tmp_path, context=Context(), name="toy"
     )  # fmt: skip
     assert counted == [int(lengths.sum())] * 3
     assert metrics["training_tokens_per_second"] > 0

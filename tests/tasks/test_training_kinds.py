@@ -49,10 +49,12 @@ def test_runs_as_planned_and_is_judged_on_the_validation_split(tmp_path: Path, c
 @pytest.mark.parametrize("uses", TRAINING)
 def test_settings_that_contradict_each_other_or_the_data(checkpoint: Path, uses: str) -> None:
     parent = open_checkpoint(checkpoint)
-    for parameters, data in (({"patience": 2}, DATA), ({"train_on": "questions"}, DATA.model_copy(update={"questions": None}))):
-        with pytest.raises(EdgepressError) as caught:
-            stage(uses, **parameters).plan(parent, {"teacher": parent}, data)
-        assert caught.value.key == next(iter(parameters))
+    with pytest.raises(ValidationError) as refused:
+        stage(uses, patience=2)
+    assert refused.value.errors()[0]["loc"] == ("patience",)
+    with pytest.raises(EdgepressError) as caught:
+        stage(uses, train_on="questions").plan(parent, {"teacher": parent}, DATA.model_copy(update={"questions": None}))
+    assert caught.value.key == "train_on"
 
 
 def test_a_validation_split_that_is_not_there(tmp_path: Path, checkpoint: Path) -> None:
@@ -76,7 +78,7 @@ def test_schedules_that_do_not_fit_the_steps(checkpoint: Path, uses: str, parame
 
 
 def test_qlora_without_its_package_is_refused_before_anything_runs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compression.finetuning.methods.find_spec", lambda name: None)
+    monkeypatch.setattr("compression.finetuning.settings.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match="bitsandbytes"):
         plan("finetune", checkpoint, method="qlora")
 

@@ -1,12 +1,15 @@
-"""How a model can be fine-tuned, and what each way asks for. Imports no torch: recipes are validated with it."""
+"""Methods of fine-tuning, and what each needs. Imports no torch: recipes are validated with it."""
 
 import re
 from importlib.util import find_spec
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from compression.checkpoints.checkpoint import Checkpoint
 from compression.checkpoints.families import FAMILIES
 from compression.errors import Incompatible, MissingExtra
+from compression.training.settings import TrainingSettings
 
 FinetuningMethod = Literal["full", "lora", "dora", "qlora"]
 TIED = (
@@ -15,8 +18,46 @@ TIED = (
 )
 
 
+class FinetuningSettings(TrainingSettings):
+    """Fine-tuning on next tokens: training (`TrainingSettings`) of all weights, or of adapters that are merged afterwards.
+
+    In a recipe:
+
+        tuned:
+          uses: finetune
+          method: lora
+          rank: 16
+          steps: 200
+
+    The methods:
+        full: Every weight.
+        lora: W + (alpha / rank)·B·A (Hu et al., "LoRA", arXiv 2106.09685).
+        dora: m · (W + (alpha / rank)·B·A) / ‖W + (alpha / rank)·B·A‖, by rows (Liu et al., arXiv 2402.09353).
+        qlora: lora over a base in 4-bit NF4 (Dettmers et al., arXiv 2305.14314); merged into the float32 weights.
+    """
+
+    method: Annotated[
+        FinetuningMethod,
+        Field(
+            description="`lora` trains low-rank adapters, `dora` their rows' norms too, `qlora` adapters over a 4-bit base, `full` every weight."
+        ),
+    ] = "lora"
+    rank: Annotated[int, Field(ge=1, description="Rank of the adapters.")] = 16
+    rank_pattern: Annotated[
+        dict[str, int], Field(default_factory=dict, description="Other ranks, by name or pattern of the layer: {mlp.down_proj: 32}.")
+    ]
+    alpha: Annotated[int, Field(ge=1, description="The adapters' update is scaled by alpha / rank.")] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout before the adapters.")] = 0.0
+    target_modules: Annotated[str | list[str], Field(description="`all-linear`, a pattern of paths, or names of layers.")] = "all-linear"
+
+
 def check_method(checkpoint: Checkpoint, method: FinetuningMethod, target_modules: str | list[str] = "all-linear") -> None:
-    """Raises Incompatible (dora of a sparse checkpoint, adapters on a tied embedding or head), MissingExtra (qlora without bitsandbytes)."""
+    """Refuse a method that does not fit the checkpoint or this environment.
+
+    Raises:
+        Incompatible: dora of a sparse checkpoint, adapters on a tied embedding or head.
+        MissingExtra: qlora without bitsandbytes.
+    """
     if method != "full" and checkpoint.tied and (tied := _ends(checkpoint, target_modules)):
         raise Incompatible(TIED.format(tied[0]), key="target_modules")
     if method == "dora" and checkpoint.sparse:

@@ -1,0 +1,75 @@
+"""The training functions with their settings as loose keywords, so that a test names only what it is about."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from compression.context import Context
+from compression.distillation.distill import distill
+from compression.distillation.objective import Objective
+from compression.distillation.settings import CacheSettings, DistillationSettings, ObjectiveSettings
+from compression.finetuning.finetune import finetune
+from compression.finetuning.settings import FinetuningSettings
+from compression.pruning.lottery import prune_lottery
+from compression.pruning.rigl import prune_rigl
+from compression.pruning.settings import LotterySettings, RigLSettings
+from compression.training.batches import HeldOut, TrainingRows
+from compression.training.held_masks import HeldMasks
+from compression.training.loop import train
+from compression.training.settings import TrainingSettings
+from compression.training.trainer import TrainingRun
+
+OF_THE_CALL = ("teacher", "cache", "layers", "seed", "max_logits")
+Metrics = dict[str, float]
+
+
+def build_objective(student: PreTrainedModel, **parameters: Any) -> Objective:
+    """Only the terms that are named, at temperature 1 unless it is named."""
+    call = {name: parameters.pop(name) for name in OF_THE_CALL if name in parameters}
+    return Objective(student, ObjectiveSettings(**{"alpha": 0.0, "temperature": 1.0, **parameters}), **call)
+
+
+def run_training(
+    objective: nn.Module, rows: torch.Tensor, *, settings: TrainingSettings, workdir: Path, context: Context, mask: torch.Tensor | None = None,
+    validation: HeldOut | None = None, sparsity: HeldMasks | None = None, name: str = "toy", origin: Mapping[str, Any] | None = None,
+    start: Path | None = None, keep_step: int | None = None,
+) -> Metrics:  # fmt: skip
+    run = TrainingRun(name, origin or {}, workdir, start, keep_step)
+    return train(objective, TrainingRows(rows, mask, validation), settings, run, context=context, sparsity=sparsity)
+
+
+def run_distillation(
+    student: Path, teacher: Path, out: Path, rows: torch.Tensor, *, settings: TrainingSettings, workdir: Path, context: Context,
+    validation: HeldOut | None = None, teacher_cache: CacheSettings | None = None, cache_folder: Path | None = None, **terms: Any,
+) -> Metrics:  # fmt: skip
+    if teacher_cache is not None:
+        terms |= {"teacher_cache": teacher_cache.keep, "top_k": teacher_cache.top_k, "cache_dtype": teacher_cache.dtype}
+    complete = DistillationSettings(**settings.model_dump(), **terms)
+    data = TrainingRows(rows, None, validation)
+    return distill(student, teacher, out, data, complete, workdir=workdir, context=context, cache_folder=cache_folder)
+
+
+def run_finetuning(
+    model: Path, out: Path, rows: torch.Tensor, *, settings: TrainingSettings, workdir: Path, context: Context, mask: torch.Tensor | None = None,
+    validation: HeldOut | None = None, adapter_out: Path | None = None, **parameters: Any,
+) -> Metrics:  # fmt: skip
+    complete = FinetuningSettings(**settings.model_dump(), **parameters)
+    return finetune(model, out, TrainingRows(rows, mask, validation), complete, workdir=workdir, context=context, adapter_out=adapter_out)
+
+
+def run_rigl(
+    model: Path, out: Path, rows: torch.Tensor, *, settings: TrainingSettings, workdir: Path, context: Context, **parameters: Any
+) -> Metrics:
+    return prune_rigl(model, out, TrainingRows(rows), RigLSettings(**settings.model_dump(), **parameters), workdir=workdir, context=context)
+
+
+def run_lottery(
+    model: Path, out: Path, rows: torch.Tensor, *, settings: TrainingSettings, workdir: Path, context: Context,
+    validation: HeldOut | None = None, **parameters: Any,
+) -> Metrics:  # fmt: skip
+    complete = LotterySettings(**settings.model_dump(), **parameters)
+    return prune_lottery(model, out, TrainingRows(rows, None, validation), complete, workdir=workdir, context=context)

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from compression.data import DataSpec
-from compression.training.settings import TrainingSettings
+from compression.distillation.settings import DistillationSettings
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
 
@@ -33,7 +33,7 @@ def test_the_example_compresses_and_measures(example: ModuleType, checkpoint: Pa
         evaluation_windows=2,
         evaluation_questions=4,
     )
-    training = TrainingSettings(steps=2, batch_size=2)
+    training = DistillationSettings(steps=2, batch_size=2)
     figures = example.compress(checkpoint, data, training, tmp_path, keep=0.5)
     assert list(figures) == ["base", "pruned", "distilled", "gptq", "gguf"]
     assert all(math.isfinite(found["perplexity"]) and 0 <= found["accuracy"] <= 1 for found in figures.values())

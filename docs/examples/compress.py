@@ -15,12 +15,13 @@ from compression.checkpoints.loading import load_tokenizer
 from compression.context import Context
 from compression.data import DataSpec, calibration_windows, evaluation_windows, questions, training_rows
 from compression.distillation.distill import distill
+from compression.distillation.settings import DistillationSettings
 from compression.evaluation.runtime import Runtime
 from compression.evaluation.scorers import evaluate_quality
 from compression.evaluation.speed import measure_speed
 from compression.pruning.width import prune_width
 from compression.quantization.gptq import quantize_gptq
-from compression.training.settings import TrainingSettings
+from compression.training.batches import TrainingRows
 from export.gguf import GgufSettings, export_gguf
 from export.runtimes import open_runtime
 
@@ -28,7 +29,7 @@ REFERENCE = Path(compression.reference.__file__).parent / "model"
 THREADS = 2
 
 
-def compress(model: Path, data: DataSpec, training: TrainingSettings, out: Path, *, keep: float) -> dict[str, dict[str, float]]:
+def compress(model: Path, data: DataSpec, training: DistillationSettings, out: Path, *, keep: float) -> dict[str, dict[str, float]]:
     """Write every step's model below `out` and return the measurements of each: perplexity, distance to `model`, size, speed."""
     context = Context(seed=0, warn=print)
     tokenizer = load_tokenizer(model)
@@ -39,8 +40,8 @@ def compress(model: Path, data: DataSpec, training: TrainingSettings, out: Path,
     prune_width(model, pruned, keep=keep, context=context)
 
     # Train it to predict what the original predicts. An interrupted training resumes from `workdir`.
-    rows = training_rows(data, tokenizer)
-    distill(pruned, model, distilled, rows, settings=training, workdir=out / "work", context=context)
+    rows = TrainingRows(training_rows(data, tokenizer))
+    distill(pruned, model, distilled, rows, training, workdir=out / "work", context=context)
 
     # Round the linear layers to 4 bits, each group of 32 weights with its own scale.
     quantize_gptq(distilled, gptq, calibration, bits=4, group_size=32, context=context)
@@ -87,7 +88,7 @@ def main() -> None:
     disable_progress_bar()
     source = {"text": {"path": options.text}} if options.text else {"text": "embedded", "questions": "embedded"}
     data = DataSpec.model_validate(source | {"length": options.length, "calibration_windows": 16, "evaluation_windows": 16})
-    training = TrainingSettings(steps=options.steps, batch_size=8, learning_rate=options.learning_rate, precision="bfloat16")
+    training = DistillationSettings(steps=options.steps, batch_size=8, learning_rate=options.learning_rate, precision="bfloat16")
     columns = ("size_mb", "perplexity", "kl_to_base", "accuracy", "tokens_per_second")
     measured = compress(options.model, data, training, options.out, keep=options.keep)
     print("| step |", " | ".join(columns), "|\n|---|" + "---:|" * len(columns))

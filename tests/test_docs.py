@@ -19,8 +19,8 @@ from compression.checkpoints.checkpoint import Checkpoint, Layout
 from compression.context import Context
 from flows.cli.main import app
 from flows.cli.reference import BEGIN, END, _outcomes, _samples, compatibility_table, recipe_reference, with_generated
-from flows.planning.plan import make_plan
-from flows.planning.recipe import ParsedRecipe, _entries, json_schema, load_recipe
+from flows.planning import ParsedRecipe, json_schema, load_recipe, make_plan
+from flows.planning.recipe import _entries
 from tasks.runners.jobs import compute_stage
 from tasks.stage import check_accepts, stage_kinds
 from tasks.store.store import Store

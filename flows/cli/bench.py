@@ -51,7 +51,7 @@ def measure_rows(
     threads: int,
     on_start: Callable[[str], None],
 ) -> Iterator[BenchRow]:
-    """Measure every model with every prompt length, each in a process of its own and exclusively on the machine; a crash ends its row only.
+    """Measure every model with every prompt length, each in a process of its own and exclusively on the machine. A crash ends only its row.
 
     Args:
         models: Checkpoints, artifacts, GGUF files.
@@ -72,7 +72,7 @@ def measure_rows(
     try:
         for model, runtime in runtimes.items():
             for prompt in prompts:
-                on_start(f"{model} in {runtime}, prompt of {prompt} (begins when no other work of edgepress runs on this machine)")
+                on_start(f"{model} in {runtime}, prompt of {prompt} (starts when no other work of edgepress runs on this machine)")
                 yield _measure(executor, model, runtime, prompt, new_tokens, repeats, threads)
     finally:
         executor.close()

@@ -15,7 +15,7 @@ import typer
 from compression.errors import EdgepressError, nearest
 from compression.redaction import redacted
 from flows.cli.options import DEFAULT_OUTPUTS, DEFAULT_STORE, OnlyStages, OutputsFolder, Overrides, RecipeFile, StoreFolder, grouped_options
-from flows.planning.recipe import find_recipe
+from flows.planning import find_recipe, load_recipe, make_plan, select
 from flows.planning.source_map import read_value
 
 if TYPE_CHECKING:
@@ -107,9 +107,6 @@ def _check_request(request: DeploymentRequest, directory: Path, *, elsewhere: bo
 
     A recipe that will run in this directory is planned with its model and data. `elsewhere`: workers run it, maybe on another machine.
     """
-    from flows.planning.plan import make_plan
-    from flows.planning.recipe import load_recipe
-    from flows.planning.selection import select
     from tasks.store.store import Store
 
     overrides, only = list(request.overrides or ()), list(request.only or ())
@@ -168,11 +165,11 @@ def _work_pool(name: str, variables: Mapping[str, Any]) -> "WorkPool":
             pools = {known.name: f"{known.name} ({known.type})" for known in client.read_work_pools()}
             raise EdgepressError(
                 f"there is no work pool {name!r}{nearest(name, pools)}; pools: {', '.join(pools.values()) or 'none'}; "
-                f"make it with: prefect work-pool create {name} --type process"
+                f"create it with: prefect work-pool create {name} --type process"
             ) from None
     known = pool.base_job_template.get("variables", {}).get("properties", {})
     for key in variables:
-        if known and key not in known:  # a pool made through the API has none before its first worker starts
+        if known and key not in known:  # a pool created through the API has none before its first worker starts
             raise EdgepressError(
                 f"--job-variable {key}: jobs of the pool {name} ({pool.type}) have no such setting{nearest(key, known)}; they have {', '.join(known)}"
             )
@@ -190,7 +187,7 @@ def _deployment(
     from prefect.deployments.runner import RunnerDeployment
     from prefect.flows import EntrypointType
 
-    from flows.run.deployment import run_recipe
+    from flows.run import run_recipe
 
     return RunnerDeployment.from_flow(
         run_recipe, name=name, schedule=schedule, paused=False, parameters=parameters, tags=["edgepress"],

@@ -47,9 +47,9 @@ def generate_text(
     import_runtime(runtime_name(path))  # before the clock starts
     _disable_progress_bars()
     timings = Timings()
-    begin = time.perf_counter()
+    start = time.perf_counter()
     with closing(open_runtime(path, threads=threads)) as runtime:
-        timings.load = time.perf_counter() - begin
+        timings.load = time.perf_counter() - start
         text = open_text(path, runtime)
         tokens = text.encode_chat(prompt) if chat else text.encode(prompt)
         if not tokens:
@@ -76,11 +76,11 @@ def generate_text(
 def _timed(tokens: Iterator[int], timings: Timings) -> Iterator[int]:
     """Pass tokens on, and count the time they took but not the time their consumer takes."""
     while True:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         token = next(tokens, None)
         if token is None:
             return
-        timings.tokens.append(time.perf_counter() - begin)
+        timings.tokens.append(time.perf_counter() - start)
         yield token
 
 

@@ -13,7 +13,7 @@ import webbrowser
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -39,10 +39,7 @@ from flows.cli.run import execute_plan, run_app
 from flows.cli.store import store_app
 from flows.cli.study import study_app
 from flows.cli.tracking import tracking_app
-from flows.planning.recipe import find_recipe
-
-if TYPE_CHECKING:
-    from flows.planning.plan import Plan
+from flows.planning import Plan, check_disk, find_recipe, json_schema, load_recipe, make_plan, select
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -106,9 +103,6 @@ def run(
 
     Example: `edgepress run demo --set stages.distilled.steps=100`
     """
-    from flows.planning.plan import make_plan
-    from flows.planning.recipe import load_recipe
-    from flows.planning.selection import select
     from tasks.store.store import Store
 
     opened = Store(store)
@@ -123,8 +117,6 @@ def validate(recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder
 
     Example: `edgepress validate recipe.yaml`
     """
-    from flows.planning.plan import make_plan
-    from flows.planning.recipe import load_recipe
     from tasks.store.store import Store
 
     plan = make_plan(load_recipe(find_recipe(recipe), tuple(overrides or ())), Store(store))
@@ -141,8 +133,6 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, store: StoreFolder = D
     Example: `edgepress plan demo`
     """
     from flows.cli.screen import plan_table
-    from flows.planning.plan import check_disk, make_plan
-    from flows.planning.recipe import load_recipe
     from tasks.store.store import Store
 
     opened = Store(store)
@@ -167,7 +157,6 @@ def sensitivity(
     Example: `edgepress sensitivity demo --bits 4 --group-size 32`
     """
     from flows.cli.sensitivity import show_sensitivity
-    from flows.planning.recipe import load_recipe
     from tasks.base import open_base
 
     parsed = load_recipe(find_recipe(recipe), tuple(overrides or ()))
@@ -186,7 +175,6 @@ def schema() -> None:
 
     Example: `edgepress schema > recipe.schema.json`
     """
-    from flows.planning.recipe import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 

@@ -1,4 +1,4 @@
-"""Commands that take a checkpoint or an artifact: generate, bench, inspect. Their work is in files of their names."""
+"""Commands that take a checkpoint or an artifact: generate, bench, inspect. The file of the same name does the work."""
 
 import json
 import os

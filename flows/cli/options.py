@@ -33,8 +33,8 @@ def grouped_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def ungrouped(**values: Any) -> None:
-        own = {name: group(**{field.name: values.pop(field.name) for field in fields(group)}) for name, group in groups.items()}
-        command(**own, **values)
+        grouped = {name: group(**{field.name: values.pop(field.name) for field in fields(group)}) for name, group in groups.items()}
+        command(**grouped, **values)
 
     def parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -56,7 +56,7 @@ def terminal() -> Console:
 
 
 def open_store(store: Path) -> "Store":
-    """Open an existing store. Raises EdgepressError where none is there, instead of making one."""
+    """Open an existing store. Raises EdgepressError where none is there, instead of creating one."""
     from compression.errors import EdgepressError
     from tasks.store.store import Store
 

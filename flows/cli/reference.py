@@ -14,9 +14,10 @@ from compression.errors import EdgepressError
 from compression.evaluation.spec import EvaluationSpec
 from export.proof import KL_TO_PARENT
 from export.runtimes import PACKAGES
+from flows.planning import Recipe
 from flows.planning.matrix import Matrix
 from flows.planning.nodes import StageExecution
-from flows.planning.recipe import ExecutionSettings, ModelSource, Recipe
+from flows.planning.recipe import ExecutionSettings, ModelSource
 from flows.planning.study import Axis, Claim, Published, Study
 from tasks.measurement.gate_presets import PRESETS, SELECTIONS
 from tasks.measurement.gates import Bound

@@ -14,7 +14,7 @@ from compression.errors import EdgepressError
 from flows.cli.options import DEFAULT_STORE, StoreFolder, open_store, terminal
 
 if TYPE_CHECKING:
-    from flows.planning.plan import Plan
+    from flows.planning import Plan
     from tasks.store.journal import Run
     from tasks.store.store import Store
 
@@ -69,7 +69,7 @@ def resume(
 
     Example: `edgepress resume demo-3`
     """
-    from flows.run.resuming import replan
+    from flows.run import replan
 
     opened = open_store(store)
     resumed = _run_to_resume(opened, run)
@@ -84,7 +84,7 @@ def execute_plan(plan: "Plan", store: "Store", outputs: Path, resumes: "Run | No
     """Run a plan, show its progress and then its table. Exits with 1 where a stage failed."""
     from flows.cli.screen import Screen, print_summary
     from flows.report import render_report
-    from flows.run.pipeline import run_pipeline
+    from flows.run import run_pipeline
 
     console = terminal()
     with Screen(console) as screen:
@@ -115,7 +115,7 @@ def _run_to_resume(store: "Store", name: str | None) -> "Run | None":
         return None
     run = latest_attempt(store, read_run(store, name), print)
     if run.state == "Running":
-        raise EdgepressError(f"{run.run} is still running ({run.owner}); Ctrl-C there, or its end, comes first")
+        raise EdgepressError(f"{run.run} is still running ({run.owner}); wait for its end, or press Ctrl-C there")
     if run.state == "Completed":
         print(f"nothing to do: {run.run} completed")
         return None

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from flows.planning.plan import Plan, estimate
+from flows.planning import Plan, estimate
 from flows.report.comparison import compare
 from flows.report.run_comparison import RunComparison
 from tasks.measurement.figures import measured

@@ -12,7 +12,7 @@ from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import check_data
 from compression.errors import Incompatible
-from flows.planning.recipe import Recipe
+from flows.planning import Recipe
 from flows.report.layers import render_sensitivity
 from tasks.stage import check_accepts
 

@@ -29,7 +29,7 @@ Location = Annotated[
 def list_store(
     store: StoreFolder = DEFAULT_STORE,
     outputs: OutputsFolder = DEFAULT_OUTPUTS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with whole identities.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with full identities.")] = False,
 ) -> None:
     """List the results in the store, the oldest first.
 
@@ -67,7 +67,7 @@ def verify(store: StoreFolder = DEFAULT_STORE) -> None:
         print(f"damaged: {name}: {reason}")
     print(
         f"{result.entries} entries ({_size(result.bytes)}), {result.records} records, {result.runs} runs: "
-        + (f"{len(result.damaged)} damaged, set aside in {opened.root / 'damaged'}" if result.damaged else "all whole")
+        + (f"{len(result.damaged)} damaged, set aside in {opened.root / 'damaged'}" if result.damaged else "all intact")
     )
     if result.damaged:
         raise typer.Exit(1)
@@ -80,7 +80,7 @@ def gc(
     store: StoreFolder = DEFAULT_STORE,
     outputs: OutputsFolder = DEFAULT_OUTPUTS,
 ) -> None:
-    """Remove results that the last runs of each recipe do not need. Those of a living run or a pin stay, with all they were made from.
+    """Remove results that the last runs of each recipe do not need. Those that a running run or a pin needs stay, with all their ancestors.
 
     This also removes links and measurements of these results, work folders of dead runs, `damaged/`, teacher outputs that no unfinished run may
     read, and older journals.
@@ -99,7 +99,7 @@ def gc(
 
 @store_app.command()
 def pin(subject: Subject, store: StoreFolder = DEFAULT_STORE) -> None:
-    """Protect a run's results, or one result and all it was made from, from garbage collection.
+    """Protect a run's results, or one result with all its ancestors, from garbage collection.
 
     Example: `edgepress store pin demo-3`
     """
@@ -125,7 +125,7 @@ def export_store(
     subjects: Annotated[
         list[str] | None, typer.Argument(metavar="[WHAT]...", help="Runs, recipes (their last run) or identities. Default: everything.")
     ] = None,
-    ancestors: Annotated[bool, typer.Option("--ancestors", help="Add all that the named identities were made from.")] = False,
+    ancestors: Annotated[bool, typer.Option("--ancestors", help="Add all ancestors of the named identities.")] = False,
     store: StoreFolder = DEFAULT_STORE,
 ) -> None:
     """Write results with their manifests and measurements into a .tar or a directory, for another store.

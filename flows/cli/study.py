@@ -10,6 +10,7 @@ from rich.table import Table
 
 from compression.errors import EdgepressError
 from flows.cli.options import DEFAULT_OUTPUTS, DEFAULT_STORE, OutputsFolder, Overrides, StoreFolder, terminal
+from flows.planning import load_recipe, make_plan
 
 _STUDIES = Path(__file__).parent.parent / "studies"
 study_app = typer.Typer()
@@ -37,8 +38,6 @@ def study(
         _list()
         return
     from flows.cli.run import execute_plan
-    from flows.planning.plan import make_plan
-    from flows.planning.recipe import load_recipe
     from flows.report.study_page import markdown, svg, tables, verdict
     from flows.report.study_results import results
     from tasks.store.store import Store
@@ -60,13 +59,13 @@ def study(
 
 
 def find_study(name: str) -> Path:
-    """Return the file of a shipped study, or the given file. Raises EdgepressError where neither exists."""
-    shipped, given = _STUDIES / f"{name}.yaml", Path(name)
-    if shipped.is_file() and not given.is_file():
-        return shipped
-    if not given.is_file():
+    """Return the file of this name, or the shipped study. Raises EdgepressError where neither exists."""
+    shipped, file = _STUDIES / f"{name}.yaml", Path(name)
+    if file.is_file():
+        return file
+    if not shipped.is_file():
         raise EdgepressError(f"there is no study {name!r}, and no such file; studies: {', '.join(shipped_studies())}")
-    return given
+    return shipped
 
 
 def shipped_studies() -> dict[str, Path]:
@@ -74,7 +73,6 @@ def shipped_studies() -> dict[str, Path]:
 
 
 def _list() -> None:
-    from flows.planning.recipe import load_recipe
 
     table = Table("study", "question", "paper", caption="edgepress study NAME runs one; docs/studies.md shows their results")
     for name, file in shipped_studies().items():

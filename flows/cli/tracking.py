@@ -13,7 +13,7 @@ tracking_app = typer.Typer()
 def sync(store: StoreFolder = DEFAULT_STORE) -> None:
     """Send MLflow what it missed while it did not answer. `edgepress run` and `edgepress resume` do so too before they start.
 
-    Living runs send their own calls. Exit code 1 where calls still wait or were refused.
+    Runs in progress send their own calls. Exit code 1 where calls still wait or were refused.
 
     Example: `edgepress sync`
     """

@@ -54,10 +54,10 @@ def _check_keys(parsed: ParsedRecipe) -> None:
     for key in parsed.recipe.gates:
         if is_pattern(key):
             if not any(fnmatchcase(uses, key) for uses in stage_kinds()):
-                raise parsed.error(("gates", key), f"no kind of stage is called like that; kinds: {', '.join(stage_kinds())}")
+                raise parsed.error(("gates", key), f"no kind of stage matches this pattern; kinds: {', '.join(stage_kinds())}")
         elif key == LEAF:
             if LEAF in stages:
-                raise parsed.error(("gates", key), f"{LEAF!r} means every stage that nothing follows, and a stage is called so: rename it")
+                raise parsed.error(("gates", key), f"{LEAF!r} means every stage that nothing follows, and a stage has this name: rename it")
         elif key not in stages:
             known = [*stages, LEAF]
             raise parsed.error(
@@ -87,10 +87,10 @@ def _check_bounds(
     metrics = measured[stage.name]
     for metric, bound in bounds.items():
         other = stage.inputs.get("parent", "") if bound.relative_to == "parent" else bound.relative_to
-        before = [*stage.ancestors, *(["parent"] if stage.inputs else [])]
-        if (bound.relative or stage.ancestors) and bound.relative_to not in before:
-            choices = ", ".join(before) or "nothing is before the base"
-            raise error(metric, f"relative_to {bound.relative_to!r} is none of the stages before: {choices}")
+        choices = [*stage.ancestors, *(["parent"] if stage.inputs else [])]
+        if (bound.relative or stage.ancestors) and bound.relative_to not in choices:
+            listed = ", ".join(choices) or "nothing precedes the base"
+            raise error(metric, f"relative_to {bound.relative_to!r} is not a stage before this one: {listed}")
         if bound.if_measured and (metric in _PRESET_METRICS or any(_in(metric, names) for names in measured.values())):
             continue
         if not _in(metric, metrics):

@@ -51,7 +51,7 @@ def build_graph(
 ) -> tuple[list[Node], list[Branch]]:
     """Return the graph in topological order, and each cell's branch of it.
 
-    A stage is there once for each choice of the values that reach it: its own, and those of every stage it reads. Cells share the rest.
+    A stage has one copy for each choice of the values that reach it, directly or through a stage it reads. Cells share the rest.
 
     Raises:
         EdgepressError: With file, line and key: an entry is not a stage, a dependency is unknown, stages form a cycle, or two cells are the same.
@@ -76,11 +76,11 @@ def build_graph(
 
 
 def invalid_name_reason(name: str) -> str:
-    """Say why a recipe or a stage, which files are named after, cannot have a name; empty where it can."""
+    """Return why a recipe or a stage cannot have this name, after which files are named; empty where it can."""
     if not _NAME.fullmatch(name):
         return "is not a file name in lower case (letters, digits, - _ .)"
     if name in _RUN_FILES:
-        return "is the name of a file that a run writes beside its stages"
+        return "is the name of a file that a run writes next to its results"
     return f"is longer than {_MAX_NAME} characters" if len(name) > _MAX_NAME else ""
 
 
@@ -96,8 +96,8 @@ def _add_branch(cell: Cell, ordered: list[_Entry], seed: int, copies: dict[str, 
     names: dict[str, str] = {BASE: BASE}
     reached: dict[str, set[KeyPath]] = {BASE: set()}
     for entry in ordered:
-        own = {path for path in cell.values if path == SEED or path[1] == entry.name}
-        reached[entry.name] = own.union(*(reached[name] for name in entry.inputs.values()))
+        direct = {path for path in cell.values if path == SEED or path[1] == entry.name}
+        reached[entry.name] = direct.union(*(reached[name] for name in entry.inputs.values()))
         paths = [path for path in cell.values if path in reached[entry.name]]
         name = names[entry.name] = f"{entry.name}@{cell.label(paths)}" if paths else entry.name
         if name not in copies:
@@ -149,7 +149,7 @@ def _redirects(cell: Cell, paths: Iterable[KeyPath]) -> dict[KeyPath, KeyPath]:
 
 
 def _cell_entry(name: str, entry: Any, previous: str, cell: Cell, parsed: dict[tuple[str, ...], _Entry], source: SourceMap) -> _Entry:
-    """Put the cell's values of an entry's own parameters in; parse the entry once for each choice of them."""
+    """Set the cell's values in an entry; parse the entry once for each choice of them."""
     paths = [path for path in cell.values if path[:2] == ("stages", name)]
     key = (name, *(f"{path} {cell.values[path].text}" for path in paths))
     if key not in parsed:

@@ -23,7 +23,7 @@ from flows.planning.source_map import KeyPath, SourceMap, dotted
 
 SEED: KeyPath = ("seed",)
 _MAX_CELLS = 10_000
-_NO_BYTES = {"retries", "timeout", "bounds"}  # keys of a stage's entry that decide no bytes
+_NOT_IN_IDENTITY = {"retries", "timeout", "bounds"}  # keys of a stage's entry that do not change its bytes
 _MAX_LABEL, _MAX_NAME = 32, 160  # characters of a value's label, and of a stage's or cell's name: file names end at 255
 
 
@@ -44,7 +44,7 @@ class Matrix(Settings):
     )
     include: list[Annotated[dict[str, Any], Field(min_length=1)]] = Field(
         default_factory=list,
-        description="Cells to extend or add, after `exclude`: an entry joins every cell whose values it leaves as they are, or else is one of its own.",
+        description="Cells to extend or add, after `exclude`: an entry extends every cell whose values it does not change; where there is none, it becomes a cell.",
     )
 
     def lists(self) -> dict[str, list[Any]]:
@@ -149,14 +149,14 @@ class _Expansion:
         return [{path: choice[path] for path in self.lists} for choice in combined]
 
     def exclude(self, choices: list[Choice]) -> list[Choice]:
-        left = choices
+        remaining = choices
         for number, entry in enumerate(self.matrix.exclude):
             place: KeyPath = ("matrix", "exclude", number)
             unwanted = {self._listed_path(key, (*place, key)): value for key, value in entry.items()}
             if not any(_agree(choice, unwanted) for choice in choices):
                 raise self.source.error(place, f"no cell has {_format_values(entry)}")
-            left = [choice for choice in left if not _agree(choice, unwanted)]
-        return left
+            remaining = [choice for choice in remaining if not _agree(choice, unwanted)]
+        return remaining
 
     def include(self, choices: list[Choice]) -> list[Choice]:
         """Extend or add cells as GitHub Actions does: an entry may overwrite what an earlier entry added, never a value of the lists."""
@@ -178,7 +178,7 @@ class _Expansion:
         return extended + added
 
     def _groups(self) -> list[list[KeyPath]]:
-        """The keys that go side by side; a key that makes a product is a group of its own."""
+        """The keys that go side by side; any other key is a group alone."""
         if self.matrix.zip is True:
             zipped = [list(self.lists)] if self.lists else []
         else:
@@ -194,7 +194,7 @@ class _Expansion:
             lengths = {key_of(path): len(self.lists[path]) for path in group}
             if len(set(lengths.values())) > 1:
                 raise self.source.error(
-                    ("matrix", "zip"), f"lists that go side by side must have one length, and these have not: {_format_values(lengths)}"
+                    ("matrix", "zip"), f"lists that go side by side must have the same length, and these do not: {_format_values(lengths)}"
                 )
         return [*zipped, *([path] for path in self.lists if path not in counts)]
 
@@ -207,7 +207,7 @@ class _Expansion:
         return path
 
     def _path(self, key: str, place: KeyPath) -> KeyPath:
-        """The path that a key of the matrix replaces. A stage's name may have dots: the longest name that fits is meant."""
+        """The path that a key of the matrix replaces. A stage's name may contain dots: the longest name that fits wins."""
         if key == "seed":
             return SEED
         for text in (key, key.removeprefix("stages.")):
@@ -215,9 +215,10 @@ class _Expansion:
             if fitting:
                 stage = max(fitting, key=len)
                 parameter = text[len(stage) + 1 :].split(".")
-                if parameter[0] in _NO_BYTES:
+                if parameter[0] in _NOT_IN_IDENTITY:
                     raise self.source.error(
-                        place, f"{parameter[0]} decides no bytes, so there is nothing to compare; sweep parameters, `needs` or `uses`"
+                        place,
+                        f"{parameter[0]} does not change the result, so there is nothing to compare; sweep parameters, `needs` or `uses`",
                     )
                 return ("stages", stage, *parameter)
         stage = key.removeprefix("stages.").partition(".")[0]

@@ -23,7 +23,7 @@ class StageExecution(Settings):
         default=1, ge=0, le=10, description="How often a stage whose process was lost (killed, out of memory) is started again."
     )
     timeout: float | None = Field(
-        default=None, gt=0, description="Seconds after which the stage is stopped for good: `retries` does not start it again."
+        default=None, gt=0, description="Seconds after which the stage is stopped; `retries` does not start it again."
     )
     job_variables: dict[str, Any] = Field(
         default_factory=dict,
@@ -38,7 +38,7 @@ class StageExecution(Settings):
 class Node(BaseModel):
     """A stage of the graph: what it computes and how it is executed.
 
-    name       its own; that of a copy lists the matrix values that reach it: `gptq@temperature=2,bits=4`
+    name       unique; that of a copy lists the matrix values that reach it: `gptq@temperature=2,bits=4`
     origin     its name in the recipe
     seed       the recipe's, or the cell's
     gates      by metric; `relative_to` names stages of the graph. `gated_by` is the key of the recipe that gives them

@@ -41,7 +41,7 @@ class Plan:
 
     measured_with  by measurement the digest of what decides its figures besides the model: the data by content, the settings; without exclusive
                    measurements, whose figures the machine decides
-    ancestors      of every stage of the recipe, also of those that `only` leaves out
+    ancestors      of every stage of the recipe, also of those that `only` excludes
     only           the selection as the user gave it
     left_out       number of the sweep's results that `only` leaves out
     remeasure      take timings again even if the store has them

@@ -41,7 +41,7 @@ class ModelSource(Settings):
 
 
 class Recipe(Settings):
-    """A whole recipe."""
+    """A recipe: the model, the data, the stages and how they are judged and run."""
 
     name: str = Field(default="", description="Name of the pipeline; default: the file's name.")
     model: ModelSource = Field(description="The base model: `embedded`, a directory, a hub id, or {path:, revision:}.")
@@ -56,7 +56,7 @@ class Recipe(Settings):
     )
     stages: dict[str, Any] = Field(min_length=1, description="The graph: name -> {uses: kind, ...}.")
     matrix: Matrix | None = Field(default=None, description="A sweep: values of parameters to try, each combination a branch of the graph.")
-    study: Study | None = Field(default=None, description="What the sweep is run to find out: `edgepress study` says what of it holds.")
+    study: Study | None = Field(default=None, description="The question of the sweep: `edgepress study` judges its claims.")
     gates: Gates = Field(
         default_factory=dict,
         description="Bounds by stage and metric, or a preset by stage; a broken one stops the stages that follow. Besides names, keys are `leaf` (every "
@@ -66,7 +66,7 @@ class Recipe(Settings):
         default_factory=EvaluationSpec, description="What is measured of the base and of every stage beyond quality, speed and memory."
     )
     registry: Registry | None = Field(default=None, description="Results that become versions of a model in MLflow's registry.")
-    execution: ExecutionSettings = Field(default_factory=ExecutionSettings, description="How it is run.")
+    execution: ExecutionSettings = Field(default_factory=ExecutionSettings, description="How and where the stages run.")
 
 
 class ParsedRecipe(BaseModel):
@@ -116,8 +116,8 @@ def load_recipe(file: Path, overrides: tuple[str, ...] = (), text: str | None = 
 
     Args:
         file: The recipe file.
-        overrides: Settings `dotted.key=value` put over it.
-        text: What stood in the file, where it may have changed since.
+        overrides: Settings `dotted.key=value` that replace its values.
+        text: The file's former content, in place of what it holds now.
 
     Raises:
         EdgepressError: With file, line and key of the first mistakes (all of one kind at once).
@@ -160,7 +160,7 @@ def _short_model(text: str) -> dict[str, str]:
 
 
 def split_revision(text: str) -> tuple[str, str | None]:
-    """Split `organisation/name@revision` in two. A path with an @ of its own stays whole: one that exists as spelled, or of which no part exists."""
+    """Split `organisation/name@revision` in two. Do not split a path that exists as spelled, nor one of which no part exists."""
     path, _, revision = text.partition("@")
     has_revision = revision and not _is_directory(text) and (_HUB_ID.fullmatch(path) or _is_directory(path))
     return (path, revision) if has_revision else (text, None)

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong in a recipe, as messages with file, line, key and remedy. Imports no torch."""
+"""Turn what pydantic finds wrong in a recipe into messages with file, line, key and remedy. Imports no torch."""
 
 import re
 from types import UnionType

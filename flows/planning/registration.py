@@ -18,7 +18,7 @@ def registered_models(parsed: ParsedRecipe, stages: Sequence[PlannedStage]) -> d
     if registry is None:
         return {}
     if parsed.branches:
-        raise parsed.error(("registry",), "a sweep has many results and no best one; register one from a recipe without a matrix")
+        raise parsed.error(("registry",), "a sweep has many results and no best one; register from a recipe without a matrix")
     known = {stage.name: stage for stage in stages if stage.definition is not None}
     for name in registry.stages:
         if name not in known:

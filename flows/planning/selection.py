@@ -12,7 +12,7 @@ def select(plan: Plan, *, only: Sequence[str] = (), start_from: Sequence[str] = 
     """Return the part of a plan that is to run, with the stages to compute again marked.
 
     Args:
-        plan: The whole plan.
+        plan: The full plan.
         only: Keep these stages and their ancestors; empty: all.
         start_from: Compute these, and what descends from them, even if the store has them (`--from`).
         force: Compute these even if the store has them.
@@ -31,7 +31,7 @@ def select(plan: Plan, *, only: Sequence[str] = (), start_from: Sequence[str] = 
         if outside := [name for name in names if name not in kept]:
             remaining = [name for name in plan.by_name if name in kept and name != BASE]
             raise EdgepressError(f"{option}: {', '.join(outside)} is not among what --only leaves: {', '.join(remaining)}")
-    again = {name for name, stage in plan.by_name.items() if name in {*forced, *roots} or not set(roots).isdisjoint(stage.ancestors)}
+    recomputed = {name for name, stage in plan.by_name.items() if name in {*forced, *roots} or not set(roots).isdisjoint(stage.ancestors)}
     branches = [
         branch.model_copy(update={"leaves": leaves})
         for branch in plan.parsed.branches
@@ -41,14 +41,14 @@ def select(plan: Plan, *, only: Sequence[str] = (), start_from: Sequence[str] = 
     return replace(
         plan,
         parsed=plan.parsed.model_copy(update={"nodes": nodes, "branches": tuple(branches)}),
-        stages=tuple(replace(stage, recompute=stage.name in again) for stage in plan.stages if stage.name in kept),
+        stages=tuple(replace(stage, recompute=stage.name in recomputed) for stage in plan.stages if stage.name in kept),
         only=tuple(only),
         left_out=sum(len(branch.leaves) for branch in plan.parsed.branches) - sum(len(branch.leaves) for branch in branches),
     )
 
 
 def _stage_names(plan: Plan, option: str, texts: Sequence[str]) -> list[str]:
-    """The names in the graph that an option means. A copy's name may have commas of its own: the longest name that fits is meant."""
+    """The names in the graph that an option means. A copy's name may contain commas: the longest name that fits wins."""
     known: dict[str, list[str]] = {}
     for node in plan.parsed.nodes:
         known.setdefault(node.origin, []).append(node.name)

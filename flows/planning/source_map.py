@@ -95,7 +95,7 @@ def read_value(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Turn every error into a YAMLError with its position: for `2026-13-45` and `!!int x` PyYAML raises errors of Python's own."""
+    """Turn every error into a YAMLError with its position: for `2026-13-45` and `!!int x` PyYAML raises Python's ValueError."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:

@@ -107,7 +107,7 @@ class Study(Settings):
     """The question that a sweep answers."""
 
     question: str = Field(description="In one line.")
-    paper: str = Field(description="Who asked it before: authors, title, arXiv id.")
+    paper: str = Field(description="The paper that answered it: authors, title, arXiv id.")
     finding: str = Field(description="What it found, in words.")
     metrics: list[str] = Field(min_length=1, description="Metrics of the results that the table shows; the first two are drawn.")
     x: Axis = Field(description="What is varied.")
@@ -169,7 +169,9 @@ def check_study(study: Study, cells: Cells, stages: Iterable[str], seed: int) ->
 def _check_seeds(seeds: Mapping[tuple[tuple[str, ...], ...], Sequence[int]]) -> None:
     """Refuse settings that share no seed: a difference of seeds would look like one of settings."""
     if not set.intersection(*map(set, seeds.values())):
-        examples = "; ".join(f"{' '.join(part for place in places for part in place)} has {own}" for places, own in list(seeds.items())[:3])
+        examples = "; ".join(
+            f"{' '.join(part for place in places for part in place)} has {used}" for places, used in list(seeds.items())[:3]
+        )
         raise StudyError(
             ("matrix", _SEED),
             f"a study compares settings seed by seed, and no seed is there for all of them: {examples}; seeds cannot go side by side (`zip`)",

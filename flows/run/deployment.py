@@ -21,9 +21,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
 from compression.errors import EdgepressError
-from flows.planning.plan import make_plan
-from flows.planning.recipe import find_recipe, load_recipe
-from flows.planning.selection import select
+from flows.planning import find_recipe, load_recipe, make_plan, select
 from flows.report import render_report
 from flows.run.pipeline import EventHandler, run_pipeline
 from flows.run.resuming import replan
@@ -65,7 +63,7 @@ def run_recipe(
     try:
         if directory:
             if not Path(directory).is_dir():
-                raise EdgepressError(f"there is no directory {directory} here, on {os.uname().nodename}: relative paths would start there")
+                raise EdgepressError(f"{os.uname().nodename} has no directory {directory}, where relative paths start")
             os.chdir(directory)
         opened = Store(Path(store))
         earlier = _earlier_attempt(opened, context.flow_run.id, logger.info)

@@ -12,11 +12,8 @@ from uuid import UUID
 
 from compression.files import write_json
 from compression.redaction import redacted
-from flows.planning.nodes import BASE
-from flows.planning.plan import Plan, check_disk
-from flows.run.prefect_server import check_server, prefect_server
-from flows.run.summary import summarize
-from flows.run.tracked import (
+from flows.planning import BASE, Plan, check_disk
+from flows.run.mlflow_runs import (
     close_interrupted,
     close_tracking,
     end_cells,
@@ -27,6 +24,8 @@ from flows.run.tracked import (
     open_parent,
     series,
 )
+from flows.run.prefect_server import check_server, prefect_server
+from flows.run.summary import summarize
 from tasks.planned_stage import Result
 from tasks.run_context import RunContext, TrackedRuns
 from tasks.runners.choice import open_executor
@@ -80,7 +79,7 @@ def run_pipeline(
         on_event: Called from the stages' threads with their progress and their ends.
         render: Turns the summary into the report page.
         resumes: An earlier run to resume, in MLflow too.
-        flow_run: Prefect's flow run in which this is called. Without one, a flow run is made, on a server of its own where none is configured.
+        flow_run: Prefect's flow run in which this is called. Without one, this creates a flow run, on an embedded server where none is configured.
 
     Raises:
         EdgepressError: Something that the run needs is missing or does not answer; no stage was run then.
@@ -224,7 +223,7 @@ def _find_open_run(tracking: Tracking, resumes: Run, on_event: EventHandler) -> 
 
 
 def _run_flow(context: RunContext, plan: Plan, run: Run, flow_run: UUID | None) -> "State[Any]":
-    """Run all stages in the given flow run, or in one of their own. Returns the state it ends in."""
+    """Run all stages in the given flow run, or in a new one. Returns the state it ends in."""
     from prefect import flow, tags
     from prefect.client.orchestration import get_client
     from prefect.logging.handlers import APILogHandler
@@ -270,7 +269,7 @@ def _run_stages(context: RunContext, plan: Plan) -> "State[Any]":
             context.executor.close()
             raise
     if broken := [name for name, state in states.items() if not state.is_completed()]:
-        reasons = [f"{name}: {context.results[name].reason}" for name in broken if name in context.results]  # the others never began
+        reasons = [f"{name}: {context.results[name].reason}" for name in broken if name in context.results]  # the others never started
         return Failed(message="; ".join(reasons) or f"not done: {', '.join(broken)}")
     if all(state.name == "Cached" for state in states.values()):
         return Completed(name="Cached", message="nothing changed: every stage came from the store")
@@ -319,9 +318,9 @@ def _end_orphans() -> None:
     def dead(run: Any) -> bool:
         return any(tag.startswith("owner:") and is_dead(tag.removeprefix("owner:")) for tag in run.tags)
 
-    def orphaned(flow_run: FlowRun) -> bool:  # a retry of a deployment's run has the tag of the earlier attempt's owner until it begins
-        began = flow_run.state_type is StateType.RUNNING and f"attempt:{flow_run.run_count}" in flow_run.tags
-        return dead(flow_run) and (began or flow_run.deployment_id is None)
+    def orphaned(flow_run: FlowRun) -> bool:  # a retry of a deployment's run has the tag of the earlier attempt's owner until it starts
+        running_attempt = flow_run.state_type is StateType.RUNNING and f"attempt:{flow_run.run_count}" in flow_run.tags
+        return dead(flow_run) and (running_attempt or flow_run.deployment_id is None)
 
     running = {"state": {"type": {"any_": ["RUNNING", "PENDING"]}}, "tags": {"all_": ["edgepress"]}}
     crashed: State[Any] = Crashed(message="its process was killed")

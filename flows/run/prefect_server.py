@@ -35,8 +35,8 @@ def prefect_server(home: Path, port: int | None = None) -> Iterator[Callable[[],
         port: Port of a full server, with UI and scheduler. Without: an API only, on any free port.
 
     Yields:
-        A context manager for inner blocks, which raises EdgepressError in place of any error while the server is dead for good. This block
-        does the same.
+        A context manager for inner blocks, which raises EdgepressError in place of any error once the server is dead and cannot restart.
+        This block does the same.
 
     Raises:
         EdgepressError: The port is taken, or the server died.
@@ -46,7 +46,7 @@ def prefect_server(home: Path, port: int | None = None) -> Iterator[Callable[[],
     if os.environ.get("PREFECT_API_URL"):
         yield nullcontext
         return
-    home = home.absolute()  # a server that starts again needs log and lock, whatever the working directory is then
+    home = home.absolute()  # a restarted server needs log and lock, in any working directory
     home.mkdir(parents=True, exist_ok=True)
     try:
         listening = socket.create_server(("127.0.0.1", port or 0), backlog=128)
@@ -57,7 +57,7 @@ def prefect_server(home: Path, port: int | None = None) -> Iterator[Callable[[],
         "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect.db'}",
         **os.environ,
         **_SETTINGS,
-        **(_EMBEDDED if port is None else {"PREFECT_SERVER_API_PORT": str(port)}),  # the UI asks its API there
+        **(_EMBEDDED if port is None else {"PREFECT_SERVER_API_PORT": str(port)}),  # the UI calls its API there
     }
     server = _Server(home, listening, environment)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{server.port}/api"
@@ -129,7 +129,7 @@ class _Server:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Raise EdgepressError in place of any other error in the block where the server is dead for good."""
+        """Raise EdgepressError in place of any other error in the block once the server is dead and cannot restart."""
         try:
             yield
         except EdgepressError:
@@ -138,8 +138,8 @@ class _Server:
             if (status := self.exit_status()) is None:
                 raise
             raise EdgepressError(
-                f"the Prefect server of this command was ended from outside (status {status}; {self.log}) and did not come "
-                "back; `edgepress resume` continues the run"
+                f"the Prefect server of this command was ended from outside (status {status}; {self.log}) and could not be "
+                "restarted; `edgepress resume` continues the run"
             ) from error
 
     def exit_status(self) -> int | None:
@@ -168,7 +168,7 @@ def main() -> None:
     from prefect.server.api.server import create_app
 
     class Server(uvicorn.Server):
-        """Start under a lock: two servers that make or migrate one database at once break each other."""
+        """Start under a lock: two servers that create or migrate one database at once break each other."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             with file_lock(Path(sys.argv[3])):

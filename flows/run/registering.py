@@ -41,9 +41,9 @@ def register_results(context: RunContext, stages: Sequence[PlannedStage], champi
 
 def _unjudged(stage: PlannedStage, verdicts: Sequence[Verdict]) -> list[str]:
     """A sentence for each of the stage's gates without a verdict on all its limits: their metric was not measured (`if_measured`)."""
-    given = Counter(verdict.metric for verdict in verdicts)
+    judged = Counter(verdict.metric for verdict in verdicts)
     return [
         f"its gate was not judged: {metric} {bound.requirement()}"
         for metric, bound in stage.gates.items()
-        if given[metric] < sum(len(list(both[metric].limits())) for both in (stage.bounds, stage.gates) if metric in both)
+        if judged[metric] < sum(len(list(both[metric].limits())) for both in (stage.bounds, stage.gates) if metric in both)
     ]

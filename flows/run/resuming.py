@@ -5,9 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from compression.errors import EdgepressError
-from flows.planning.plan import Plan, make_plan
-from flows.planning.recipe import load_recipe
-from flows.planning.selection import select
+from flows.planning import Plan, load_recipe, make_plan, select
 from tasks.store.journal import Run
 from tasks.store.store import Store
 

@@ -7,8 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flows.planning.nodes import BASE
-from flows.planning.plan import Plan
+from flows.planning import BASE, Plan
 from tasks.measurement.measure import machine_fingerprint
 from tasks.planned_stage import PlannedStage, Result
 from tasks.run_context import RunContext
@@ -20,7 +19,7 @@ def summarize(context: RunContext, plan: Plan, started: float, run: str) -> dict
     Args:
         context: What its stages shared, with their results.
         plan: Its plan.
-        started: When it began, in seconds since the epoch.
+        started: When it started, in seconds since the epoch.
         run: Its name in the journal.
     """
     rows = []
@@ -41,7 +40,7 @@ def summarize(context: RunContext, plan: Plan, started: float, run: str) -> dict
 
 
 def _skipped(context: RunContext, stage: PlannedStage) -> Result:
-    """The result of a stage that never began: a stage it needs failed, or the run was interrupted before it."""
+    """The result of a stage that never started: a stage it needs failed, or the run was interrupted before it."""
     failed = next((name for name in stage.ancestors if name in context.results and context.results[name].state == "Failed"), None)
     reason = f"{failed} failed" if failed else "the run was interrupted"
     uses = stage.definition.uses if stage.definition else "base"
@@ -49,7 +48,7 @@ def _skipped(context: RunContext, stage: PlannedStage) -> Result:
 
 
 def _layers(result: Result) -> dict[str, dict[str, float]]:
-    """The figures of single layers that the stage's method left in its checkpoint; empty where it left none."""
+    """The figures of single layers that the stage's method wrote into its checkpoint; empty where it wrote none."""
     file = Path(result.path) / "layers.json"
     return json.loads(file.read_text()) if result.path and file.is_file() else {}
 

@@ -1,4 +1,4 @@
-from flows.planning.recipe import load_recipe
+from flows.planning import load_recipe
 from tests.benchmarks.bench_scale import CELLS, COUNT, DATA, STAGES, Row, render
 from tests.flows.recipes import recipe
 

@@ -146,7 +146,7 @@ def test_what_nobody_expected_leaves_its_traceback_in_a_file(
     def fail(*_: object) -> None:
         raise KeyError("postgresql://ada:hunter2@db/x")
 
-    monkeypatch.setattr("flows.planning.plan.make_plan", fail)
+    monkeypatch.setattr("flows.cli.main.make_plan", fail)
     code, _, err = edgepress(["validate", "micro.yaml"], capfd)
     (log,) = folder.glob("edgepress-error-*.log")
     assert code == 1 and "KeyError" in err and str(log) in err and "--debug" in err and "Traceback" not in err

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.planning.plan import Plan
+from flows.planning import Plan
 from tests.flows.recipes import edgepress, recipe
 from tests.tiny import tiny_checkpoint
 

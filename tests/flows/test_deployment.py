@@ -23,7 +23,8 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from compression.errors import EdgepressError
-from flows.run.deployment import _earlier_attempt, run_recipe, summary_markdown
+from flows.run import run_recipe
+from flows.run.deployment import _earlier_attempt, summary_markdown
 from flows.run.pipeline import _end_orphans
 from tasks.store.journal import Run, RunBase, current_state, journal, read_run, read_runs, run_names
 from tasks.store.store import Store

@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from compression.errors import EdgepressError
-from flows.planning.plan import make_plan
-from flows.planning.recipe import load_recipe
+from flows.planning import load_recipe, make_plan
 from tasks.store.store import Store
 from tests.flows.recipes import edgepress, recipe
 

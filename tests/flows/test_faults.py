@@ -11,8 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.planning.plan import make_plan
-from flows.planning.recipe import load_recipe
+from flows.planning import load_recipe, make_plan
 from tasks.runners.machine import machine_lock
 from tasks.store.garbage import collect_garbage, verify
 from tasks.store.journal import current_state, read_runs

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError
+from flows.planning import Plan, load_recipe, make_plan
 from flows.planning.gate_checks import gate_lines
-from flows.planning.plan import Plan, make_plan
-from flows.planning.recipe import load_recipe
 from tasks.store.store import Store
 from tests.flows.recipes import STAGES, recipe
 
@@ -36,10 +35,10 @@ def plan(tmp_path: Path, checkpoint: Path) -> Any:
         ("{distilled: {kl_to_parent: {max: 1}}}", "no metric 'kl_to_parent' of distilled"),
         ("{gguf: {kl_to_base: {max_rise: 1}}}", "'kl_to_base' is not measured of base, so that of gguf cannot be relative to it"),
         ("{gptq: {fallback_layers: {max_rise: 0, relative_to: parent}}}", "'fallback_layers' is not measured of distilled"),
-        ("{base: {perplexity: {max_increase: 1}}}", r"gates\.base\.perplexity: relative_to 'base' .*nothing is before the base"),
+        ("{base: {perplexity: {max_increase: 1}}}", r"gates\.base\.perplexity: relative_to 'base' .*nothing precedes the base"),
         ("{leaf: {sparsity: {min: 0}}}", r"gates\.leaf\.sparsity: there is no metric 'sparsity' of gguf"),
         ("{prund: strict}", r"gates\.prund: there is no stage 'prund'; did you mean 'pruned'"),
-        ("{'prun.*': loose}", r"gates\.prun\.\*: no kind of stage is called like that"),
+        ("{'prun.*': loose}", r"gates\.prun\.\*: no kind of stage matches"),
         ("{pruned: {acuracy: {min: 0, if_measured: true}}}", "no metric 'acuracy' of pruned"),
         ("{pruned: strikt}", "there is no preset 'strikt'; did you mean 'strict'"),
     ],

@@ -15,9 +15,8 @@ from jsonschema import Draft202012Validator
 
 from compression.errors import EdgepressError
 from flows.cli.screen import plan_table
+from flows.planning import ParsedRecipe, Plan, estimate, json_schema, load_recipe, make_plan
 from flows.planning.matrix import Cell, Matrix, expand_matrix, key_of
-from flows.planning.plan import Plan, estimate, make_plan
-from flows.planning.recipe import ParsedRecipe, json_schema, load_recipe
 from flows.planning.source_map import SourceMap
 from tasks.store.store import Store
 from tests.flows.recipes import recipe

@@ -148,7 +148,7 @@ def test_its_runs_are_compared(older: Path, capfd: pytest.CaptureFixture[str]) -
 
 def test_its_store_is_whole(older: Path, capfd: pytest.CaptureFixture[str]) -> None:
     told = ask(capfd, "store", "verify")
-    assert told.startswith("6 entries") and f", {len(records(older))} records, 5 runs: all whole" in told
+    assert told.startswith("6 entries") and f", {len(records(older))} records, 5 runs: all intact" in told
     listed = json.loads(ask(capfd, "store", "ls", "--json"))
     assert listed["pinned"] == ["older-1"]
     names = {name for row in listed["entries"] for name in row["names"]}

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError
-from flows.planning.plan import Plan, check_disk, estimate, make_plan
-from flows.planning.recipe import load_recipe
+from flows.planning import Plan, check_disk, estimate, load_recipe, make_plan
 from tasks.stage import Artifact
 from tasks.store.store import Store
 from tests.flows.recipes import STAGES, recipe

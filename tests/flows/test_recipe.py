@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from compression.errors import EdgepressError
-from flows.planning.recipe import RECIPES, json_schema, load_recipe, split_revision
+from flows.planning import json_schema, load_recipe
+from flows.planning.recipe import RECIPES, split_revision
 from flows.planning.source_map import read_yaml
 from tasks.stage import stage_kinds
 from tests.flows.recipes import recipe

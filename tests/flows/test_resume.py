@@ -14,9 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from compression.errors import EdgepressError
-from flows.planning.plan import Plan, check_disk, make_plan
-from flows.planning.recipe import load_recipe
-from flows.planning.selection import select
+from flows.planning import Plan, check_disk, load_recipe, make_plan, select
 from flows.run.pipeline import unpublish_descendants
 from tasks.measurement.gates import Verdict
 from tasks.planned_stage import Result

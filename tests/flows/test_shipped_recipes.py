@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.planning.plan import make_plan
-from flows.planning.recipe import load_recipe
+from flows.planning import load_recipe, make_plan
 from tasks.stage import Artifact
 from tasks.store.store import Store
 

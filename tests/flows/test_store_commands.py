@@ -46,7 +46,7 @@ def test_list(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verify(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
-    assert "3 entries" in (told := run(capfd, "verify")) and "2 records, 2 runs: all whole" in told
+    assert "3 entries" in (told := run(capfd, "verify")) and "2 records, 2 runs: all intact" in told
     damaged = store.entries()[0]
     (store.root / "objects" / damaged / "content" / "model.safetensors").write_text("x")
     told = run(capfd, "verify", code=1)

@@ -17,8 +17,7 @@ from scipy.stats import ttest_1samp, ttest_rel
 
 from compression.errors import EdgepressError
 from flows.cli.study import shipped_studies
-from flows.planning.plan import make_plan
-from flows.planning.recipe import load_recipe
+from flows.planning import load_recipe, make_plan
 from flows.planning.study import Study
 from flows.report.study_page import claims_rows, interval, markdown, settings_rows, study_section, svg, tables, verdict
 from flows.report.study_results import Results, results

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from compression.data import fingerprint
-from flows.planning.plan import Plan, make_plan
-from flows.planning.recipe import load_recipe
-from flows.planning.selection import select
+from flows.planning import Plan, load_recipe, make_plan, select
 from flows.run.summary import summarize
 from tasks.planned_stage import Result
 from tasks.run_context import TrackedRuns

@@ -10,8 +10,7 @@ import pytest
 
 from compression.context import Context
 from compression.errors import EdgepressError
-from flows.planning.plan import Plan, estimate, make_plan
-from flows.planning.recipe import load_recipe
+from flows.planning import Plan, estimate, load_recipe, make_plan
 from tasks.execution import _compute
 from tasks.planned_stage import Result
 from tasks.runners.jobs import compute_stage

@@ -21,8 +21,7 @@ import torch
 from prefect.states import Pending
 
 from compression.errors import EdgepressError, Incompatible
-from flows.planning.plan import make_plan
-from flows.planning.recipe import load_recipe
+from flows.planning import load_recipe, make_plan
 from tasks.errors import Cancelled
 from tasks.runners.budget import Budget
 from tasks.runners.executor import Job

@@ -13,8 +13,7 @@ from compression.data import DataSpec
 from compression.data.rows import encode_document, pack
 from compression.errors import EdgepressError
 from flows.cli.screen import plan_table
-from flows.planning.plan import Plan, check_disk, estimate, make_plan
-from flows.planning.recipe import load_recipe
+from flows.planning import Plan, check_disk, estimate, load_recipe, make_plan
 from tasks.kinds._training import TrainingStage
 from tasks.kinds.synthesize import Synthesize
 from tasks.stage import Corpus, Inputs, Workplace, stage_kinds

@@ -9,13 +9,20 @@ from typing import Any
 import pytest
 
 from compression.errors import EdgepressError
-from flows.planning.plan import Plan, make_plan
-from flows.planning.recipe import load_recipe
-from flows.planning.selection import select
+from flows.planning import Plan, load_recipe, make_plan, select
+from flows.run.mlflow_runs import (
+    auxiliary_stages,
+    end_cells,
+    git_commit,
+    installed_requirements,
+    known_stages,
+    leaves,
+    planned_stages,
+    series,
+)
 from flows.run.pipeline import _find_open_run
 from flows.run.registering import register_results
 from flows.run.summary import summarize
-from flows.run.tracked import auxiliary_stages, end_cells, git_commit, installed_requirements, known_stages, leaves, planned_stages, series
 from tasks.measurement.gates import Verdict
 from tasks.planned_stage import Result
 from tasks.run_context import TrackedRuns

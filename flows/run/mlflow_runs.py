@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.redaction import redacted
-from flows.planning.nodes import BASE
-from flows.planning.plan import Plan, estimate
+from flows.planning import BASE, Plan, estimate
 from flows.run.registering import register_results
 from tasks.ancestry import walk_ancestors
 from tasks.measurement.measure import machine_fingerprint
@@ -25,7 +24,7 @@ _PATIENCE = 10.0  # seconds to wait at the end for an MLflow that does not answe
 _DONE = ("Completed", "Cached")
 
 
-# --- the beginning ---
+# --- opening ---
 
 
 def open_parent(tracking: Tracking, plan: Plan, store: Store, name: str, open_run: OpenRun | None) -> str:
@@ -34,9 +33,9 @@ def open_parent(tracking: Tracking, plan: Plan, store: Store, name: str, open_ru
     Args:
         tracking: MLflow.
         plan: The pipeline's plan.
-        store: Tells which stages need no computing.
+        store: Shows which results exist already.
         name: The group of its runs in MLflow's table.
-        open_run: The resumed run, whose runs in MLflow are used again.
+        open_run: The resumed run, whose runs in MLflow this one continues.
     """
     recipe, file = plan.parsed.recipe, plan.parsed.source.file
     commit, changed = git_commit(file.absolute().parent)
@@ -160,7 +159,7 @@ def installed_requirements() -> str:
     return "\n".join(lines[name] for name in sorted(lines)) + "\n"
 
 
-# --- the end ---
+# --- ending ---
 
 
 def end_cells(context: RunContext, summary: dict[str, Any], plan: Plan, finished: bool) -> None:
@@ -234,9 +233,9 @@ def close_tracking(tracking: Tracking, outbox: Path, warn: Callable[[str], None]
     """Wait a while for an MLflow that does not answer, warn about calls it lacks and calls it refused, and close the connection."""
     if tracking.waiting:
         warn(f"waiting up to {_PATIENCE:.0f} s for MLflow at {tracking.uri}, which lacks {tracking.waiting} calls")
-        if left := tracking.settle(_PATIENCE):
+        if unsent := tracking.settle(_PATIENCE):
             warn(
-                f"MLflow at {tracking.uri} still lacks {left} calls; they are kept in {outbox}, and `edgepress sync`, the next `edgepress run` "
+                f"MLflow at {tracking.uri} still lacks {unsent} calls; they are kept in {outbox}, and `edgepress sync`, the next `edgepress run` "
                 "or `edgepress resume` sends them"
             )
     if tracking.refused:

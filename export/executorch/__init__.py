@@ -10,8 +10,8 @@ ExecuTorch's own runner for language models (extension/llm/runner, C++) reads th
 
 from typing import TYPE_CHECKING
 
+from compression.lazy import lazy_names
 from export.executorch.check import ExecutorchSettings, check_executorch
-from export.lazy import lazy_names
 
 if TYPE_CHECKING:
     from export.executorch.writer import export_executorch

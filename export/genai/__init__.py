@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from compression.lazy import lazy_names
 from export.genai.check import GenaiSettings, check_genai
-from export.lazy import lazy_names
 
 if TYPE_CHECKING:
     from export.genai.writer import export_genai

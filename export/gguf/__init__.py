@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from compression.lazy import lazy_names
 from export.gguf.check import GgufSettings, check_gguf
-from export.lazy import lazy_names
 
 if TYPE_CHECKING:
     from export.gguf.writer import export_gguf

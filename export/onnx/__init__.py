@@ -6,7 +6,7 @@ Outputs  `logits` [batch, sequence, vocabulary]; `present.{layer}.key|value` [ba
 
 from typing import TYPE_CHECKING
 
-from export.lazy import lazy_names
+from compression.lazy import lazy_names
 from export.onnx.check import OnnxSettings, check_onnx
 
 if TYPE_CHECKING:

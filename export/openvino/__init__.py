@@ -7,7 +7,7 @@ State    keys and values of every layer, empty after `reset_state`
 
 from typing import TYPE_CHECKING
 
-from export.lazy import lazy_names
+from compression.lazy import lazy_names
 from export.openvino.check import OpenvinoSettings, check_openvino
 
 if TYPE_CHECKING:

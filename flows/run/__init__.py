@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from export.lazy import lazy_names
+from compression.lazy import lazy_names
 
 if TYPE_CHECKING:
     from flows.run.deployment import run_recipe

@@ -13,7 +13,7 @@ from tasks.planned_stage import Result
 from tasks.runners.executor import Executor
 from tasks.store.identity import Machine
 from tasks.store.store import Store
-from tasks.tracking.tracking import Tracking
+from tasks.tracking import Tracking
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """The run in MLflow of one stage, and its points in the charts of the pipeline's run. Imports no torch and no MLflow."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from tasks.planned_stage import PlannedStage, Result
 from tasks.run_context import RunContext
 from tasks.stage import Artifact
 from tasks.store.provenance import CARRIED
-from tasks.tracking.descriptions import charted, describe_stage, properties
+from tasks.tracking.descriptions import charted, fitted, properties, sentence, table
 from tasks.tracking.runs_view import RUN
 
 
@@ -61,7 +62,9 @@ def finish_stage_run(context: RunContext, stage: PlannedStage, result: Result) -
     if isinstance(stage.product, Artifact):
         for file in CARRIED:
             tracking.log_file(result.run, Path(result.path) / file)
-    tracking.describe(result.run, _description(context, stage, result), cached_identity=stage.identity if cached else None)
+    tracking.describe(
+        result.run, describe_stage(result, _columns(context, stage, result)), cached_identity=stage.identity if cached else None
+    )
     tracking.end(result.run, "FINISHED")
 
 
@@ -71,7 +74,7 @@ def fail_stage_run(context: RunContext, stage: PlannedStage, result: Result) -> 
         return
     stopped = result.state == "Stopped"
     context.tracking.log(result.run, result.metrics, tags={"edgepress.state": result.state, **_place_tags(result)})
-    context.tracking.describe(result.run, _description(context, stage, result))
+    context.tracking.describe(result.run, describe_stage(result, _columns(context, stage, result)))
     context.tracking.end(result.run, "KILLED" if stopped else "FAILED", "interrupted" if stopped else result.reason)
 
 
@@ -87,17 +90,29 @@ def _place_tags(result: Result) -> dict[str, str]:
     return {"edgepress.path": result.path, "edgepress.content": result.content} if result.path else {}
 
 
-def _description(context: RunContext, stage: PlannedStage, result: Result) -> str:
+def _columns(context: RunContext, stage: PlannedStage, result: Result) -> dict[str, Mapping[str, float]]:
+    """Metrics of the stage, of its parent and of the base, by name."""
     parent = stage.inputs.get("parent", "base")
-    others = [name for name in dict.fromkeys((parent, "base")) if name != stage.name and name in context.results]
-    return describe_stage(
-        uses=result.uses,
-        needs=result.needs,
-        state=result.state,
-        reason=result.reason,
-        seconds=result.seconds,
-        runtime=result.runtime,
-        columns={stage.name: result.metrics, **{name: context.results[name].metrics for name in others}},
-        warnings=result.warnings,
-        verdicts=result.verdicts,
-    )
+    others = [name for name in (parent, "base") if name in context.results]
+    return {stage.name: result.metrics} | {name: context.results[name].metrics for name in others if name != stage.name}
+
+
+def describe_stage(result: Result, columns: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the description of a stage's run: what it did, its figures, verdicts and warnings.
+
+    Args:
+        result: What came of the stage.
+        columns: Metrics by the stage that has them, this stage's first.
+    """
+    action = {"Cached": "from the store", "Failed": "**failed**", "Stopped": "**interrupted**"}.get(result.state, "computed")
+    duration = f" ({result.seconds:.1f} s to compute)" if result.seconds else ""
+    lines = ["The base model, which everything is compared with."]
+    if result.needs:
+        lines = [f"`{result.uses}` after {', '.join(result.needs)}: {action}{duration}."]
+    if result.reason and result.state == "Failed":
+        lines.append(f"**{result.reason}**")
+    if figures := sentence(columns):
+        lines.append(figures + (f", measured in {result.runtime}." if result.runtime else "."))
+    points = [f"- **{verdict.outcome}** {verdict.message}" for verdict in result.verdicts]
+    points += [f"- warning: {warning}" for warning in result.warnings]
+    return fitted(lines, table(columns), points)

@@ -190,8 +190,8 @@ def ui(
 
     Example: `edgepress ui --prefect`
     """
+    from tasks.tracking import Tracking
     from tasks.tracking.runs_view import runs_address
-    from tasks.tracking.tracking import Tracking
 
     tracking = Tracking(outbox=store / "outbox")
     tracking.flush_leftover()
@@ -238,7 +238,7 @@ def doctor() -> None:
     from tasks.extras import ELSEWHERE, EXTRAS, missing
     from tasks.measurement.measure import machine_fingerprint
     from tasks.stage import stage_kinds
-    from tasks.tracking.tracking import tracking_uri
+    from tasks.tracking import tracking_uri
 
     table = Table(title=f"edgepress {metadata.version('edgepress')}", show_header=False)
     table.add_row("python", platform.python_version())

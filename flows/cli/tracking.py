@@ -17,14 +17,14 @@ def sync(store: StoreFolder = DEFAULT_STORE) -> None:
 
     Example: `edgepress sync`
     """
+    from tasks.tracking import Tracking, full_address
     from tasks.tracking.outbox import addresses, waiting
-    from tasks.tracking.tracking import Tracking, whole_address
 
     folder = open_store(store).root / "outbox"
     problems: list[str] = []
     for uri in addresses(folder):
         try:
-            tracking = Tracking(whole_address(uri), folder, problems.append)
+            tracking = Tracking(full_address(uri), folder, problems.append)
             print(f"MLflow at {redacted(uri)}: {tracking.flush_leftover()} calls sent")
             tracking.end_orphans()
         except EdgepressError as error:

@@ -25,7 +25,7 @@ from flows.planning.study import Study, StudyError, check_study
 from tasks.measurement.gate_presets import Gates
 from tasks.runners.settings import ExecutionSettings
 from tasks.stage import stage_kinds
-from tasks.tracking.registry import Registry
+from tasks.tracking import Registry
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -16,9 +16,9 @@ from tasks.ancestry import walk_ancestors
 from tasks.measurement.measure import machine_fingerprint
 from tasks.run_context import RunContext
 from tasks.store.store import Store
+from tasks.tracking import OpenRun, Tracking
 from tasks.tracking.descriptions import charted, fitted, results_table, steps_table, table
 from tasks.tracking.runs_view import RUN
-from tasks.tracking.tracking import OpenRun, Tracking
 
 _PATIENCE = 10.0  # seconds to wait at the end for an MLflow that does not answer
 _DONE = ("Completed", "Cached")

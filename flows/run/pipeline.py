@@ -34,7 +34,7 @@ from tasks.store.journal import Run, RunBase, RunStage, StageStatus, journal
 from tasks.store.owner import is_dead, owner_tag
 from tasks.store.store import Store, check_links, unpublish
 from tasks.store.summaries import write_summary
-from tasks.tracking.tracking import OpenRun, Tracking, whole_address
+from tasks.tracking import OpenRun, Tracking, full_address
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -184,7 +184,7 @@ def _tracking_address(resumes: Run | None) -> str | None:
     """The MLflow store of the resumed run; None: the configured one. Raises EdgepressError where it had a password, which no journal keeps."""
     if resumes is None or not resumes.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
         return None
-    return whole_address(resumes.tracking_uri)
+    return full_address(resumes.tracking_uri)
 
 
 def unpublish_descendants(plan: Plan, results: Mapping[str, Result], outputs: Path) -> None:

@@ -7,6 +7,7 @@ from export.runtimes import PACKAGES
 from tasks.measurement.gates import Verdict
 from tasks.planned_stage import PlannedStage
 from tasks.run_context import RunContext
+from tasks.tracking import ModelVersion
 from tasks.tracking.descriptions import table
 
 
@@ -24,15 +25,22 @@ def register_results(context: RunContext, stages: Sequence[PlannedStage], champi
         doubts = [verdict.message for verdict in judged if verdict.outcome != "PASS"] + _unjudged(stage, result.verdicts)
         aliases = ["candidate", *(["champion"] if champion and not doubts else [])]
         base = context.results["base"].metrics
-        accepted = context.tracking.register(
-            result.run, name=stage.registered, path=result.path, content=result.content, aliases=aliases,
+        version = ModelVersion(
+            name=stage.registered,
+            path=result.path,
+            content=result.content,
+            aliases=aliases,
             tags={
-                "edgepress.identity": stage.identity, "edgepress.recipe": context.name, "edgepress.stage": stage.name,
-                "edgepress.runtime": result.runtime, "edgepress.base": context.base.source,
+                "edgepress.identity": stage.identity,
+                "edgepress.recipe": context.name,
+                "edgepress.stage": stage.name,
+                "edgepress.runtime": result.runtime,
+                "edgepress.base": context.base.source,
             },
             description=f"{stage.name} of {context.name}, for {result.runtime}.\n\n{table({stage.name: result.metrics, 'base': base})}",
             extra=PACKAGES[result.runtime].extra,
-        )  # fmt: skip
+        )
+        accepted = context.tracking.register(result.run, version)
         why = f"; not champion: {'; '.join(doubts)}" if champion and doubts else ""
         standing = f"is {' and '.join(aliases)} of" if accepted else "was refused by the registry, for"
         sentences.append(f"{stage.name} {standing} {stage.registered}{why}")

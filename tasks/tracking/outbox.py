@@ -1,13 +1,13 @@
 """What MLflow missed while it did not answer: calls in order, one file for each process that met this, sent when it answers again.
 
-    <folder>/<name>.jsonl     the address of MLflow, then a call a line; only ever appended to, each line on disk before the flow goes on
+    <folder>/<name>.jsonl     the address of MLflow, then a call a line; only ever appended to, each line on disk before the flow continues
     <folder>/<name>.sent      how many of them were sent, and MLflow's ids of the runs that were opened without it
     <folder>/<name>.files/    copies of files to send
     <folder>/<name>.lock      held by the process that writes and sends it, and free once that is dead
     <folder>/refused.jsonl    calls that MLflow refused, at once or later, and those that failed unexpectedly (but no copies of files)
 
-A line that a crash broke off was no call yet: nobody went on before it was whole. A call may be sent twice (the answer got lost, or the process
-died before it noted it), so every call is one that changes nothing the second time (tasks/tracking/calls.py). Imports no torch.
+A crash can break off the last line. It is not a call: the flow waits until the line is complete. A call may be sent twice (the answer got lost, or the
+process died before it noted it), so every call changes nothing the second time (tasks/tracking/calls.py). Imports no torch.
 """
 
 import json
@@ -27,36 +27,42 @@ from compression.errors import EdgepressError
 from compression.files import fsync
 from compression.locks import open_lock, try_acquire
 from compression.redaction import redacted
-from tasks.tracking.calls import Call, Sender, TrackingRejected, Unexpected
+from tasks.tracking.calls import Call, Sender
+from tasks.tracking.errors import TrackingRejected, Unexpected
 
 _REFUSED = "refused.jsonl"
 _NAMES = "[0-9]*-*.jsonl"
 
 
 class Outbox:
-    """An outbox of this process: one it began, or one that a dead process left and this one took over. Threads may use it at once."""
+    """An outbox of this process: a new one, or that of a dead process, which this one takes over. Threads may use it at once.
+
+    Attributes:
+        uri: The address of MLflow.
+        refused: How many of its calls MLflow refused.
+    """
 
     def __init__(self, folder: Path, uri: str, name: str | None = None):
-        """`name`: that of an outbox to take over. Raises BlockingIOError where its process lives."""
+        """Create an outbox, or take over the one called `name`. Raises BlockingIOError where its process lives."""
         folder.mkdir(parents=True, exist_ok=True)
         self.uri = uri
         self.refused = 0
         self._file = folder / f"{name or f'{time.time_ns()}-{uuid.uuid4().hex[:8]}'}.jsonl"
         self._guard = threading.RLock()
-        self._turn = threading.Lock()  # of the one thread that sends
+        self._sending = threading.Lock()
         self._calls: deque[Call] = deque()
         self._sent = 0
         self._closed = False
-        with ExitStack() as held:
-            if not try_acquire(held.enter_context(open_lock(self._beside(".lock")))):
+        with ExitStack() as stack:
+            if not try_acquire(stack.enter_context(open_lock(self._sibling(".lock")))):
                 raise BlockingIOError(f"the process of the outbox {self._file} lives")
-            self._lock = held.pop_all()
+            self._lock = stack.pop_all()
         if name is None:
             _append(self._file, {"uri": uri})
 
     @classmethod
-    def left(cls, folder: Path) -> Iterator["Outbox"]:
-        """Outboxes of processes that are dead, the oldest first; each is to be sent and closed before the next is asked for."""
+    def abandoned(cls, folder: Path) -> Iterator["Outbox"]:
+        """Yield the outboxes of dead processes, the oldest first. Close each before the next."""
         for file in sorted(folder.glob(_NAMES)):
             try:
                 found = cls(folder, "", file.stem)
@@ -71,24 +77,30 @@ class Outbox:
         return len(self._calls)
 
     def add(self, call: Call) -> None:
-        """Keep a call, on disk when this returns. A file that it sends is copied, for its owner may change it. Raises Refused where that is gone."""
+        """Keep a call, on disk when this returns. A file that it sends is copied, for its owner may change it.
+
+        Raises TrackingRejected where the file is gone.
+        """
         with self._guard:
             if "file" in call.arguments:
-                kept = self._beside(".files") / uuid.uuid4().hex[:8] / Path(call.arguments["file"]).name
+                kept = self._sibling(".files") / uuid.uuid4().hex[:8] / Path(call.arguments["file"]).name
                 kept.parent.mkdir(parents=True)
                 try:
                     shutil.copyfile(call.arguments["file"], kept)
                 except FileNotFoundError as gone:
                     raise TrackingRejected(str(gone)) from gone
                 fsync(kept)
-                call = Call(call.what, {**call.arguments, "file": str(kept)})
+                call = Call(call.method, {**call.arguments, "file": str(kept)})
             _append(self._file, call.document())
             self._calls.append(call)
 
     def send(self, sender: Sender) -> int:
-        """Send what there is, in order; returns how many calls went. What is refused is set aside. Raises Away when MLflow does not answer: the rest stays."""
+        """Send the calls in order, and set aside those that MLflow refuses; returns how many calls went.
+
+        Raises TrackingUnavailable when MLflow does not answer; the rest stays.
+        """
         count = 0
-        with self._turn:
+        with self._sending:
             while self._calls and not self._closed:
                 try:
                     sender.send(self._calls[0], perhaps_sent=True)
@@ -97,13 +109,13 @@ class Outbox:
                     set_aside(self._file.parent, self.uri, self._calls[0], refusal, sender.ids)
                 with self._guard:
                     self._sent += 1
-                    _append(self._beside(".sent"), {"sent": self._sent, "ids": sender.ids})
+                    _append(self._sibling(".sent"), {"sent": self._sent, "ids": sender.ids})
                     self._calls.popleft()
                 count += 1
         return count
 
     def close(self) -> None:
-        """Let it go: whole and sent, it is removed; else it stays for the next process."""
+        """Remove the outbox where every call was sent; else leave it to the next process."""
         with self._guard:
             self._closed = True
             if self._calls:
@@ -112,52 +124,60 @@ class Outbox:
                 self._remove()
 
     def ids(self) -> dict[str, str]:
-        """MLflow's ids of the runs that were opened without it, as far as they were sent."""
-        lines = _lines(self._beside(".sent"))
+        """Return MLflow's ids of the runs that were opened without it, as far as they were sent."""
+        lines = _lines(self._sibling(".sent"))
         return lines[-1]["ids"] if lines else {}
 
     def _read(self) -> bool:
-        """Take over what is on disk; whether there is anything."""
+        """Read the calls that were not sent; whether there are any."""
         lines = _lines(self._file)
         if not lines:
             return False
-        sent = _lines(self._beside(".sent"))
+        sent = _lines(self._sibling(".sent"))
         self.uri, self._sent = lines[0]["uri"], sent[-1]["sent"] if sent else 0
         self._calls.extend(Call(line["call"], line["arguments"]) for line in lines[1 + self._sent :])
         return bool(self._calls)
 
     def _remove(self) -> None:
-        for file in (self._file, self._beside(".sent")):
+        for file in (self._file, self._sibling(".sent")):
             file.unlink(missing_ok=True)
-        shutil.rmtree(self._beside(".files"), ignore_errors=True)
-        self._beside(".lock").unlink(missing_ok=True)
+        shutil.rmtree(self._sibling(".files"), ignore_errors=True)
+        self._sibling(".lock").unlink(missing_ok=True)
         self._lock.close()
 
-    def _beside(self, suffix: str) -> Path:
+    def _sibling(self, suffix: str) -> Path:
         return self._file.with_suffix(suffix)
 
 
 def set_aside(folder: Path, uri: str, call: Call, refusal: TrackingRejected, ids: Mapping[str, str]) -> None:
-    """Keep a call that MLflow at `uri` refused, or that failed unexpectedly, with the reason. `ids`: MLflow's of runs that it may name by ours."""
+    """Append a call that MLflow refused, or that failed unexpectedly, to `refused.jsonl`.
+
+    Args:
+        folder: The folder of outboxes.
+        uri: The address of MLflow.
+        call: The call.
+        refusal: The reason.
+        ids: MLflow's ids of runs that the call may name by ours.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     trace = {"traceback": redacted("".join(format_exception(refusal.__cause__)))} if isinstance(refusal, Unexpected) else {}
     _append(folder / _REFUSED, {"uri": uri, "error": redacted(str(refusal)), **trace, **call.document(), "ids": dict(ids)})
 
 
 def addresses(folder: Path) -> list[str]:
-    """The MLflow servers and files for which calls wait."""
+    """Return the addresses of MLflow for which calls wait."""
     return list(dict.fromkeys(lines[0]["uri"] for file in sorted(folder.glob(_NAMES)) if (lines := _lines(file))))
 
 
 def waiting(folder: Path) -> int:
-    """How many calls wait in a folder, whoever they belong to."""
+    """Return how many calls wait in a folder, of all processes."""
     return sum(max(0, len(_lines(file)) - 1 - len(_lines(file.with_suffix(".sent")))) for file in folder.glob(_NAMES))
 
 
 def _append(file: Path, document: dict[str, Any]) -> None:
     """Add a line, on disk when this returns."""
     new, line = not file.exists(), json.dumps(document).encode() + b"\n"
-    with file.open("ab", buffering=len(line)) as stream:  # whole in one write: several processes may add to refused.jsonl at once
+    with file.open("ab", buffering=len(line)) as stream:  # in one write: several processes may add to refused.jsonl at once
         stream.write(line)
         stream.flush()
         os.fsync(stream.fileno())
@@ -166,11 +186,11 @@ def _append(file: Path, document: dict[str, Any]) -> None:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; none where it is not there. Raises EdgepressError for a damaged one."""
+    """The complete lines of a file; none where it does not exist. Raises EdgepressError for a damaged one."""
     if not file.exists():
         return []
-    whole, _, _ = file.read_bytes().rpartition(b"\n")
+    complete, _, _ = file.read_bytes().rpartition(b"\n")
     try:
-        return [dict(json.loads(line)) for line in whole.splitlines()]
+        return [dict(json.loads(line)) for line in complete.splitlines()]
     except (ValueError, TypeError) as error:
-        raise EdgepressError(f"{file} is damaged ({error}): move it elsewhere to go on without what MLflow missed") from None
+        raise EdgepressError(f"{file} is damaged ({error}): move it elsewhere to continue without what MLflow missed") from None

@@ -1,6 +1,7 @@
 """MLflow's model registry: an artifact becomes a version of a registered model, with aliases. Imports no torch."""
 
 import tempfile
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from compression.settings import Settings
 from tasks.tracking.serving import FOLDER, PARAMETERS
 
 CONTENT = "edgepress.content"  # tag of a version: the digest of the artifact's bytes
-_MODEL = "model"  # where the model lies among the artifacts of its run
+_MODEL = "model"  # the model's folder among the artifacts of its run
 
 
 class Registry(Settings):
@@ -27,37 +28,63 @@ class Registry(Settings):
     )
 
 
-def register(
-    client: Any, run: str, *, name: str, path: str, content: str, aliases: list[str], tags: dict[str, str], description: str, extra: str
-) -> None:
-    """Make the artifact in `path` a version of the model `name`, unless one has this content, and give that version the aliases.
+@dataclass(frozen=True)
+class ModelVersion:
+    """An artifact that becomes a version of a registered model.
 
-    run    the stage's run, which gets a copy of the artifact
-    extra  the extra of edgepress that opens it
-    Raises FileNotFoundError when the artifact is gone.
+    Attributes:
+        name: The registered model.
+        path: The directory of the artifact.
+        content: The digest of its bytes.
+        aliases: What the version is called besides its number.
+        tags: Tags of the version.
+        description: What people read about it (Markdown).
+        extra: The extra of edgepress that opens the artifact, if any.
+    """
+
+    name: str
+    path: str
+    content: str
+    aliases: list[str]
+    tags: dict[str, str]
+    description: str
+    extra: str
+
+
+def register(client: Any, run: str, version: ModelVersion) -> None:
+    """Make an artifact a version of its model, unless a version has this content, and give that version the aliases.
+
+    Args:
+        client: MLflow's client.
+        run: The stage's run, which gets a copy of the artifact.
+        version: The artifact and what the version says about it.
+
+    Raises:
+        FileNotFoundError: The artifact is gone.
     """
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(name, description="Compressed by edgepress.", tags={"edgepress": "true"})
+        client.create_registered_model(version.name, description="Compressed by edgepress.", tags={"edgepress": "true"})
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    made = _version_with(client, name, content)
-    if made is None:
-        if not Path(path).is_dir():
-            raise FileNotFoundError(f"the artifact {path} is not there any more")
+    number = _version_with(client, version.name, version.content)
+    if number is None:
+        if not Path(version.path).is_dir():
+            raise FileNotFoundError(f"the artifact {version.path} is not there any more")
         with tempfile.TemporaryDirectory(prefix="edgepress-model-") as folder:
-            write_model(Path(folder) / _MODEL, Path(path), extra)
+            write_model(Path(folder) / _MODEL, Path(version.path), version.extra)
             client.log_artifacts(run, str(Path(folder) / _MODEL), _MODEL)
         source = f"{client.get_run(run).info.artifact_uri}/{_MODEL}"
-        made = client.create_model_version(name, source, run, tags={**tags, CONTENT: content}, description=description).version
-    for alias in aliases:
-        client.set_registered_model_alias(name, alias, made)
+        tags = {**version.tags, CONTENT: version.content}
+        number = client.create_model_version(version.name, source, run, tags=tags, description=version.description).version
+    for alias in version.aliases:
+        client.set_registered_model_alias(version.name, alias, number)
 
 
 def write_model(folder: Path, artifact: Path, extra: str) -> None:
-    """Write MLflow's description of a model beside links to the artifact's files, which an upload follows."""
+    """Write MLflow's description of a model, and links to the artifact's files, which an upload follows."""
     import pandas
     from mlflow import pyfunc
     from mlflow.models import ModelSignature
@@ -69,10 +96,14 @@ def write_model(folder: Path, artifact: Path, extra: str) -> None:
         params=ParamSchema([ParamSpec(key, kind, default) for key, (kind, default) in PARAMETERS.items()]),
     )
     example = (pandas.DataFrame({"prompt": ["Once upon a time"]}), {"max_new_tokens": 32})
-    needed = f"edgepress[{extra}]" if extra else "edgepress"
+    package = f"edgepress[{extra}]" if extra else "edgepress"
     pyfunc.save_model(
-        str(folder), loader_module="tasks.tracking.serving", signature=signature, input_example=example, pip_requirements=[f"{needed}=={version('edgepress')}"]
-    )  # fmt: skip
+        str(folder),
+        loader_module="tasks.tracking.serving",
+        signature=signature,
+        input_example=example,
+        pip_requirements=[f"{package}=={version('edgepress')}"],
+    )
     for file in artifact.rglob("*"):
         if file.is_file():
             link = folder / FOLDER / file.relative_to(artifact)

@@ -27,7 +27,7 @@ from tasks.measurement.gates import Verdict
 from tasks.planned_stage import Result
 from tasks.run_context import TrackedRuns
 from tasks.store.store import Store
-from tasks.tracking.tracking import OpenRun
+from tasks.tracking import ModelVersion, OpenRun
 from tests.flows.recipes import STAGES, recipe
 
 LINEAR = "  pruned: {uses: prune.width, keep: 0.5}\n  gguf: {uses: export.gguf}\n"
@@ -179,16 +179,16 @@ def test_a_champion_passed_every_gate_before_it(plan: Callable[..., Plan], outco
     }
     results["pruned"].verdicts = [Verdict("accuracy", outcome, "accuracy fell within noise")]
     results["gguf"].verdicts = [Verdict("perplexity", "PASS", "perplexity 3 is at most 9")]
-    calls: list[tuple[str, dict[str, Any]]] = []
+    calls: list[tuple[str, ModelVersion]] = []
     pipeline: Any = SimpleNamespace(
         name="micro",
         results=results,
         base=made.base,
-        tracking=SimpleNamespace(register=lambda run, **what: calls.append((run, what)) or True),
+        tracking=SimpleNamespace(register=lambda *call: calls.append(call) or True),
     )
     (said,) = register_results(pipeline, made.stages, champion)
-    ((run, what),) = calls
-    assert (run, what["name"], what["aliases"], what["extra"]) == ("gguf", "tiny-gguf", aliases, "llamacpp")
+    ((run, version),) = calls
+    assert (run, version.name, version.aliases, version.extra) == ("gguf", "tiny-gguf", aliases, "llamacpp")
     assert ("not champion: accuracy fell within noise" in said) == (outcome == "INCONCLUSIVE")
 
 
@@ -217,7 +217,7 @@ def test_a_gate_that_was_not_judged_makes_no_champion(plan: Callable[..., Plan],
         name="micro",
         results=results,
         base=made.base,
-        tracking=SimpleNamespace(register=lambda run, aliases, **_: given.append(aliases) or True),
+        tracking=SimpleNamespace(register=lambda _, version: given.append(version.aliases) or True),
     )
     (said,) = register_results(pipeline, made.stages, champion=True)
     assert given == [["candidate"] if unjudged else ["candidate", "champion"]]

@@ -1,8 +1,10 @@
-"""What runs in MLflow say of themselves, in what a tag holds."""
+"""Descriptions of runs in MLflow, within the length of a tag."""
 
 from tasks.measurement.gates import Verdict
+from tasks.planned_stage import Result
+from tasks.stage_tracking import describe_stage
 from tasks.tracking.calls import LONGEST
-from tasks.tracking.descriptions import describe_stage, fitted, results_table, steps_table
+from tasks.tracking.descriptions import fitted, results_table, steps_table
 
 METRICS = {"accuracy": 0.9, "perplexity": 4.0, "kl_to_base": 0.1, "size_mb": 3.0, "tokens_per_second": 480.0, "peak_memory_mb": 41.0}
 
@@ -11,7 +13,7 @@ def steps(count: int) -> str:
     return steps_table([(number, f"stage-{number}", "c" * 32, "Completed", METRICS) for number in range(count)], "#/experiments/1/runs/")
 
 
-def test_of_many_stages_whole_rows_give_way_and_nothing_else() -> None:
+def test_only_last_rows_are_left_out() -> None:
     points = [f"- **PASS** stage-{number}: perplexity 4 is at most 9" for number in range(40)]
     text = fitted(["80 stages.", "", "- a result"], steps(80), points)
     assert LONGEST - 200 < len(text) <= LONGEST
@@ -21,17 +23,17 @@ def test_of_many_stages_whole_rows_give_way_and_nothing_else() -> None:
     assert kept == steps(80).splitlines()[: len(kept)] and more == f"and {82 - len(kept)} more"
 
 
-def test_what_fits_is_whole() -> None:
+def test_short_description_is_complete() -> None:
     assert fitted(["3 stages."], steps(3), ["- **PASS** x"]) == f"3 stages.\n\n{steps(3)}\n\n- **PASS** x"
 
 
-def test_more_points_than_there_is_room_for_leave_half_of_it_to_the_table() -> None:
+def test_points_leave_half_to_table() -> None:
     text = fitted(["x" * 9000], steps(80), [f"- warning {number}: {'w' * 100}" for number in range(200)])
     assert len(text) <= LONGEST and text.count(" more") == 2 and "…" in text
     assert text.count("| [stage-") >= 15 and text.count("- warning") >= 15
 
 
-def test_results_stand_in_rows_and_keep_within_their_room() -> None:
+def test_results_table_fits() -> None:
     rows = {"base": {"accuracy": 0.9, "size_mb": 12.0}, "gguf": METRICS, "broken": {}}
     assert results_table(rows).splitlines() == [
         "| result | accuracy | perplexity | KL to base | size MB | decode t/s |", "|---|---:|---:|---:|---:|---:|",
@@ -42,10 +44,9 @@ def test_results_stand_in_rows_and_keep_within_their_room() -> None:
     assert results_table({"base": {}}) == ""
 
 
-def test_a_stage_with_many_figures_keeps_verdict_and_warning() -> None:
+def test_many_figures_keep_verdict_and_warning() -> None:
     figures = {f"harness.task-{number:03d}.acc": 0.5 for number in range(300)}
-    text = describe_stage(
-        uses="quantize.rtn", needs=["base"], state="Completed", reason="", seconds=1.0, runtime="", columns={"q": figures, "base": figures},
-        warnings=["slower than its parent"], verdicts=[Verdict("accuracy", "FAIL", "accuracy 0.5 is not at least 0.6")],
-    )  # fmt: skip
+    result = Result("q", "quantize.rtn", ["base"], "Completed", seconds=1.0, warnings=["slower than its parent"])
+    result.verdicts = [Verdict("accuracy", "FAIL", "accuracy 0.5 is not at least 0.6")]
+    text = describe_stage(result, {"q": figures, "base": figures})
     assert len(text) <= LONGEST and text.endswith("- **FAIL** accuracy 0.5 is not at least 0.6\n- warning: slower than its parent")

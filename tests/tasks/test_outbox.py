@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import socket
 import tempfile
 import time
@@ -20,10 +21,11 @@ from sqlalchemy.exc import OperationalError
 
 from compression.errors import EdgepressError
 from compression.locks import is_locked
-from tasks.tracking import tracking as tracking_module
-from tasks.tracking.calls import Call, Sender, TrackingRejected, TrackingUnavailable, Unexpected, translate
-from tasks.tracking.outbox import Outbox, _append, addresses, waiting
-from tasks.tracking.tracking import EXPERIMENT, Tracking
+from tasks.tracking import Tracking
+from tasks.tracking.calls import Call, Sender
+from tasks.tracking.connection import EXPERIMENT
+from tasks.tracking.errors import TrackingRejected, TrackingUnavailable, Unexpected, translate
+from tasks.tracking.outbox import Outbox, addresses, waiting
 from tests.waiting import PATIENCE
 
 
@@ -37,7 +39,7 @@ GONE = raised(MlflowException("API request to http://tracking failed with except
 
 
 class Flaky:
-    """A client whose writes fail while `away`; with `deaf` MLflow does what it is asked, but its answer is lost. `broken`: what single methods raise."""
+    """A client whose writes fail while `away`; with `deaf` MLflow does what a call wants, but its answer is lost. `broken`: what single methods raise."""
 
     def __init__(self, client: MlflowClient):
         self.client, self.away, self.deaf = client, False, False
@@ -51,10 +53,10 @@ class Flaky:
                 raise GONE
             if name in self.broken:
                 raise self.broken[name]
-            done = method(*arguments, **more)
+            result = method(*arguments, **more)
             if self.deaf:
                 raise GONE
-            return done
+            return result
 
         return call
 
@@ -68,18 +70,17 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def connect(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Tracking, Flaky, list[str]]]:
-    """A connection with an outbox, its flaky client, and what it says."""
-    monkeypatch.setattr(tracking_module, "_PAUSE", 0.05)
+def connect(uri: str, tmp_path: Path) -> Callable[..., tuple[Tracking, Flaky, list[str]]]:
+    """A connection with an outbox, its flaky client, and its messages."""
 
-    def made() -> tuple[Tracking, Flaky, list[str]]:
-        said: list[str] = []
-        tracking = Tracking(uri, tmp_path / "outbox", said.append)
+    def make(folder: str = "outbox", pause: float = 0.05) -> tuple[Tracking, Flaky, list[str]]:
+        messages: list[str] = []
+        tracking = Tracking(uri, tmp_path / folder, messages.append, pause)
         flaky = Flaky(tracking.client)
-        tracking._sender.client = flaky
-        return tracking, flaky, said
+        tracking.delivery.sender.client = flaky
+        return tracking, flaky, messages
 
-    return made
+    return make
 
 
 def points(uri: str, run: str, key: str) -> list[tuple[int, float]]:
@@ -115,8 +116,8 @@ def check_stage(uri: str, run: str, parent: str, ended: float) -> None:
     assert [found.info.run_id for found in below] == [run]
 
 
-def test_what_is_logged_while_mlflow_is_away_arrives_once_and_with_its_times(uri: str, connect: Any, tmp_path: Path) -> None:
-    tracking, flaky, said = connect()
+def test_calls_arrive_once_after_absence(uri: str, connect: Any, tmp_path: Path) -> None:
+    tracking, flaky, messages = connect()
     parent = tracking.open_run("micro")
     flaky.away = True
     run, ended = a_stage(tracking, parent), time.time()
@@ -125,14 +126,14 @@ def test_what_is_logged_while_mlflow_is_away_arrives_once_and_with_its_times(uri
     flaky.away = False
     assert tracking.settle(PATIENCE) == 0
     check_stage(uri, tracking.id_of(run), parent, ended)
-    assert ["does not answer" in said[0], "has everything" in said[-1], len(said)] == [True, True, 2]
+    assert ["does not answer" in messages[0], "has everything" in messages[-1], len(messages)] == [True, True, 2]
     tracking.log(run, {"size_mb": 1.0})  # our name of the run stays good
     assert points(uri, tracking.id_of(run), "size_mb") == [(0, 1.0)]
     tracking.close()
     assert list((tmp_path / "outbox").iterdir()) == []
 
 
-def test_an_answer_that_was_lost_makes_nothing_twice(uri: str, connect: Any) -> None:
+def test_lost_answers_duplicate_nothing(uri: str, connect: Any) -> None:
     tracking, flaky, _ = connect()
     parent = tracking.open_run("micro")
     flaky.deaf = True
@@ -144,35 +145,35 @@ def test_an_answer_that_was_lost_makes_nothing_twice(uri: str, connect: Any) -> 
     tracking.close()
 
 
-def test_what_a_process_left_is_sent_by_the_next_from_where_it_stopped(uri: str, connect: Any, tmp_path: Path) -> None:
-    tracking, flaky, _ = connect()
+def test_next_process_sends_leftovers(uri: str, connect: Any, tmp_path: Path) -> None:
+    tracking, flaky, _ = connect(pause=PATIENCE)  # never sends by itself
     parent = tracking.open_run("micro")
-    tracking._send_when_back = lambda _: None  # type: ignore[method-assign]
     flaky.away = True
     run, ended = a_stage(tracking, parent), time.time()
-    box = tracking._outbox
-    assert box is not None
     flaky.away = False
+    living, killed = tmp_path / "outbox", tmp_path / "killed"
+    assert list(Outbox.abandoned(living)) == []  # its process lives
+    shutil.copytree(living, killed)
+    (file,) = killed.glob("*.jsonl")
+    calls = [Call(line["call"], line["arguments"]) for line in map(json.loads, file.read_text().splitlines()[1:])]
     sender = Sender(flaky, tracking.experiment)
-    for _ in range(2):  # as if it had been killed when it had sent these, and noted one
-        sender.send(box._calls[0], perhaps_sent=True)
-        sender.send(box._calls[1], perhaps_sent=True)
-    _append(box._beside(".sent"), {"sent": 1, "ids": sender.ids})
-    with box._file.open("a") as stream:
+    for _ in range(2):  # as if the process had been killed when it had sent these, and noted one
+        sender.send(calls[0], perhaps_sent=True)
+        sender.send(calls[1], perhaps_sent=True)
+    file.with_suffix(".sent").write_text(json.dumps({"sent": 1, "ids": sender.ids}) + "\n")
+    with file.open("a") as stream:
         stream.write('{"call": "log", "argum')
-    assert list(Outbox.left(tmp_path / "outbox")) == []  # its process lives
-    box._lock.close()
 
-    assert addresses(tmp_path / "outbox") == [uri] and waiting(tmp_path / "outbox") == 8
-    other, _, _ = connect()
-    assert other.flush_leftover() == 8 and waiting(tmp_path / "outbox") == 0
+    assert addresses(killed) == [uri] and waiting(killed) == 8
+    other, _, _ = connect("killed")
+    assert other.flush_leftover() == 8 and waiting(killed) == 0
     check_stage(uri, sender.ids[run], parent, ended)
     assert other.find_open_run(run) is not None  # found by our name too
-    assert other.flush_leftover() == 0 and list((tmp_path / "outbox").iterdir()) == []
+    assert other.flush_leftover() == 0 and list(killed.iterdir()) == []
 
 
-def test_what_mlflow_refuses_is_set_aside_and_holds_nothing_up(uri: str, connect: Any, tmp_path: Path) -> None:
-    tracking, flaky, said = connect()
+def test_refused_call_blocks_nothing(uri: str, connect: Any, tmp_path: Path) -> None:
+    tracking, flaky, messages = connect()
     deleted, run = tracking.open_run("deleted"), tracking.open_run("micro")
     flaky.away = True
     tracking.log(deleted, {"perplexity": 3.5})
@@ -182,13 +183,13 @@ def test_what_mlflow_refuses_is_set_aside_and_holds_nothing_up(uri: str, connect
     assert tracking.settle(PATIENCE) == 0
     assert points(uri, run, "perplexity") == [(0, 3.5)]
     refused = json.loads((tmp_path / "outbox" / "refused.jsonl").read_text())
-    assert refused["arguments"]["run"] == deleted and refused["error"] and any("refused 1 calls" in text for text in said)
+    assert refused["arguments"]["run"] == deleted and refused["error"] and any("refused 1 calls" in text for text in messages)
     assert tracking.refused == 1
     tracking.close()
 
 
-def test_what_mlflow_refuses_at_once_is_set_aside_and_said_once(uri: str, connect: Any, tmp_path: Path) -> None:
-    tracking, _, said = connect()
+def test_refusals_are_reported_once(uri: str, connect: Any, tmp_path: Path) -> None:
+    tracking, _, messages = connect()
     parent = tracking.open_run("deleted")
     MlflowClient(uri).delete_run(parent)
     for step in range(1000, 1003):
@@ -201,19 +202,19 @@ def test_what_mlflow_refuses_at_once_is_set_aside_and_said_once(uri: str, connec
     assert [call["call"] for call in refused] == [*["log"] * 4, "log_file", "end"] and tracking.refused == 6 and tracking.waiting == 0
     assert refused[0]["uri"] == uri and "deleted" in refused[0]["error"]
     assert refused[1]["arguments"]["points"][0][:3] == ["perplexity", 1001, 3.5]
-    (told,) = said
-    assert "refuses `log`" in told and "the run goes on" in told and "refused.jsonl" in told
+    (message,) = messages
+    assert "refuses `log`" in message and "refused.jsonl" in message
     tracking.close()
 
 
-def test_a_run_that_mlflow_does_not_open_does_not_begin(uri: str, connect: Any, tmp_path: Path) -> None:
-    tracking, _, said = connect()
-    tracking._sender.experiment = "12345"
-    with pytest.raises(EdgepressError, match=r"refuses to open a run: .*12345.*nothing was run"):
+def test_refused_top_run_raises(uri: str, connect: Any, tmp_path: Path) -> None:
+    tracking, _, messages = connect()
+    tracking.delivery.sender.experiment = "12345"
+    with pytest.raises(EdgepressError, match="12345"):
         tracking.open_run("micro")
-    assert said == [] and not (tmp_path / "outbox").exists()
+    assert messages == [] and not (tmp_path / "outbox").exists()
     tracking.open_run("pruned", parent="0" * 32)  # of a pipeline that has begun
-    assert len(said) == 1 and tracking.refused == 1
+    assert len(messages) == 1 and tracking.refused == 1
     tracking.close()
 
 
@@ -248,7 +249,7 @@ def of_module(module: str, **attributes: object) -> Exception:
     ],
     ids=repr,
 )  # fmt: skip
-def test_what_can_never_succeed_is_refused(error: Exception) -> None:
+def test_permanent_errors_are_rejections(error: Exception) -> None:
     with pytest.raises(TrackingRejected):
         translate(error)
 
@@ -266,20 +267,20 @@ def test_what_can_never_succeed_is_refused(error: Exception) -> None:
     ],
     ids=repr,
 )  # fmt: skip
-def test_what_may_succeed_later_waits(error: Exception) -> None:
+def test_transient_errors_are_unavailability(error: Exception) -> None:
     with pytest.raises(TrackingUnavailable):
         translate(error)
 
 
-def test_an_unexpected_error_keeps_its_cause() -> None:
+def test_unexpected_error_keeps_its_cause() -> None:
     mistake = TypeError("log_batch() got an unexpected argument")
     with pytest.raises(Unexpected, match="TypeError: log_batch") as caught:
         translate(mistake)
     assert caught.value.__cause__ is mistake
 
 
-def test_an_unexpected_error_is_set_aside(uri: str, connect: Any, tmp_path: Path) -> None:
-    tracking, flaky, said = connect()
+def test_unexpected_error_is_set_aside(uri: str, connect: Any, tmp_path: Path) -> None:
+    tracking, flaky, messages = connect()
     run = tracking.open_run("micro")
     flaky.broken = {"log_text": TypeError("no such argument")}
     tracking.log_text(run, "a card", "README.md")  # at once
@@ -292,12 +293,12 @@ def test_an_unexpected_error_is_set_aside(uri: str, connect: Any, tmp_path: Path
     refused = [json.loads(line) for line in (tmp_path / "outbox" / "refused.jsonl").read_text().splitlines()]
     assert [(call["call"], call["error"]) for call in refused] == [("log_text", "TypeError: no such argument")] * 2
     assert all("in call" in call["traceback"] for call in refused)
-    assert tracking.refused == 2 and sum("`log_text` failed unexpectedly" in text for text in said) == 1
+    assert tracking.refused == 2 and sum("`log_text` failed unexpectedly" in text for text in messages) == 1
     tracking.close()
 
 
-def test_the_sender_outlives_its_own_failure(uri: str, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking, flaky, said = connect()
+def test_sending_thread_survives_full_disk(uri: str, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking, flaky, messages = connect()
     run = tracking.open_run("micro")
     failures = iter([OSError(errno.ENOSPC, "No space left on device")] * 2)
     original = Outbox.send
@@ -312,11 +313,11 @@ def test_the_sender_outlives_its_own_failure(uri: str, connect: Any, monkeypatch
     tracking.log(run, {"perplexity": 3.5})
     flaky.away = False
     assert tracking.settle(PATIENCE) == 0 and points(uri, run, "perplexity") == [(0, 3.5)]
-    assert sum("No space left" in text for text in said) == 1
+    assert sum("No space left" in text for text in messages) == 1
     tracking.close()
 
 
-def test_users_of_a_machine_log_data_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_sets_are_logged_under_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     locked: list[bool] = []
     sender = Sender(SimpleNamespace(log_inputs=lambda *_: locked.append(is_locked(tmp_path / "edgepress-tracking.lock"))), "1")
@@ -324,7 +325,7 @@ def test_users_of_a_machine_log_data_in_turn(tmp_path: Path, monkeypatch: pytest
     assert locked == [True]
 
 
-def test_a_file_is_sent_as_it_was(uri: str, connect: Any, tmp_path: Path) -> None:
+def test_file_is_sent_as_it_was(uri: str, connect: Any, tmp_path: Path) -> None:
     tracking, flaky, _ = connect()
     run, file = tracking.open_run("micro"), tmp_path / "run.json"
     file.write_text("first")
@@ -339,32 +340,32 @@ def test_a_file_is_sent_as_it_was(uri: str, connect: Any, tmp_path: Path) -> Non
     tracking.close()
 
 
-def test_without_an_outbox_nothing_is_taken_that_cannot_be_sent(uri: str) -> None:
+def test_without_outbox_absence_raises(uri: str) -> None:
     tracking = Tracking(uri)
     run = tracking.open_run("micro")
     flaky = Flaky(tracking.client)
-    tracking._sender.client, flaky.away = flaky, True
+    tracking.delivery.sender.client, flaky.away = flaky, True
     with pytest.raises(TrackingUnavailable):
         tracking.log(run, {"perplexity": 3.5})
 
 
-def test_a_server_that_does_not_answer_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_server_fails_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tries: list[Any] = []
     connect = socket.socket.connect
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: tries.append(address) or connect(self, address), raising=False)
-    with pytest.raises(EdgepressError, match=r"MLflow at http://127.0.0.1:9 does not answer.*MLFLOW_TRACKING_URI.*nothing was run"):
+    with pytest.raises(EdgepressError, match=r"http://127.0.0.1:9.*MLFLOW_TRACKING_URI"):
         Tracking("http://127.0.0.1:9", tmp_path)
     assert 1 <= len(tries) <= 2  # MLflow itself would try for minutes
 
 
-def test_an_outbox_that_holds_nothing_whole_is_removed(tmp_path: Path) -> None:
+def test_empty_outbox_is_removed(tmp_path: Path) -> None:
     box = Outbox(tmp_path, "sqlite:////x.db")
     box.add(Call("log_text", {"run": "1", "text": "é\n", "path": "x"}))
     assert len(box) == 1 and waiting(tmp_path) == 1
     box.close()
     assert [name.suffix for name in sorted(tmp_path.iterdir())] in ([".jsonl"], [".jsonl", ".lock"])
-    (left,) = Outbox.left(tmp_path)
-    assert left.uri == "sqlite:////x.db" and left._calls[0].arguments["text"] == "é\n"
-    left._calls.clear()
-    left.close()
-    assert list(tmp_path.iterdir()) == []
+    (leftover,) = Outbox.abandoned(tmp_path)
+    sent: list[str] = []
+    assert leftover.uri == "sqlite:////x.db" and leftover.send(Sender(SimpleNamespace(log_text=lambda *text: sent.extend(text)), "1")) == 1
+    leftover.close()
+    assert sent == ["1", "é\n", "x"] and list(tmp_path.iterdir()) == []

@@ -10,8 +10,9 @@ import pytest
 from mlflow import MlflowClient, pyfunc
 
 from compression.errors import EdgepressError, Incompatible
+from tasks.tracking import ModelVersion, Tracking
+from tasks.tracking.connection import EXPERIMENT
 from tasks.tracking.serving import EdgeModel
-from tasks.tracking.tracking import EXPERIMENT, Tracking
 from tests.tiny import SENTENCES
 
 PROMPTS = SENTENCES[:2]
@@ -33,9 +34,7 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking]:
 def put(tracking: Tracking, path: Path, content: str, *aliases: str) -> str:
     """Register a result of a new run; returns the run."""
     run = tracking.open_run("gguf")
-    tracking.register(
-        run, name="tiny", path=str(path), content=content, aliases=list(aliases), tags={"edgepress.stage": "gguf"}, description="*small*", extra=""
-    )  # fmt: skip
+    tracking.register(run, ModelVersion("tiny", str(path), content, list(aliases), {"edgepress.stage": "gguf"}, "*small*", extra=""))
     return run
 
 
@@ -49,7 +48,7 @@ def first(tracking: Tracking, checkpoint: Path) -> str:
     return put(tracking, checkpoint, "aaaa", "candidate", "champion")
 
 
-def test_a_result_becomes_a_version_once(tracking: Tracking, first: str, checkpoint: Path) -> None:
+def test_result_becomes_one_version(tracking: Tracking, first: str, checkpoint: Path) -> None:
     assert list(versions(tracking).values()) == ["aaaa"]
     put(tracking, checkpoint, "aaaa", "candidate")
     assert len(versions(tracking)) == 1
@@ -57,7 +56,7 @@ def test_a_result_becomes_a_version_once(tracking: Tracking, first: str, checkpo
     assert version.run_id == first and version.description == "*small*" and version.tags["edgepress.stage"] == "gguf"
 
 
-def test_mlflow_opens_it_in_its_runtime_and_it_says_what_transformers_says(tracking: Tracking, first: str, checkpoint: Path) -> None:
+def test_mlflow_model_matches_transformers(tracking: Tracking, first: str, checkpoint: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = pyfunc.load_model("models:/tiny@candidate")
@@ -72,7 +71,7 @@ def test_mlflow_opens_it_in_its_runtime_and_it_says_what_transformers_says(track
     assert model.input_example["prompt"].tolist() == ["Once upon a time"]  # type: ignore[index]
 
 
-def test_champion_stays_where_it_is_until_another_is_crowned(tracking: Tracking, first: str, checkpoint: Path) -> None:
+def test_champion_stays_until_replaced(tracking: Tracking, first: str, checkpoint: Path) -> None:
     run = put(tracking, checkpoint, "bbbb", "candidate")
     assert tracking.client.get_model_version_by_alias("tiny", "candidate").run_id == run
     assert tracking.client.get_model_version_by_alias("tiny", "champion").run_id == first
@@ -80,17 +79,17 @@ def test_champion_stays_where_it_is_until_another_is_crowned(tracking: Tracking,
     assert tracking.client.get_model_version_by_alias("tiny", "champion").run_id == run
 
 
-def test_files_are_copied_not_linked(tracking: Tracking, first: str) -> None:
+def test_files_are_copied(tracking: Tracking, first: str) -> None:
     client = MlflowClient(tracking.uri)
     kept = Path(client.download_artifacts(first, "model/artifact"))
     assert (kept / "model.safetensors").is_file() and not (kept / "model.safetensors").is_symlink()
 
 
-def test_an_artifact_that_is_gone_is_told(tracking: Tracking, tmp_path: Path) -> None:
+def test_missing_artifact_is_refused(tracking: Tracking, tmp_path: Path) -> None:
     put(tracking, tmp_path / "absent", "cccc", "candidate")
     assert tracking.refused == 1 and "cccc" not in versions(tracking).values()
     refused = json.loads((Path(tracking.uri.removeprefix("sqlite:///")).parent / "outbox" / "refused.jsonl").read_text())
-    assert refused["call"] == "register" and "is not there any more" in refused["error"]
+    assert refused["call"] == "register" and "absent" in refused["error"]
 
 
 @pytest.mark.parametrize(
@@ -108,12 +107,14 @@ def test_an_artifact_that_is_gone_is_told(tracking: Tracking, tmp_path: Path) ->
         ("x", {"chat": True}, Incompatible),
     ],
 )
-def test_what_cannot_be_answered_is_refused(checkpoint: Path, prompt: object, params: dict[str, object], error: type[Exception]) -> None:
+def test_bad_prompts_and_parameters_are_refused(
+    checkpoint: Path, prompt: object, params: dict[str, object], error: type[Exception]
+) -> None:
     with pytest.raises(error):
         EdgeModel(checkpoint).predict(pandas.DataFrame({"prompt": [prompt]}), params)
 
 
-def test_a_parameter_that_is_none_is_its_default(checkpoint: Path) -> None:
+def test_none_means_default(checkpoint: Path) -> None:
     model, prompts = EdgeModel(checkpoint), pandas.DataFrame({"prompt": PROMPTS})
     few: dict[str, object] = {"max_new_tokens": 4}
     of_none, of_defaults = (model.predict(prompts, {**few, **more}) for more in ({"temperature": None, "seed": None}, {}))

@@ -8,12 +8,12 @@ import pytest
 from mlflow import MlflowClient
 
 from tasks.measurement.figures import FIGURES
+from tasks.tracking import Tracking
 from tasks.tracking.runs_view import COLUMNS, KEY, RUN, TAG, runs_address, view_state
-from tasks.tracking.tracking import Tracking
 from tests.flows.recipes import edgepress
 
 
-def test_the_view_reads_as_mlflow_reads_it() -> None:
+def test_view_has_mlflows_format() -> None:
     envelope = json.loads(view_state())
     assert isinstance(envelope["name"], str) and isinstance(envelope["createdAt"], int) and isinstance(envelope["state"], str)
     state = json.loads(envelope["state"])
@@ -23,7 +23,7 @@ def test_the_view_reads_as_mlflow_reads_it() -> None:
     assert len(view_state()) <= 5000  # characters of a tag of an experiment
 
 
-def test_a_view_that_somebody_changed_stays(tmp_path: Path) -> None:
+def test_changed_view_stays(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     tracking = Tracking(uri)
     tracking.share_view()
@@ -33,7 +33,7 @@ def test_a_view_that_somebody_changed_stays(tmp_path: Path) -> None:
     assert MlflowClient(uri).get_experiment(tracking.experiment).tags[TAG] == "mine"
 
 
-def test_ui_prints_the_address_of_the_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ui_prints_views_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     class Server:
         def __init__(self, command: list[str], **_: Any):
             started.append(command)

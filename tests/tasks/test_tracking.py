@@ -1,4 +1,4 @@
-"""Runs in MLflow that are gone on with: nothing is logged twice."""
+"""Runs in MLflow that are continued: nothing is logged twice."""
 
 import socket
 from pathlib import Path
@@ -7,8 +7,9 @@ import pytest
 from mlflow.entities import Run
 
 from compression.errors import EdgepressError
-from tasks.tracking import tracking as tracking_module
-from tasks.tracking.tracking import Tracking, whole_address
+from tasks.tracking import Tracking, full_address
+from tasks.tracking.calls import OWNER
+from tasks.tracking.runs import end_orphans
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +29,18 @@ def now(tracking: Tracking, run: str) -> Run:
     return tracking.client.get_run(run)
 
 
-def test_what_a_pipeline_began_is_found_again(uri: str) -> None:
+def test_open_run_has_cells_and_stages(uri: str) -> None:
     tracking = Tracking(uri)
     top = tracking.open_run("demo", tags={"edgepress.kind": "pipeline", "edgepress.run": "demo-3"})
     cell = tracking.open_run("bits=2", parent=top, tags={"edgepress.kind": "cell"})
     shared = tracking.open_run("pruned", parent=top, tags=stage_tags("pruned", "1"))
     own = tracking.open_run("rtn", parent=cell, tags=stage_tags("rtn", "2"))
-    begun = Tracking(uri).find_open_run(top)
-    assert begun is not None and (begun.run, begun.name) == (top, "demo-3") and begun.cells == {"bits=2": cell}
-    assert begun.stages == {("pruned", "1"): shared, ("rtn", "2"): own}
+    found = Tracking(uri).find_open_run(top)
+    assert found is not None and (found.run, found.name) == (top, "demo-3") and found.cells == {"bits=2": cell}
+    assert found.stages == {("pruned", "1"): shared, ("rtn", "2"): own}
 
 
-def test_a_run_that_is_gone_is_none(uri: str) -> None:
+def test_missing_and_deleted_runs_are_none(uri: str) -> None:
     tracking = Tracking(uri)
     assert tracking.find_open_run("0" * 32) is None
     deleted = tracking.open_run("demo")
@@ -47,7 +48,7 @@ def test_a_run_that_is_gone_is_none(uri: str) -> None:
     assert tracking.find_open_run(deleted) is None
 
 
-def test_a_reopened_run_gets_only_what_is_new(uri: str, tmp_path: Path) -> None:
+def test_reopened_run_gets_only_new_points(uri: str, tmp_path: Path) -> None:
     before = Tracking(uri)
     run = before.open_run("pruned")
     before.log(run, {"perplexity": 0.1 + 0.2, "size_mb": 1.0}, step=3)
@@ -65,7 +66,7 @@ def test_a_reopened_run_gets_only_what_is_new(uri: str, tmp_path: Path) -> None:
     assert points(after, run, "loss") == [(1, 2.0), (2, 1.5), (3, 1.0)]
 
 
-def test_a_run_that_had_finished_keeps_its_end(uri: str) -> None:
+def test_finished_run_keeps_its_end(uri: str) -> None:
     tracking = Tracking(uri)
     run = tracking.open_run("pruned")
     tracking.client.set_terminated(run, "FINISHED", end_time=12345)
@@ -76,7 +77,7 @@ def test_a_run_that_had_finished_keeps_its_end(uri: str) -> None:
     assert now(tracking, run).info.end_time > 12345
 
 
-def test_a_step_gets_another_value_only_where_that_is_asked(uri: str) -> None:
+def test_step_keeps_first_value_without_again(uri: str) -> None:
     tracking = Tracking(uri)
     run = tracking.open_run("micro")
     for again in (False, True, True):
@@ -84,21 +85,21 @@ def test_a_step_gets_another_value_only_where_that_is_asked(uri: str) -> None:
     assert points(tracking, run, "perplexity") == [(2, 3.0), (2, 4.0)]
 
 
-def test_a_superseded_stage_is_not_gone_on_with(uri: str) -> None:
+def test_superseded_stage_is_not_continued(uri: str) -> None:
     tracking = Tracking(uri)
     top = tracking.open_run("demo", tags={"edgepress.kind": "pipeline"})
     old = tracking.open_run("pruned", parent=top, tags=stage_tags("pruned", "1"))
     new = tracking.open_run("pruned", parent=top, tags=stage_tags("pruned", "2"))
     tracking.supersede(old, by=new)
-    begun = tracking.find_open_run(top)
-    assert begun is not None and begun.stages == {("pruned", "2"): new}
+    found = tracking.find_open_run(top)
+    assert found is not None and found.stages == {("pruned", "2"): new}
     assert now(tracking, old).data.tags["edgepress.superseded"] == new
 
 
-def test_what_came_from_the_store_links_the_run_that_computed_it(uri: str) -> None:
+def test_cached_stage_links_computing_run(uri: str) -> None:
     tracking = Tracking(uri)
     runs = [tracking.open_run("pruned", tags=stage_tags("pruned", "abc")) for _ in range(3)]
-    tracking.log(runs[0], {}, tags={"edgepress.computed": "true", "edgepress.state": "Cached"})  # it was gone on with
+    tracking.log(runs[0], {}, tags={"edgepress.computed": "true", "edgepress.state": "Cached"})  # it was resumed
     tracking.log(runs[1], {}, tags={"edgepress.state": "Cached"})
     tracking.describe(runs[2], "from the store", cached_identity="abc")
     tags = now(tracking, runs[2]).data.tags
@@ -107,9 +108,8 @@ def test_what_came_from_the_store_links_the_run_that_computed_it(uri: str) -> No
     assert "edgepress.computed_by" not in now(tracking, runs[0]).data.tags
 
 
-def test_a_curve_is_seen_while_it_is_made_and_is_there_once(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking_module, "_LIVE", 0.0)
-    tracking = Tracking(uri)
+def test_live_curve_is_logged_once(uri: str) -> None:
+    tracking = Tracking(uri, live_interval=0.0)
     run = tracking.open_run("distilled")
     for step in (1, 2, 3):
         tracking.log_live(run, step, {"loss": 1.0 / step})
@@ -118,7 +118,7 @@ def test_a_curve_is_seen_while_it_is_made_and_is_there_once(uri: str, monkeypatc
     assert points(tracking, run, "loss") == [(step, 1.0 / step) for step in (1, 2, 3, 4)] and points(tracking, run, "bad") == []
 
 
-def test_a_curve_that_broke_off_is_there_to_its_last_point(uri: str) -> None:
+def test_failed_stage_keeps_its_curve(uri: str) -> None:
     tracking = Tracking(uri)
     run = tracking.open_run("distilled")
     for step in range(1, 41):
@@ -134,7 +134,7 @@ def test_a_curve_that_broke_off_is_there_to_its_last_point(uri: str) -> None:
     assert points(tracking, run, "loss") == [(step, 3.0 / step) for step in range(1, 43)]
 
 
-def test_figures_of_the_machine_go_on_in_a_reopened_run(uri: str) -> None:
+def test_system_metrics_continue_in_reopened_run(uri: str) -> None:
     first = Tracking(uri)
     run = first.open_run("distilled")
     started = now(first, run).info.start_time / 1000
@@ -145,19 +145,18 @@ def test_figures_of_the_machine_go_on_in_a_reopened_run(uri: str) -> None:
     assert points(second, run, "system/cpu_percent") == [(5, 50.0), (65, 60.0)]
 
 
-def test_an_address_is_whole_again_with_what_the_environment_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_restores_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:hunter2@h:5000")
-    assert whole_address("http://***@h:5000") == "http://ada:hunter2@h:5000"
-    assert whole_address("http://elsewhere:5000") == "http://elsewhere:5000"
+    assert full_address("http://***@h:5000") == "http://ada:hunter2@h:5000"
+    assert full_address("http://elsewhere:5000") == "http://elsewhere:5000"
     with pytest.raises(EdgepressError, match="MLFLOW_TRACKING_URI"):
-        whole_address("http://***@elsewhere:5000")
+        full_address("http://***@elsewhere:5000")
 
 
-def test_all_orphans_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking_module, "_PAGE", 2)
+def test_all_orphans_are_ended(tmp_path: Path) -> None:
     tracking = Tracking(f"sqlite:///{tmp_path / 'mlflow.db'}")
     living = tracking.open_run("living")
-    monkeypatch.setattr(tracking_module, "owner_tag", lambda: f"{socket.gethostname()}/{2**22 + 1}/then")  # no process has this id
-    orphans = {tracking.open_run(f"orphan {number}") for number in range(5)}
-    assert tracking.end_orphans() == 5
+    dead = {OWNER: f"{socket.gethostname()}/{2**22 + 1}/then"}  # no process has this id
+    orphans = {tracking.open_run(f"orphan {number}", tags=dead) for number in range(5)}
+    assert end_orphans(tracking.client, tracking.experiment, page_size=2) == 5
     assert {now(tracking, run).info.status for run in orphans} == {"KILLED"} and now(tracking, living).info.status == "RUNNING"

@@ -90,7 +90,7 @@ def _place_tags(result: Result) -> dict[str, str]:
     return {"edgepress.path": result.path, "edgepress.content": result.content} if result.path else {}
 
 
-def _columns(context: RunContext, stage: PlannedStage, result: Result) -> dict[str, Mapping[str, float]]:
+def _columns(context: RunContext, stage: PlannedStage, result: Result) -> dict[str, dict[str, float]]:
     """Metrics of the stage, of its parent and of the base, by name."""
     parent = stage.inputs.get("parent", "base")
     others = [name for name in (parent, "base") if name in context.results]

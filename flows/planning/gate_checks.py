@@ -10,7 +10,7 @@ from compression.data import DataSpec
 from compression.errors import EdgepressError, nearest
 from flows.planning.nodes import BASE, Node
 from flows.planning.recipe import ParsedRecipe
-from tasks.measurement.figures import BESIDE
+from tasks.measurement.figures import DERIVED_SUFFIXES
 from tasks.measurement.gate_presets import LEAF, PRESETS, is_pattern
 from tasks.measurement.gates import Bound
 from tasks.measurement.measure import known_metrics
@@ -106,7 +106,7 @@ def _in(metric: str, names: Iterable[str]) -> bool:
 
 def _main_metrics(names: Sequence[str]) -> list[str]:
     """The metrics without intervals, differences, counts and parts of others (`refusal_rate`, not `refusal_rate.fraud`)."""
-    return [name for name in names if not name.endswith(BESIDE) and not any(name.startswith(f"{other}.") for other in names)]
+    return [name for name in names if not name.endswith(DERIVED_SUFFIXES) and not any(name.startswith(f"{other}.") for other in names)]
 
 
 def gate_lines(parsed: ParsedRecipe, stages: Mapping[str, PlannedStage]) -> list[str]:

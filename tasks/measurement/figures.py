@@ -72,18 +72,18 @@ _HARNESS = "harness."
 # Metrics of the harness of which less or more is better. Of others the direction is not known.
 _LOWER = re.compile(r"perplexity|bits_per_byte|brier|(^|_)(ter|wer|cer)$")
 _HIGHER = re.compile(r"(^|_)(acc|exact_match|em$|f1|mcc|matthews|bleu|chrf|rouge|pass@|precision|recall|score)")
-_TIMED = {  # timings by the metric that tells how long their threads waited for cores (compression/evaluation/contention.py)
+_TIMED = {  # timings by the metric that says how long their threads waited for cores (compression/evaluation/contention.py)
     "cpu_wait_share": ("tokens_per_second", "prefill_tokens_per_second", "first_token_seconds"),
     "latency_cpu_wait_share": ("first_token_seconds_p50", "first_token_seconds_p95", "token_seconds_p50", "token_seconds_p95"),
 }
-BESIDE = ("count", "_stderr", "_low", "_high", "_delta", "_ratio")  # endings of metrics that belong to another metric
+DERIVED_SUFFIXES = ("count", "_stderr", "_low", "_high", "_delta", "_ratio")  # of metrics that belong to another metric
 
 
 def measured(metrics: Iterable[Metrics]) -> list[Figure]:
     """Select the figures of which at least one set of metrics has something to show; those of the harness's tasks come last."""
     rows = list(metrics)
     names = {name: None for row in rows for name in row}
-    tasks = [_task_figure(name) for name in names if name.startswith(_HARNESS) and not name.endswith(BESIDE)]
+    tasks = [_task_figure(name) for name in names if name.startswith(_HARNESS) and not name.endswith(DERIVED_SUFFIXES)]
     return [figure for figure in FIGURES if any(figure.text(row) not in ("", figure.plain) for row in rows)] + tasks
 
 

@@ -1,4 +1,4 @@
-"""Gates by name, and which stages a key of `gates:` holds for. Imports no torch."""
+"""Gates by name, and the stages that a key of `gates:` applies to. Imports no torch."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -24,7 +24,7 @@ StageGates = dict[str, Bound]
 
 
 def gate_key(gates: Mapping[str, StageGates], name: str, uses: str, leaf: bool) -> str | None:
-    """Return the one key of `gates:` that holds for a stage: its name, `leaf` where nothing follows it, or the longest pattern that matches its kind."""
+    """Return the key of `gates:` that applies to a stage: its name, `leaf` where nothing follows it, or the longest pattern that matches its kind."""
     if name in gates:
         return name
     if leaf and LEAF in gates:
@@ -38,22 +38,22 @@ def is_pattern(key: str) -> bool:
 
 
 def _expanded(gates: Any) -> Any:
-    """Replace presets by their bounds: of a whole selection (`preset: default`), of a stage (`tuned: strict`), or beside a stage's own bounds."""
+    """Replace presets by their bounds: a selection (`preset: default`), a stage's (`tuned: strict`), or one that a stage's own bounds add to."""
     if not isinstance(gates, Mapping):
         return gates
-    own = {key: _expanded_stage(key, value) for key, value in gates.items() if key != "preset"}
+    chosen = {key: _expanded_stage(key, value) for key, value in gates.items() if key != "preset"}
     if "preset" not in gates:
-        return own
+        return chosen
     selection = _preset("preset", gates["preset"], SELECTIONS)
-    return {key: dict(PRESETS[preset]) for key, preset in selection.items()} | own
+    return {key: dict(PRESETS[preset]) for key, preset in selection.items()} | chosen
 
 
 def _expanded_stage(key: str, value: Any) -> Any:
     if isinstance(value, str):
         return dict(_preset(key, value, PRESETS))
     if isinstance(value, Mapping) and "preset" in value:
-        own = {metric: bound for metric, bound in value.items() if metric != "preset"}
-        return {**_preset(f"{key}.preset", value["preset"], PRESETS), **own}
+        bounds = {metric: bound for metric, bound in value.items() if metric != "preset"}
+        return {**_preset(f"{key}.preset", value["preset"], PRESETS), **bounds}
     return value
 
 

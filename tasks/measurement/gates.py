@@ -7,8 +7,8 @@ stage, that of the difference: from items that both stages share (compression/ev
     FAIL          neither the value nor any part of its interval does: the bound is broken beyond noise
     INCONCLUSIVE  in between: the limit lies within the noise. It stops nothing, unless the bound is `strict`: then it fails
 
-A metric without an interval (a size) has no noise and is never INCONCLUSIVE. The exception are timings taken while other programs had the cores: these
-fail no bound. A value that is not a finite number fails every bound, and so does a value that is compared with one.
+A metric without an interval (a size) has no noise and is never INCONCLUSIVE. The exception is a timing taken while other programs had the cores: it
+fails no bound. A value that is not a finite number fails every bound, and so does a value that is compared with one.
 """
 
 import math
@@ -41,7 +41,7 @@ Decrease = Annotated[float, Field(ge=0, le=1), BeforeValidator(_share, json_sche
 
 
 class Bound(Settings):
-    """Bounds of one metric: absolute, or relative to another stage's value of it. A value that breaks one beyond noise fails its stage."""
+    """Bounds of one metric: absolute, or relative to the same metric of another stage. A value that breaks one beyond noise fails its stage."""
 
     min: float | None = Field(default=None, description="Smallest value that passes.")
     max: float | None = Field(default=None, description="Largest value that passes.")
@@ -66,7 +66,7 @@ class Bound(Settings):
         return any(limit.relative for limit in self.limits())
 
     def limits(self) -> "Iterator[Limit]":
-        """Yield each of the limits it sets."""
+        """Yield each limit that it sets."""
         absolute: list[tuple[Relation, float | None]] = [("at least", self.min), ("at most", self.max)]
         for relation, value in absolute:
             if value is not None:
@@ -80,7 +80,7 @@ class Bound(Settings):
                 yield Limit(relation, amount, relative=True, share=share)
 
     def requirement(self) -> str:
-        """Write down what it requires: `at most 5% above base`."""
+        """Return what it requires as text: `at most 5% above base`."""
         limits = " and ".join(limit.requirement(self.relative_to) for limit in self.limits())
         notes = ", ".join(note for note, applies in (("strict", self.strict), ("if measured", self.if_measured)) if applies)
         return f"{limits} ({notes})" if notes else limits
@@ -106,6 +106,7 @@ class Limit:
         return reference + (1 if self.relation == "at most" else -1) * self.amount * (abs(reference) if self.share else 1)
 
     def requirement(self, relative_to: str) -> str:
+        """Return what it requires as text."""
         if not self.relative:
             return f"{self.relation} {self.amount:g}"
         amount = _percent(self.amount) if self.share else f"{self.amount:g}"
@@ -134,7 +135,7 @@ class Verdict:
         message: The judgement as a sentence for people.
         relation: Whether the limit is a smallest or a largest value; None, as all that follows, where the metric was not measured.
         value: The metric's value.
-        limit: The limit as a number, whatever it is relative to.
+        limit: The limit as a number, also where it is relative.
         low: Lower end of the value's 95 % interval, which includes the reference's noise; None without noise.
         high: Its upper end.
     """
@@ -187,10 +188,10 @@ def _judge_limit(metric: str, limit: Limit, bound: Bound, figures: Figures, refe
     below, above = margins or _margins(metric, limit, threshold, figures, reference)
     low, high = value + min(below, 0.0), value + max(above, 0.0)
     if limit.relation == "at most":
-        satisfied, all_of_it, any_of_it = value <= threshold, high <= threshold, low <= threshold
+        satisfied, all_satisfied, any_satisfied = value <= threshold, high <= threshold, low <= threshold
     else:
-        satisfied, all_of_it, any_of_it = value >= threshold, low >= threshold, high >= threshold
-    outcome: Outcome = "PASS" if satisfied and all_of_it else "INCONCLUSIVE" if any_of_it else "FAIL"
+        satisfied, all_satisfied, any_satisfied = value >= threshold, low >= threshold, high >= threshold
+    outcome: Outcome = "PASS" if satisfied and all_satisfied else "INCONCLUSIVE" if any_satisfied else "FAIL"
     message = _message(metric, limit, bound, value, threshold, reference.metrics.get(metric), outcome, (high - low) / 2)
     if outcome == "FAIL" and (contended(figures.metrics, metric) or (limit.relative and contended(reference.metrics, metric))):
         outcome, message = "INCONCLUSIVE", f"{message}, but other programs had the cores while it was timed (`edgepress run --remeasure`)"
@@ -215,7 +216,7 @@ def _paired_margins(metric: str, limit: Limit, figures: Figures, reference: Figu
 
 
 def _margins(metric: str, limit: Limit, threshold: float, figures: Figures, reference: Figures) -> tuple[float, float]:
-    """The same from both intervals, where these are independent: MOVER (Zou and Donner 2008), which adds the distances to their ends in quadrature."""
+    """The same from two independent intervals: MOVER (Zou and Donner 2008), which adds the distances to their ends in quadrature."""
     value = figures.metrics[metric]
     low, high = figures.interval(metric)
     if not limit.relative:

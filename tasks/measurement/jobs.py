@@ -1,4 +1,4 @@
-"""Measurements as a child carries them out, one function for each row of tasks/measurement/kinds.py. Works with torch, inside its functions."""
+"""The measurements themselves, which a child runs: one function for each row of tasks/measurement/kinds.py. Imports torch inside its functions."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -40,7 +40,7 @@ class _Subject:
 
     @cached_property
     def windows(self) -> "torch.Tensor":
-        """Of the evaluation text, [count, length]."""
+        """Token ids of the evaluation text, [count, length]."""
         from compression.data import evaluation_windows
 
         return evaluation_windows(self.data, self.tokenizer)

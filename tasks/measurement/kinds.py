@@ -1,7 +1,7 @@
 """The table of measurements. Imports no torch.
 
 Part of every record's key are the content, the runtime and its version, the device and the threads (tasks/measurement/measure.py), besides what a row
-names. A changed key makes stored records worthless, so a test pins them all.
+names. A changed key makes stored records useless, so a test pins every key.
 """
 
 from collections.abc import Iterable, Mapping
@@ -37,7 +37,7 @@ def _new_tokens(request: MeasurementRequest) -> dict[str, Any]:
 
 
 def _written(request: MeasurementRequest) -> dict[str, Any]:
-    """Of answers that a model writes, to prompts in its chat template where it has one."""
+    """Settings of answers that a model writes, to prompts in its chat template where it has one."""
     return _new_tokens(request) | _system_message(request)
 
 
@@ -59,7 +59,7 @@ def _energy_wanted(evaluation: EvaluationSpec) -> bool:
 
 
 def _energy_metrics(request: MeasurementRequest) -> Metrics:
-    """An estimate has names of its own: where counters can be read too, both are given."""
+    """An estimate has names of its own: where counters can be read too, a record has both."""
     estimated = [f"{name}_estimated" for name in energy_counters.NAMES] if request.evaluation.energy_source == "estimate" else []
     return dict.fromkeys([*energy_counters.NAMES, *estimated])
 
@@ -143,7 +143,7 @@ _SPEED_METRICS = (
     "first_token_seconds", "load_seconds", "cpu_wait_share", "peak_memory_mb",
 )  # fmt: skip
 
-MEASUREMENTS = (  # by name, which is the order in which they are made
+MEASUREMENTS = (  # by name, the order in which they run
     Measurement(
         "energy", 2, _energy_metrics, _energy_settings, exclusive=True,
         wanted=_energy_wanted,

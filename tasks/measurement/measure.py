@@ -49,14 +49,14 @@ def machine_fingerprint() -> dict[str, Any]:
 
 @dataclass
 class Measured:
-    """What is known of a target.
+    """What was measured of a target.
 
     Attributes:
         metrics: By name, with the intervals of those that have items.
         items: Of metrics, by name.
         keys: Of the records, by the names of the measurements' parts.
         details: What measurements keep besides (texts, per-item results), by its own keys.
-        seconds: How long children worked for it now; 0 when the store had every record.
+        seconds: How long children worked on it in this run; 0 where the store had every record.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -97,7 +97,7 @@ def measure(
 def _record(
     measurement: Measurement, subject: Subject, store: Store, executor: Executor, on_event: EventHandler, *, remeasure: bool, order: int
 ) -> tuple[str, dict[str, Any], float]:  # fmt: skip
-    """A record with its key, and the seconds that a child worked for it now."""
+    """A record with its key, and the seconds that a child worked on it in this run."""
     from compression.evaluation.bootstrap import BOOTSTRAP_VERSION, interval_figures
 
     runtime = runtime_name(subject.target.path)
@@ -111,19 +111,19 @@ def _record(
 
     def compute() -> tuple[dict[str, Any], float]:
         folder = store.root / "work" / f"measure-{digest(document)}"  # only the holder of the key's lock uses it
-        done = executor.run(make_job(measurement, subject, order), folder, on_event)
+        job_result = executor.run(make_job(measurement, subject, order), folder, on_event)
         shutil.rmtree(folder, ignore_errors=True)
-        metrics = dict(done.metrics)
-        for metric, items in done.items.items():
+        metrics = dict(job_result.metrics)
+        for metric, items in job_result.items.items():
             metrics |= interval_figures(metric, items, f"{digest(document)} {metric}")
-        stored = {metric: asdict(items) for metric, items in done.items.items()}
-        return {"metrics": metrics, "items": stored, "details": done.details, "seconds": done.seconds}, done.seconds
+        stored = {metric: asdict(items) for metric, items in job_result.items.items()}
+        return {"metrics": metrics, "items": stored, "details": job_result.details, "seconds": job_result.seconds}, job_result.seconds
 
     return _stored(store, document, compute, lambda: executor.closed, recompute=remeasure)
 
 
 def make_job(measurement: Measurement, subject: Subject, order: int = 0) -> Job:
-    """Make the job of a measurement, which a child runs."""
+    """Return the job of a measurement, which a child runs."""
     arguments = {
         "measurement": measurement.name,
         "target": str(subject.target.path),
@@ -141,7 +141,7 @@ def make_job(measurement: Measurement, subject: Subject, order: int = 0) -> Job:
 
 
 def compare(target: Measured, base: Measured, content: str, store: Store) -> dict[str, float]:
-    """The differences and ratios to the base, with intervals, of every metric that has items in both: from the store, or computed and kept.
+    """Return differences and ratios to the base, with intervals, of every metric that has items in both: from the store, or computed and kept.
 
     Args:
         target: What was measured of the checkpoint or artifact.
@@ -176,9 +176,9 @@ def _stored(
     *,
     recompute: bool = False,
 ) -> tuple[str, dict[str, Any], float]:
-    """The key of a document, its record, and the seconds spent on it now; `compute` makes a record that the store does not have.
+    """The key of a document, its record, and the seconds spent on it in this run; `compute` gives a record that the store does not have.
 
-    Raises Cancelled when `is_cancelled` says so while another process holds the key.
+    Raises Cancelled where `is_cancelled` returns True while another process holds the key.
     """
     key = digest(document)
     with store.lock(key, is_cancelled):
@@ -192,7 +192,7 @@ def _stored(
 
 
 def known_metrics(request: MeasurementRequest) -> Mapping[str, None]:
-    """Names of all metrics that measuring may give, in order; `*` in one stands for what only the result tells."""
+    """Return the names of all metrics that measuring may give, in order; `*` in a name stands for a part that only the result has."""
     names: dict[str, None] = {}
     base_request = replace(request, roles=())
     for measurement in MEASUREMENTS:

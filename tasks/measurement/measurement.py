@@ -27,11 +27,11 @@ class ReferenceModel:
 
 @dataclass(frozen=True)
 class MeasurementRequest:
-    """What is known of a measurement while planning.
+    """What the plan knows about measurements of one checkpoint or artifact.
 
     Attributes:
         planned: The checkpoint or artifact.
-        roles: What it is compared with: "base" (not of the base itself), "parent" (of an artifact).
+        roles: The models that it is compared with: "base" (except the base itself), "parent" (an artifact).
         data: The recipe's `data`.
         evaluation: The recipe's `evaluation`, which turns measurements on.
     """
@@ -44,12 +44,12 @@ class MeasurementRequest:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured now: the model that a request stands for, and where.
+    """The model to measure and the machine to measure it on.
 
     Attributes:
-        request: What the plan knows of it.
+        request: What the plan knows about it.
         target: The checkpoint or artifact.
-        references: What it is compared with, by role.
+        references: The models that it is compared with, by role.
         tokenizer: A directory that holds the tokenizer.
         machine: The device and the threads to measure with.
     """
@@ -68,15 +68,15 @@ class Measurement:
     Attributes:
         name: The name of the record, and of the job's function (tasks/measurement/jobs.py).
         version: Part of the key. Raise it when a figure changes its value or meaning.
-        metrics: Every metric that it may give, by name (`*` stands for what only the result tells), with the transform of its items, or None where
-            it has no items. Metrics with items get intervals and comparisons with the base.
+        metrics: Every metric that it may give, by name (`*` stands for a part that only the result has), with the transform of its items, or None
+            where it has no items. Metrics with items get intervals and comparisons with the base.
         settings: What decides the figures besides the model, as JSON: data by fingerprint, settings of the recipe. Part of the key.
         wanted: Whether a recipe turns it on; None where every recipe does.
-        split: Requests by name that get a record of their own each, so that one more of them computes only itself. The name is this
-            measurement's followed by a dot and what the metrics begin with. None where all of it is one record.
+        split: Splits a request into parts by name with a record each, so that another part computes only itself. The name of a part is this
+            measurement's, a dot, and the prefix of its metrics. None where a request is one record.
         compares: Whether it compares with the references, whose content is then part of the key.
-        exclusive: Whether its figures belong to the machine, as those of time and energy do. Then it runs alone on the machine, the machine is part
-            of the key, and quantized checkpoints have no such figures: they run dequantized.
+        exclusive: Whether its figures depend on the machine, as time and energy do. Then it runs alone on the machine, the machine is part
+            of the key, and quantized checkpoints, which run dequantized, do not get it.
     """
 
     name: str
@@ -89,18 +89,18 @@ class Measurement:
     exclusive: bool = False
 
     def applies(self, request: MeasurementRequest) -> bool:
-        """Whether it is made of a checkpoint or artifact (never a corpus, which no runtime opens)."""
+        """Return whether this checkpoint or artifact gets it. (A corpus gets none: no runtime opens it.)"""
         if self.exclusive and isinstance(request.planned, Checkpoint) and request.planned.layout != "dense":
             return False
         return self.wanted is None or self.wanted(request.evaluation)
 
     def parts(self, request: MeasurementRequest) -> Mapping[str, MeasurementRequest]:
-        """What gets a record each, by name; empty where the measurement does not apply."""
+        """Return the requests that get a record each, by name; none where the measurement does not apply."""
         if not self.applies(request):
             return {}
         return {self.name: request} if self.split is None else self.split(request)
 
     def document(self, request: MeasurementRequest, references: Mapping[str, ReferenceModel] | None = None) -> dict[str, Any]:
-        """What decides the figures besides the model and the machine, as JSON."""
+        """Return what decides the figures besides the model and the machine, as JSON."""
         contents = {role: reference.content for role, reference in (references or {}).items()}
         return self.settings(request) | ({"references": contents} if self.compares else {})

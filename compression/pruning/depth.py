@@ -1,6 +1,6 @@
-"""Depth pruning: whole blocks leave, so that a shallower ordinary model remains."""
+"""Depth pruning: blocks leave, and a shallower ordinary model remains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from compression.checkpoints.shards import CheckpointWriter, read_tensors
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.evaluation.findings import exponential
-from compression.pruning.structure import DepthCriterion, blocks_left, depth_config
+from compression.pruning.settings import DepthSettings
+from compression.pruning.structure import blocks_left, depth_config
 
 TOKENS_PER_FORWARD = 1024
 
@@ -23,30 +24,34 @@ TOKENS_PER_FORWARD = 1024
 def prune_depth(
     checkpoint: Path,
     out: Path,
+    settings: DepthSettings,
     windows: torch.Tensor | None = None,
     *,
-    drop: int | None = None,
-    keep: float | None = None,
-    blocks: Sequence[int] | None = None,
-    criterion: DepthCriterion = "influence",
     context: Context,
 ) -> dict[str, float]:
-    """Remove whole decoder blocks and write the shallower model to `out`, its blocks numbered anew.
+    """Remove decoder blocks and write the shallower model, its blocks numbered anew.
 
-    windows    calibration token ids, int64 [count, length]; not needed with `blocks`
-    drop, keep, blocks   one of them: how many blocks leave, the share that stays (rounded to the nearest number), or which leave, from 0
-    criterion  influence: those with the least `block_influence`, all at once; perplexity: `redundant_blocks`, one after another
+    Masks follow their blocks. `kept.safetensors` (compression/checkpoints/kept.py) says which blocks remain.
 
-    Masks follow their blocks. `kept.safetensors` (compression/checkpoints/kept.py) says which blocks remain. The influence of every block
-    (step: the block), or the calibration perplexity after each removal (step: how many are removed), goes to `context.metrics`.
+    Args:
+        checkpoint: A dense checkpoint.
+        out: The directory to write.
+        settings: How many blocks leave, or which, and by which criterion: influence removes those with the least `block_influence`, all at
+            once; perplexity removes `redundant_blocks`, one after another.
+        windows: Calibration token ids, int64 [count, length]; not needed with `settings.blocks`.
+        context: Device and progress. `context.metrics` receives the influence of every block (step: the block), or the calibration
+            perplexity after each removal (step: how many are removed).
 
-    Returns `kept_ratio`, `num_hidden_layers` and `parameters_ratio`.
-    Raises Incompatible for a quantized checkpoint, for a number of blocks that cannot be, and where `windows` are missing.
+    Returns:
+        `kept_ratio`, `num_hidden_layers` and `parameters_ratio`.
+
+    Raises:
+        Incompatible: The checkpoint is quantized, the number of blocks does not fit, or `windows` are missing.
     """
     source = open_checkpoint(checkpoint)
     if source.layout != "dense":
         raise Incompatible(f"{checkpoint} is {source.layout}; depth pruning takes a dense checkpoint")
-    gone = _chosen(source, windows, blocks_left(source, drop=drop, keep=keep, blocks=blocks), blocks, criterion, context)
+    gone = _chosen(source, windows, settings, context)
     kept = [block for block in range(source.num_layers) if block not in gone]
     config = depth_config(source, kept)
     listed = source.family.blocks
@@ -79,20 +84,18 @@ def prune_depth(
 
 
 def _renamed(entries: Mapping[str, torch.Tensor], before: str, after: str) -> dict[str, torch.Tensor]:
-    """The entries whose names begin with `before`, beginning with `after` instead."""
+    """Return the entries whose names begin with `before`, which `after` replaces."""
     return {after + name.removeprefix(before): tensor for name, tensor in entries.items() if name.startswith(before)}
 
 
-def _chosen(
-    source: Checkpoint, windows: torch.Tensor | None, left: int, blocks: Sequence[int] | None, criterion: DepthCriterion, context: Context
-) -> set[int]:
-    """The blocks that leave."""
-    if blocks is not None:
-        return set(blocks)
+def _chosen(source: Checkpoint, windows: torch.Tensor | None, settings: DepthSettings, context: Context) -> set[int]:
+    """Return the blocks that leave."""
+    count = source.num_layers - blocks_left(source, settings)
+    if settings.blocks is not None:
+        return set(settings.blocks)
     if windows is None:
-        raise Incompatible(f"criterion {criterion} needs calibration windows; blocks names blocks without any", key="criterion")
-    count = source.num_layers - left
-    if criterion == "perplexity":
+        raise Incompatible(f"criterion {settings.criterion} needs calibration windows; blocks names blocks without any", key="criterion")
+    if settings.criterion == "perplexity":
         return set(redundant_blocks(source, windows, count, context=context))
     influence = block_influence(source, windows, context=context)
     for block, value in enumerate(influence.tolist()):
@@ -101,7 +104,16 @@ def _chosen(
 
 
 def block_influence(checkpoint: Checkpoint, windows: torch.Tensor, *, context: Context) -> torch.Tensor:
-    """One minus the mean cosine of a block's input and output over all tokens (Men et al., ShortGPT, arXiv 2403.03853): float64 [blocks]."""
+    """Return one minus the mean cosine of each block's input and output over all tokens (Men et al., ShortGPT, arXiv 2403.03853).
+
+    Args:
+        checkpoint: A dense checkpoint.
+        windows: Token ids, int64 [count, length].
+        context: Device and progress.
+
+    Returns:
+        float64 [blocks].
+    """
     influence = []
     for block in walk(checkpoint, windows, collect=frozenset(), context=context):
         cosines = [F.cosine_similarity(before.double(), after.double(), dim=-1).flatten() for before, after in block.passes()]
@@ -110,10 +122,19 @@ def block_influence(checkpoint: Checkpoint, windows: torch.Tensor, *, context: C
 
 
 def redundant_blocks(checkpoint: Checkpoint, windows: torch.Tensor, count: int, *, context: Context) -> list[int]:
-    """The blocks whose removal raises the calibration perplexity least, in the order of their removal; of equal ones the first.
+    """Choose blocks greedily by the calibration perplexity without them (Song et al., SLEB, arXiv 2402.09025).
 
-    Greedy (Song et al., SLEB, arXiv 2402.09025): every round leaves out each block that is still there, alone, and removes the best.
-    That takes about count · blocks runs of the windows; the whole model is loaded (float32 on the CPU, else in its dtype).
+    Every round leaves out each remaining block, alone, and removes the one without which the perplexity is lowest. That takes about
+    count · blocks runs of the windows. The model is loaded, in float32 on the CPU, else in its dtype.
+
+    Args:
+        checkpoint: A dense checkpoint.
+        windows: Token ids, int64 [count, length].
+        count: How many blocks to choose.
+        context: Device and progress; `context.metrics` receives the perplexity after each removal.
+
+    Returns:
+        The blocks in the order of their removal; of equal ones the first.
     """
     on_cpu = torch.device(context.device).type == "cpu"
     model = load_model(checkpoint.path, dtype=torch.float32 if on_cpu else None, device=context.device)
@@ -126,7 +147,7 @@ def redundant_blocks(checkpoint: Checkpoint, windows: torch.Tensor, count: int, 
         losses = {}
         for block in remaining:
             context.progress(done, runs, f"calibration without block {block}")
-            layers[block].forward = _skip  # in its place, since a block's mask and positions go by its number
+            layers[block].forward = _skip  # it stays in its place, since a block's mask and positions depend on its number
             losses[block] = _mean_loss(model, windows.to(context.device))
             del layers[block].forward
             done += 1
@@ -144,7 +165,7 @@ def _skip(hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor
 
 @torch.no_grad()
 def _mean_loss(model: torch.nn.Module, windows: torch.Tensor) -> float:
-    """Mean cross-entropy of all next tokens, in nats."""
+    """Return the mean cross-entropy of all next tokens, in nats."""
     total = 0.0
     for ids in windows.split(max(1, TOKENS_PER_FORWARD // windows.shape[1])):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]

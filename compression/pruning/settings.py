@@ -1,13 +1,107 @@
-"""What each method of pruning takes. Imports no torch: recipes are validated with it."""
+"""The settings of every pruning method, each defined once. Imports no torch: recipes are validated with them."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from compression.pruning.densities import Distribution
+from compression.settings import Settings
 from compression.training.settings import TrainingSettings
 
+PruningMethod = Literal["magnitude", "gradient", "wanda", "sparsegpt"]
+Pattern = Literal["unstructured", "2:4", "4:8"]
 Scope = Literal["layer", "global"]
+Allocation = Literal["uniform", "sensitivity"]
+Heads = Literal["groups", "queries"]
+WidthCriterion = Literal["l2", "activation", "taylor", "random"]
+DepthCriterion = Literal["influence", "perplexity"]
+
+
+class UnstructuredSettings(Settings):
+    """Single weights that become zero (`compression.pruning.unstructured`).
+
+    In a recipe:
+
+        sparse:
+          uses: prune.unstructured
+          method: sparsegpt
+          sparsity: 0.5
+          pattern: "2:4"
+    """
+
+    method: Annotated[
+        PruningMethod,
+        Field(
+            description="What a weight is worth: its size (magnitude), what the loss changes by without it (gradient, SNIP), its size "
+            "times that of its input (wanda); sparsegpt also lets the weights that stay make up for those that go."
+        ),
+    ] = "sparsegpt"
+    sparsity: Annotated[float, Field(gt=0, lt=1, examples=[0.5], description="Share of the weights to prune; 0.5 with a pattern.")]
+    pattern: Annotated[
+        Pattern, Field(description="Zeros anywhere, or 2 of each 4 (4 of each 8) neighbouring weights of a row, as sparse hardware wants.")
+    ] = "unstructured"
+    scope: Annotated[
+        Scope, Field(description="Compare weights within a layer, or those of all layers together (magnitude and gradient only).")
+    ] = "layer"
+    allocation: Annotated[
+        Allocation, Field(description="The same sparsity everywhere, or less in blocks with more outliers, at the same average.")
+    ] = "uniform"
+    damp_percent: Annotated[float, Field(gt=0, lt=1, description="Of the mean of the Hessian's diagonal, added to it (sparsegpt).")] = 0.01
+
+
+class WidthSettings(Settings):
+    """MLP neurons and attention heads that leave, the same number in every block (`compression.pruning.width`).
+
+    In a recipe, `keep`, `keep_heads` or both:
+
+        pruned:
+          uses: prune.width
+          keep: 0.5
+          keep_heads: 0.75
+          criterion: activation
+    """
+
+    keep: Annotated[float, Field(gt=0, le=1, examples=[0.5], description="Share of MLP neurons to keep.")] = 1.0
+    keep_heads: Annotated[float, Field(gt=0, le=1, description="Share of query heads to keep.")] = 1.0
+    heads: Annotated[
+        Heads,
+        Field(
+            description="What leaves of attention: a key/value head with its query heads (groups), or as many query heads of each (queries)."
+        ),
+    ] = "groups"
+    criterion: Annotated[
+        WidthCriterion,
+        Field(
+            description="What finds the weakest: l2 (the norm of their weights), activation (what they add to the output in the calibration "
+            "data), taylor (first-order change of the loss without them), random (the control)."
+        ),
+    ] = "l2"
+    multiple_of: Annotated[int, Field(ge=1, description="The MLP width that remains is a multiple of this; K-quants want 256.")] = 32
+
+
+class DepthSettings(Settings):
+    """Blocks that leave (`compression.pruning.depth`).
+
+    In a recipe, one of `drop`, `keep` and `blocks`:
+
+        shallow:
+          uses: prune.depth
+          keep: 0.75
+          criterion: influence
+    """
+
+    drop: Annotated[int | None, Field(ge=1, description="How many blocks to remove.")] = None
+    keep: Annotated[float | None, Field(gt=0, le=1, examples=[0.75], description="Share of blocks to keep.")] = None
+    blocks: Annotated[tuple[int, ...] | None, Field(description="The blocks to remove, counted from 0; `criterion` is then not used.")] = (
+        None
+    )
+    criterion: Annotated[
+        DepthCriterion,
+        Field(
+            description="What decides: influence (one minus the cosine of a block's input and output; the least leave), or perplexity "
+            "(the block whose removal raises the calibration perplexity least, one after another; much slower)."
+        ),
+    ] = "influence"
 
 
 class RigLSettings(TrainingSettings):

@@ -1,16 +1,12 @@
-"""What is left of a model's config when whole neurons, heads or blocks leave it. Planning imports this module: no torch here."""
+"""The config of a model that neurons, heads or blocks have left. Imports no torch: planning uses it."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from compression.checkpoints.checkpoint import Checkpoint
 from compression.errors import Incompatible
-from compression.pruning import pruned_width
-
-WidthCriterion = Literal["l2", "activation", "taylor", "random"]
-DepthCriterion = Literal["influence", "perplexity"]
-Heads = Literal["groups", "queries"]
+from compression.pruning.settings import DepthSettings, Heads, WidthSettings
 
 # Config entries that hold a value for every block
 _BY_BLOCK = {
@@ -25,46 +21,61 @@ _HEADS_DIVIDE_HIDDEN_SIZE = frozenset({"llama", "gemma3_text"})
 
 
 def head_counts(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Query heads and key/value heads of a config."""
+    """Return the numbers of query heads and key/value heads of a config."""
     queries = config["num_attention_heads"]
     return queries, config.get("num_key_value_heads") or queries
 
 
-def width_config(checkpoint: Checkpoint, *, keep: float, keep_heads: float, heads: Heads, multiple_of: int) -> dict[str, Any]:
-    """The config of a checkpoint that keeps the share `keep` of its MLP neurons and `keep_heads` of its query heads in every block.
+def pruned_width(intermediate_size: int, keep: float, multiple_of: int) -> int:
+    """Return the multiple of `multiple_of` (one or more) that is nearest to the share `keep` of `intermediate_size` neurons; halves round up.
 
-    Neurons: the nearest multiple of `multiple_of`, all of them for keep 1. Heads: `pruned_heads`; head_dim is written out, since
-    hidden_size / num_attention_heads no longer gives it.
+    Raises:
+        Incompatible: No multiple fits (key "multiple_of").
+    """
+    if multiple_of > intermediate_size:
+        raise Incompatible(f"multiple_of {multiple_of} does not fit an MLP of {intermediate_size} neurons", key="multiple_of")
+    multiples = math.floor(intermediate_size * keep / multiple_of + 0.5)
+    return min(max(multiples, 1), intermediate_size // multiple_of) * multiple_of
 
-    Raises Incompatible with the key at fault, UnusableModel for an unlisted family.
+
+def width_config(checkpoint: Checkpoint, settings: WidthSettings) -> dict[str, Any]:
+    """Return the config of a checkpoint that keeps the settings' shares of MLP neurons (`pruned_width`) and query heads (`pruned_heads`).
+
+    A share of 1 keeps all, whatever their number. With fewer heads head_dim is written out, since hidden_size / num_attention_heads no
+    longer gives it.
+
+    Raises:
+        Incompatible: `key` names the parameter.
+        UnusableModel: An unlisted family.
     """
     assert checkpoint.family  # an unlisted one may call its widths otherwise
     kept: dict[str, Any] = {"intermediate_size": checkpoint.intermediate_size}
-    if keep != 1:
-        kept["intermediate_size"] = pruned_width(checkpoint.intermediate_size, keep, multiple_of)
-    if keep_heads != 1:
-        queries, groups = pruned_heads(checkpoint, keep_heads, heads)
+    if settings.keep != 1:
+        kept["intermediate_size"] = pruned_width(checkpoint.intermediate_size, settings.keep, settings.multiple_of)
+    if settings.keep_heads != 1:
+        queries, groups = pruned_heads(checkpoint, settings.keep_heads, settings.heads)
         kept |= {"num_attention_heads": queries, "num_key_value_heads": groups, "head_dim": checkpoint.head_dim}
     return checkpoint.config | kept
 
 
 def pruned_heads(checkpoint: Checkpoint, keep_heads: float, heads: Heads) -> tuple[int, int]:
-    """(query heads, key/value heads) after keeping the share `keep_heads` of the query heads: the nearest number, at least one.
+    """Return the numbers of query heads and key/value heads that are nearest to the share `keep_heads` of the query heads.
 
-    groups   a key/value head leaves together with the query heads that read it
-    queries  every key/value head stays, and loses the same number of its query heads
+    Args:
+        checkpoint: The model whose heads leave.
+        keep_heads: Share of the query heads, above 0 and at most 1. At least one stays; halves round up.
+        heads: "groups": a key/value head leaves together with the query heads that read it. "queries": every key/value head stays, and
+            loses the same number of its query heads.
 
-    Raises Incompatible for a share outside (0, 1], a model whose heads cannot leave in this way, or a number of heads that transformers
-    does not open.
+    Raises:
+        Incompatible: The model's heads cannot leave in this way, or transformers would not open the number that is left.
     """
-    if not 0 < keep_heads <= 1:
-        raise Incompatible(f"keep_heads {keep_heads} is no share of the heads: it lies above 0 and at most at 1", key="keep_heads")
     model, (queries, groups) = checkpoint.model_type, head_counts(checkpoint.config)
     per_group = queries // groups
     if heads == "queries" and per_group == 1:
         raise Incompatible(
             f"each of the {groups} key/value heads of {checkpoint.path} is read by one query head, so none can leave alone; "
-            "heads: groups removes them with their query head",
+            "heads: groups removes both",
             key="heads",
         )
     _refuse_scaled_rotation(checkpoint)
@@ -94,20 +105,20 @@ def _refuse_scaled_rotation(checkpoint: Checkpoint) -> None:
         )
 
 
-def blocks_left(checkpoint: Checkpoint, *, drop: int | None = None, keep: float | None = None, blocks: Sequence[int] | None = None) -> int:
-    """How many blocks remain. One of the three is given: how many leave, the share that stays (nearest, at least one), or which leave.
+def blocks_left(checkpoint: Checkpoint, settings: DepthSettings) -> int:
+    """Return how many blocks remain, one or more; a share is rounded to the nearest number, halves up.
 
-    Raises Incompatible with the key at fault.
+    Raises:
+        Incompatible: Not exactly one of `drop`, `keep` and `blocks` is set, or it does not fit the number of blocks; `key` names it.
     """
+    drop, keep, blocks = settings.drop, settings.keep, settings.blocks
     if sum(value is not None for value in (drop, keep, blocks)) != 1:
         raise Incompatible("give one of drop (how many blocks leave), keep (the share that stays) and blocks (which leave)", key="drop")
     total = checkpoint.num_layers
-    if drop is not None and not 0 < drop < total:
-        raise Incompatible(f"drop {drop} leaves nothing or removes nothing of {total} blocks; it lies from 1 to {total - 1}", key="drop")
-    if keep is not None and not 0 < keep <= 1:
-        raise Incompatible(f"keep {keep} is no share of the blocks: it lies above 0 and at most at 1", key="keep")
+    if drop is not None and drop >= total:
+        raise Incompatible(f"drop {drop} leaves none of {total} blocks; it lies from 1 to {total - 1}", key="drop")
     if blocks is not None and (not blocks or set(blocks) >= set(range(total)) or len(set(blocks)) < len(blocks)):
-        raise Incompatible(f"blocks {list(blocks)} names no block, one twice, or all {total}", key="blocks")
+        raise Incompatible(f"blocks {list(blocks)} is empty, names a block twice, or names all {total}", key="blocks")
     wrong = [block for block in blocks or () if not 0 <= block < total]
     if wrong:
         raise Incompatible(f"blocks names {wrong}, and {checkpoint.path} has blocks 0 to {total - 1}", key="blocks")
@@ -117,11 +128,12 @@ def blocks_left(checkpoint: Checkpoint, *, drop: int | None = None, keep: float 
 
 
 def depth_config(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]:
-    """The config of a checkpoint with only the blocks `kept` (ascending): what differs from block to block goes with its block.
+    """Return the config of a checkpoint with only the blocks `kept` (ascending), each with its own entries of the config.
 
-    Raises UnusableModel for an unlisted family.
+    Raises:
+        UnusableModel: An unlisted family.
     """
-    assert checkpoint.family  # an unlisted one may tell its blocks apart in ways that are not known here
+    assert checkpoint.family  # the blocks of an unlisted one may differ in ways that are not known here
     config = dict(checkpoint.config)
     for name in _BY_BLOCK.get(checkpoint.model_type, ()):
         if checkpoint.setting(name) is not None:

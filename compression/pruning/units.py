@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from compression.checkpoints.checkpoint import Checkpoint
-from compression.pruning.structure import Heads, head_counts
+from compression.pruning.settings import Heads
+from compression.pruning.structure import head_counts
 
 
 @dataclass(frozen=True)

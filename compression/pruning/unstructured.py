@@ -17,10 +17,11 @@ from compression.checkpoints.shards import CheckpointWriter, read_tensors
 from compression.checkpoints.skeleton import linear_layers, skeleton
 from compression.context import Context
 from compression.errors import Incompatible, UnusableData, UnusableModel
-from compression.pruning import Allocation, Pattern, PruningMethod, Scope, check_unstructured, kept_of_group
 from compression.pruning.allocation import allocate, outlier_ratio
+from compression.pruning.check import check_unstructured, kept_of_group
 from compression.pruning.gradient import gradient_scores
 from compression.pruning.selection import PRUNED, keep_n_of_m, keep_strongest, keep_strongest_overall
+from compression.pruning.settings import UnstructuredSettings
 from compression.pruning.sparsegpt import sparsegpt
 from compression.pruning.wanda import wanda, wanda_scores
 
@@ -31,36 +32,40 @@ Score = Callable[[], torch.Tensor]
 def prune_unstructured(
     checkpoint: Path,
     out: Path,
+    settings: UnstructuredSettings,
     windows: torch.Tensor | None = None,
     *,
-    method: PruningMethod = "sparsegpt",
-    sparsity: float = 0.5,
-    pattern: Pattern = "unstructured",
-    scope: Scope = "layer",
-    allocation: Allocation = "uniform",
-    damp_percent: float = 0.01,
     work: Path | None = None,
     context: Context,
 ) -> dict[str, float]:
-    """Prune the share `sparsity` of the weights of every linear layer of every block; write a dense checkpoint with masks to `out`.
+    """Prune a share of the weights of the blocks' linear layers, and write a dense checkpoint with masks.
 
-    windows       calibration token ids, int64 [count, length]; `magnitude` takes none
-    method        magnitude (|w|), gradient (SNIP), wanda (compares within a row), sparsegpt (also moves the weights that stay)
-    pattern       "2:4" and "4:8" prune 2 of each 4 or 4 of each 8 neighbours in a row
-    scope         compare weights within a layer, or those of all layers together
-    allocation    the same sparsity in every layer, or less in blocks with more outliers (`allocate`), by the method's own
-                  scores (Wanda's for sparsegpt), gathered before anything is pruned
-    damp_percent  of the mean of the Hessian's diagonal, added to it (sparsegpt)
-    work          where the finished blocks of wanda and sparsegpt are kept: a run that was killed goes on at its block
     What the checkpoint's own masks prune stays pruned and counts. Embeddings and head stay as they are.
 
-    Returns `sparsity` (of those layers, really reached) and `fallback_layers`: those whose Hessian sparsegpt could not invert, where Wanda
-    chose. Raises Incompatible for settings that do not fit, UnusableData where windows are missing.
+    Args:
+        checkpoint: A dense checkpoint.
+        out: The directory to write.
+        settings: The method (magnitude: |w|; gradient: `gradient_scores`; wanda: `wanda`; sparsegpt: `sparsegpt`), and how much is pruned
+            where. With allocation sensitivity, blocks with more outliers stay denser (`allocate`): outliers of the method's own scores
+            (Wanda's for sparsegpt), found before anything is pruned.
+        windows: Calibration token ids, int64 [count, length]; magnitude needs none.
+        work: Keeps the finished blocks of wanda and sparsegpt, so that a run that was killed resumes at its block.
+        context: Device, progress and warnings.
+
+    Returns:
+        `sparsity` (of those layers, as reached) and `fallback_layers`: how many have a Hessian that sparsegpt cannot invert, so that Wanda
+        prunes them.
+
+    Raises:
+        Incompatible: The checkpoint is quantized, or the settings do not fit it.
+        UnusableData: `windows` are missing.
+        UnusableModel: A score is not finite.
     """
     source = open_checkpoint(checkpoint)
     if source.layout != "dense":
         raise Incompatible(f"{checkpoint} is quantized ({source.layout}); pruning takes a dense checkpoint")
-    check_unstructured(source, method=method, scope=scope, sparsity=sparsity, pattern=pattern, allocation=allocation)
+    check_unstructured(source, settings)
+    method, is_uniform = settings.method, settings.allocation == "uniform"
     if windows is None and method != "magnitude":
         raise UnusableData(f"method {method} needs calibration windows", key="data")
     layers = _linear_weights(source)
@@ -69,22 +74,20 @@ def prune_unstructured(
     elif method == "gradient":
         scores = _gradients(source, layers, windows, context)
     else:
-        ratios = _outliers_on_the_walk(source, windows, context) if allocation == "sensitivity" else None
-        return _prune_on_the_walk(
-            source, out, windows, compensate=method == "sparsegpt", sparsities=_sparsities(source, layers, ratios, sparsity),
-            group=kept_of_group(pattern), damp_percent=damp_percent, work=work, context=context,
-        )  # fmt: skip
-    if scope == "global":
-        masks = keep_strongest_overall(scores, sparsity)
+        ratios = None if is_uniform else _outliers_on_the_walk(source, windows, context)
+        sparsities = _sparsities(source, layers, ratios, settings.sparsity)
+        return _prune_on_the_walk(source, out, windows, settings, sparsities, work=work, context=context)
+    if settings.scope == "global":
+        masks = keep_strongest_overall(scores, settings.sparsity)
     else:
-        ratios = _outliers_of(scores, layers) if allocation == "sensitivity" else None
-        sparsities = _sparsities(source, layers, ratios, sparsity)
-        masks = _keep_by_layer(scores, layers, sparsities, kept_of_group(pattern))
+        ratios = None if is_uniform else _outliers_of(scores, layers)
+        sparsities = _sparsities(source, layers, ratios, settings.sparsity)
+        masks = _keep_by_layer(scores, layers, sparsities, kept_of_group(settings.pattern))
     return _write_pruned(source, out, masks, total=len(scores), context=context)
 
 
 def _linear_weights(source: Checkpoint) -> dict[str, list[str]]:
-    """The names of the weights of each block's linear layers, by block, told from the model without weights."""
+    """Return the names of the weights of each block's linear layers, by block; reads no weights."""
     paths = linear_layers(skeleton(source), source)
     blocks = [f"{source.blocks}.{index}" for index in range(source.num_layers)]
     return {block: [f"{path}.weight" for path in paths if path.startswith(f"{block}.")] for block in blocks}
@@ -93,7 +96,7 @@ def _linear_weights(source: Checkpoint) -> dict[str, list[str]]:
 def _sparsities(
     source: Checkpoint, layers: Mapping[str, list[str]], ratios: Mapping[str, float] | None, sparsity: float
 ) -> dict[str, float]:
-    """The sparsity of each block, uniform where there are no ratios of outliers."""
+    """Return the sparsity of each block, uniform where there are no ratios of outliers."""
     if ratios is None:
         return dict.fromkeys(layers, sparsity)
     return allocate(ratios, {block: sum(source.tensors[name].numel for name in names) for block, names in layers.items()}, sparsity)
@@ -103,7 +106,7 @@ def _sparsities(
 
 
 def _magnitudes(source: Checkpoint, layers: Mapping[str, list[str]]) -> dict[str, Score]:
-    """Functions that read a weight and score it, so that no model need be in memory."""
+    """Return functions that read a weight and score it: the model is never in memory."""
 
     def score(name: str) -> torch.Tensor:
         return _scores(source, name, read_tensors(source.path, [name])[name].float().abs())
@@ -112,14 +115,14 @@ def _magnitudes(source: Checkpoint, layers: Mapping[str, list[str]]) -> dict[str
 
 
 def _gradients(source: Checkpoint, layers: Mapping[str, list[str]], windows: torch.Tensor, context: Context) -> dict[str, Score]:
-    """Functions that give what one pass of the whole model found."""
+    """Return functions that give the scores of one pass over the model."""
     model = load_model(source.path, device=context.device)
     found = gradient_scores(model, [name for names in layers.values() for name in names], windows, context=context)
     return {name: partial(_scores, source, name, scores) for name, scores in found.items()}
 
 
 def _scores(source: Checkpoint, name: str, scores: torch.Tensor) -> torch.Tensor:
-    """Scores under which what is pruned already goes first."""
+    """Return scores under which what is already pruned leaves first."""
     if not torch.isfinite(scores).all():
         raise UnusableModel(f"{source.path}: the scores of {name} are not all finite", key="model")
     mask = _mask(source, name)
@@ -137,7 +140,7 @@ def _mask(source: Checkpoint, name: str) -> torch.Tensor | None:
 def _keep_by_layer(
     scores: Mapping[str, Score], layers: Mapping[str, list[str]], sparsities: Mapping[str, float], group: tuple[int, int] | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The mask of each layer, one after another."""
+    """Yield the mask of each layer."""
     for block, names in layers.items():
         for name in names:
             score = scores[name]()
@@ -167,11 +170,11 @@ def _write_pruned(
     return {"sparsity": 1 - kept / weights, "fallback_layers": 0.0}
 
 
-# Wanda and SparseGPT: on the walk, each block behind the pruned ones.
+# Wanda and SparseGPT: on the walk, each block sees the outputs of the pruned ones before it.
 
 
 def _outliers_on_the_walk(source: Checkpoint, windows: torch.Tensor, context: Context) -> dict[str, float]:
-    """The ratio of outliers of each block under Wanda's scores."""
+    """Return the ratio of outliers of each block under Wanda's scores."""
     ratios = {}
     for block in Walk(source, windows, collect=MEAN_SQUARE, context=context):
         layers = [(block.linear(path), _mean_square(shared)) for shared in block.inputs for path in shared.layers]
@@ -180,10 +183,17 @@ def _outliers_on_the_walk(source: Checkpoint, windows: torch.Tensor, context: Co
 
 
 def _prune_on_the_walk(
-    source: Checkpoint, out: Path, windows: torch.Tensor, *, compensate: bool, sparsities: Mapping[str, float],
-    group: tuple[int, int] | None, damp_percent: float, work: Path | None, context: Context,
-) -> dict[str, float]:  # fmt: skip
-    """SparseGPT where weights `compensate`, Wanda where they do not."""
+    source: Checkpoint,
+    out: Path,
+    windows: torch.Tensor,
+    settings: UnstructuredSettings,
+    sparsities: Mapping[str, float],
+    *,
+    work: Path | None,
+    context: Context,
+) -> dict[str, float]:
+    """Prune with SparseGPT or Wanda, block by block."""
+    group, damp_percent, compensates = kept_of_group(settings.pattern), settings.damp_percent, settings.method == "sparsegpt"
 
     def compress(block: Block) -> CompressedBlock:
         masks: dict[str, torch.Tensor] = {}
@@ -193,7 +203,7 @@ def _prune_on_the_walk(
             weight, kept, sparsity = stacked(block, shared.layers), block.mask(shared.layers), sparsities[block.name]
             rows = [block.linear(path).out_features for path in shared.layers]
             pruned = None
-            if compensate:
+            if compensates:
                 hessian = shared.second_moment
                 pruned = sparsegpt(weight, hessian, rows=rows, sparsity=sparsity, group=group, kept=kept, damp_percent=damp_percent)
                 fallbacks += shared.layers if pruned is None else ()
@@ -210,17 +220,12 @@ def _prune_on_the_walk(
             "weights": float(sum(mask.numel() for mask in masks.values())),
             "fallback_layers": float(len(fallbacks)),
         }
-        warnings = [f"{block.name}: {path}: the Hessian cannot be inverted; pruned as by Wanda, nothing made up for" for path in fallbacks]
+        warnings = [f"{block.name}: {path}: the Hessian cannot be inverted; pruned by Wanda, without compensation" for path in fallbacks]
         return CompressedBlock(masks=masks, counts=counts, layers=figures, warnings=warnings)
 
-    collect: Collect = frozenset({"hessian"}) if compensate else MEAN_SQUARE
-    settings = {
-        "method": "sparsegpt" if compensate else "wanda",
-        "sparsities": dict(sparsities),
-        "group": group,
-        "damp_percent": damp_percent,
-    }
-    counts = compress_blocks(source.path, out, windows, compress, settings=settings, collect=collect, work=work, context=context)
+    collect: Collect = frozenset({"hessian"}) if compensates else MEAN_SQUARE
+    decisive = {"method": settings.method, "sparsities": dict(sparsities), "group": group, "damp_percent": damp_percent}
+    counts = compress_blocks(source.path, out, windows, compress, settings=decisive, collect=collect, work=work, context=context)
     return {"sparsity": 1 - counts["kept"] / counts["weights"], "fallback_layers": counts["fallback_layers"]}
 
 
@@ -230,6 +235,6 @@ def _mean_square(shared: SharedInput) -> torch.Tensor:
 
 
 def _relative_error(before: torch.Tensor, after: torch.Tensor, hessian: torch.Tensor) -> float:
-    """E‖(W' - W)x‖² / E‖Wx‖²; 0 where a layer gives nothing."""
+    """Return E‖(W' - W)x‖² / E‖Wx‖²; 0 where a layer's outputs are all zero."""
     power = output_power(before, hessian).sum()
     return float(output_power(after - before, hessian).sum() / power) if power > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Width pruning: whole MLP neurons and attention heads leave, so that a smaller ordinary model remains."""
+"""Width pruning: MLP neurons and attention heads leave, and a smaller ordinary model remains."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,8 @@ from compression.checkpoints.shards import CheckpointWriter, read_tensors
 from compression.context import Context
 from compression.errors import Incompatible
 from compression.pruning.criteria import activation_scores, taylor_scores, unit_norms
-from compression.pruning.structure import Heads, WidthCriterion, width_config
+from compression.pruning.settings import WidthCriterion, WidthSettings
+from compression.pruning.structure import width_config
 from compression.pruning.units import Units
 
 K_QUANT_WIDTH = 256  # llama.cpp's K-quants take rows in blocks of 256
@@ -24,35 +25,36 @@ K_QUANT_WIDTH = 256  # llama.cpp's K-quants take rows in blocks of 256
 def prune_width(
     checkpoint: Path,
     out: Path,
+    settings: WidthSettings,
     windows: torch.Tensor | None = None,
     *,
-    keep: float = 1.0,
-    keep_heads: float = 1.0,
-    heads: Heads = "groups",
-    criterion: WidthCriterion = "l2",
-    multiple_of: int = 32,
     context: Context,
 ) -> dict[str, float]:
-    """Keep the best neurons and heads of every block, the same number in each, and write the smaller model to `out`.
-
-    windows     calibration token ids, int64 [count, length]; activation and taylor need them
-    keep        share of the MLP neurons; the width that remains is a multiple of `multiple_of`
-    keep_heads  share of the query heads (`structure.pruned_heads`); `heads` says what leaves: a key/value head with its query heads
-                ("groups"), or the same number of query heads of every key/value head ("queries")
-    criterion   l2 (`unit_norms`), activation (`activation_scores`), taylor (`taylor_scores`), or random: the control
+    """Keep the best neurons and heads of every block, the same number in each, and write the smaller model.
 
     Masks of a sparse checkpoint are cut with the weights. `kept.safetensors` (compression/checkpoints/kept.py) says what remains.
     In a family that norms queries and keys of all heads together (OLMo 2), the norm is then over the heads that remain.
 
-    Returns `kept_ratio`, `kept_heads_ratio` (really reached), `parameters_ratio`, `intermediate_size` and `num_attention_heads`.
-    Raises Incompatible for a quantized checkpoint, for shares that fit no width or number of heads, and where `windows` are missing.
+    Args:
+        checkpoint: A dense checkpoint.
+        out: The directory to write.
+        settings: What leaves, by which criterion: l2 (`unit_norms`), activation (`activation_scores`), taylor (`taylor_scores`), or
+            random, the control.
+        windows: Calibration token ids, int64 [count, length]; activation and taylor need them.
+        context: Device, seed (of random), progress and warnings.
+
+    Returns:
+        `kept_ratio` and `kept_heads_ratio` (as reached), `parameters_ratio`, `intermediate_size` and `num_attention_heads`.
+
+    Raises:
+        Incompatible: The checkpoint is quantized, the shares fit no width or number of heads, or `windows` are missing.
     """
     source = open_checkpoint(checkpoint)
     if source.layout != "dense":
         raise Incompatible(f"{checkpoint} is {source.layout}; width pruning takes a dense checkpoint")
-    config = width_config(source, keep=keep, keep_heads=keep_heads, heads=heads, multiple_of=multiple_of)
-    units = Units(source, config, heads)
-    scores = _measured(source, windows, criterion, units.counts, context)
+    config = width_config(source, settings)
+    units = Units(source, config, settings.heads)
+    scores = _measured(source, windows, settings.criterion, units.counts, context)
     _warn_of_k_quants(source, config, context)
     generator = torch.Generator().manual_seed(context.seed)
     writer, masks = CheckpointWriter(out), MaskWriter(out)
@@ -66,9 +68,9 @@ def prune_width(
         )
         weights = {_layer(name, block): tensor for name, tensor in tensors.items() if name.endswith(".weight")}
         for path, count in units.counts.items():
-            if criterion == "l2":
+            if settings.criterion == "l2":
                 scores[block + path] = unit_norms(units.incoming(path, weights), weights[path], count)
-            elif criterion == "random":
+            elif settings.criterion == "random":
                 scores[block + path] = torch.rand(count, generator=generator)
         left = units.best({path: scores[block + path] for path in units.counts})
         kept |= {block + path: indices for path, indices in left.items()}
@@ -94,12 +96,12 @@ def prune_width(
 
 
 def _layer(name: str, block: str) -> str:
-    """The path in the block of the layer that a tensor belongs to."""
+    """Return the path in the block of the layer that a tensor belongs to."""
     return name.removeprefix(block).rpartition(".")[0]
 
 
 def _cut(tensors: Mapping[str, torch.Tensor], block: str, slices: Mapping[str, tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Tensors, by name, with the slices of their layers taken; a bias has no columns to lose."""
+    """Cut tensors, by name, to the slices of their layers; a bias has no columns to lose."""
     result = dict(tensors)
     for name, tensor in tensors.items():
         dim, indices = slices.get(_layer(name, block), (tensor.dim(), torch.empty(0)))
@@ -111,7 +113,7 @@ def _cut(tensors: Mapping[str, torch.Tensor], block: str, slices: Mapping[str, t
 def _measured(
     source: Checkpoint, windows: torch.Tensor | None, criterion: WidthCriterion, units: Mapping[str, int], context: Context
 ) -> dict[str, torch.Tensor]:
-    """Scores that need the model to run; none for a criterion that does not."""
+    """Return the scores of a criterion for which the model must run; none for the others."""
     if criterion in ("l2", "random"):
         return {}
     if windows is None:
@@ -123,12 +125,12 @@ def _warn_of_k_quants(source: Checkpoint, config: Mapping[str, Any], context: Co
     width = config["intermediate_size"]
     if width % K_QUANT_WIDTH:
         context.warn(
-            f"the pruned MLP is {width} wide, no multiple of {K_QUANT_WIDTH}: llama.cpp's K-quants fall back to larger types "
+            f"the pruned MLP is {width} wide, which is not a multiple of {K_QUANT_WIDTH}: llama.cpp's K-quants fall back to larger types "
             f"for its down projection; multiple_of: {K_QUANT_WIDTH} avoids that"
         )
     attention = config["num_attention_heads"] * source.head_dim
     if config["num_attention_heads"] != source.config["num_attention_heads"] and attention % K_QUANT_WIDTH:
         context.warn(
-            f"the pruned attention is {attention} wide ({config['num_attention_heads']} heads of {source.head_dim}), no multiple of "
+            f"the pruned attention is {attention} wide ({config['num_attention_heads']} heads of {source.head_dim}), which is not a multiple of "
             f"{K_QUANT_WIDTH}: llama.cpp's K-quants fall back to larger types for its output projection"
         )

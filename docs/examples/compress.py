@@ -19,7 +19,7 @@ from compression.distillation.settings import DistillationSettings
 from compression.evaluation.runtime import Runtime
 from compression.evaluation.scorers import evaluate_quality
 from compression.evaluation.speed import measure_speed
-from compression.pruning.width import prune_width
+from compression.pruning import WidthSettings, prune_width
 from compression.quantization.gptq import quantize_gptq
 from compression.training.batches import TrainingRows
 from export.gguf import GgufSettings, export_gguf
@@ -37,7 +37,7 @@ def compress(model: Path, data: DataSpec, training: DistillationSettings, out: P
     pruned, distilled, gptq, gguf = (out / name for name in ("pruned", "distilled", "gptq", "gguf"))
 
     # Remove the MLP neurons with the smallest norms: an ordinary, narrower model remains.
-    prune_width(model, pruned, keep=keep, context=context)
+    prune_width(model, pruned, WidthSettings(keep=keep), context=context)
 
     # Train it to predict what the original predicts. An interrupted training resumes from `workdir`.
     rows = TrainingRows(training_rows(data, tokenizer))

@@ -23,8 +23,7 @@ from compression.data import DataSpec, training_rows
 from compression.distillation.distill import distill
 from compression.distillation.objective import Objective
 from compression.distillation.settings import NEXT_TOKENS, DistillationSettings
-from compression.pruning.depth import prune_depth
-from compression.pruning.width import prune_width
+from compression.pruning import DepthSettings, WidthSettings, prune_depth, prune_width
 from compression.training.batches import TrainingRows
 from compression.training.loop import train
 from compression.training.settings import TrainingSettings
@@ -81,8 +80,8 @@ def measure(settings: TrainingSettings) -> tuple[dict[Pair, list[float]], int]:
     tokens = settings.batch_size * rows.shape[1]
     with tempfile.TemporaryDirectory(prefix="edgepress-bench-") as folder:
         neurons, blocks = Path(folder) / "neurons", Path(folder) / "blocks"
-        prune_width(EMBEDDED, neurons, keep=0.5, context=Context())
-        prune_depth(EMBEDDED, blocks, drop=open_checkpoint(EMBEDDED).num_layers // 2, windows=rows[:8], context=Context())
+        prune_width(EMBEDDED, neurons, WidthSettings(keep=0.5), context=Context())
+        prune_depth(EMBEDDED, blocks, DepthSettings(drop=open_checkpoint(EMBEDDED).num_layers // 2), rows[:8], context=Context())
         runs: dict[Pair, tuple[Run, str]] = {
             (ENTROPY, "bare loop"): (lambda place, context: bare_loop(rows, settings, context), "bare"),
             (ENTROPY, "edgepress"): (lambda place, context: our_loop(rows, settings, place, context), "ours"),

@@ -19,7 +19,7 @@ from compression.checkpoints.shards import read_tensors
 from compression.checkpoints.skeleton import skeleton
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, UnusableData
-from compression.pruning.unstructured import prune_unstructured
+from compression.pruning import UnstructuredSettings, prune_unstructured
 from compression.quantization.gptq import quantize_gptq
 from tests.tiny import tiny_checkpoint, tiny_windows
 
@@ -135,7 +135,7 @@ def divergence(one: Path, other: Path) -> float:
 def test_buffers_of_blocks_stay(tmp_path: Path, model_type: str) -> None:
     source = checkpoint_with_buffers(tmp_path / "in", model_type)
     for method in ("magnitude", "wanda", "sparsegpt"):
-        prune_unstructured(source, tmp_path / method, tiny_windows(), method=method, sparsity=0.01, context=Context())  # type: ignore[arg-type]
+        prune_unstructured(source, tmp_path / method, UnstructuredSettings(method=method, sparsity=0.01), tiny_windows(), context=Context())  # type: ignore[arg-type]
         assert open_checkpoint(tmp_path / method).tensors == open_checkpoint(source).tensors
     quantize_gptq(source, tmp_path / "gptq", tiny_windows(), bits=8, group_size=32, context=Context())
     assert divergence(source, tmp_path / "sparsegpt") < 2 * divergence(source, tmp_path / "magnitude")

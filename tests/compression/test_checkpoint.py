@@ -39,8 +39,8 @@ def test_shapes_and_counts_are_transformers(tmp_path: Path, model_type: str, tie
 def test_looking_imports_no_torch(checkpoint: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from compression.checkpoints.checkpoint import open_checkpoint; "
-        "from compression.quantization.settings import plan_schemes; from compression.pruning import pruned_width; "
-        f"plan_schemes(open_checkpoint(Path({str(checkpoint)!r})), bits=4, group_size=32); pruned_width(128, 0.5); "
+        "from compression.quantization.settings import plan_schemes; from compression.pruning.structure import pruned_width; "
+        f"plan_schemes(open_checkpoint(Path({str(checkpoint)!r})), bits=4, group_size=32); pruned_width(128, 0.5, 32); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,9 +18,9 @@ from compression.checkpoints.masks import read_masks, write_masks
 from compression.checkpoints.normalization import normalize
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
-from compression.pruning.depth import block_influence, prune_depth, redundant_blocks
+from compression.pruning import DepthSettings, WidthSettings, prune_depth, prune_width
+from compression.pruning.depth import block_influence, redundant_blocks
 from compression.pruning.structure import blocks_left, depth_config
-from compression.pruning.width import prune_width
 from compression.quantization.gptq import quantize_gptq
 from tests.tiny import tiny_checkpoint, tiny_windows
 
@@ -75,7 +75,7 @@ def test_every_family_is_the_original_with_blocks_skipped(tmp_path: Path, family
     (old / "config.json").write_text(json.dumps(written))
     source = tmp_path / "normal"
     normalize(old, source)
-    metrics = prune_depth(source, tmp_path / "out", blocks=(0, 3), context=Context())
+    metrics = prune_depth(source, tmp_path / "out", DepthSettings(blocks=(0, 3)), context=Context())
     assert (metrics["kept_ratio"], metrics["num_hidden_layers"]) == (0.6, 3)
     pruned, original = opened(tmp_path / "out"), load_model(source)
     if family in differing:
@@ -108,8 +108,8 @@ def test_the_least_influential_blocks_leave(tmp_path: Path, deep: Path) -> None:
     prune_depth(
         deep,
         tmp_path / "out",
+        DepthSettings(drop=2),
         tiny_windows(),
-        drop=2,
         context=Context(metrics=lambda values, step: told.update({step: values["block_influence"]})),
     )
     assert load_file(tmp_path / "out" / "kept.safetensors")["model.layers"].tolist() == [0, 2, 4]
@@ -132,14 +132,14 @@ def test_perplexity_removes_the_best_block_round_by_round(tmp_path: Path) -> Non
     assert told[1][1]["calibration_perplexity"] == pytest.approx(
         perplexity(without(load_model(source), (first, second)), windows), rel=1e-5
     )
-    prune_depth(source, tmp_path / "out", windows, keep=0.5, criterion="perplexity", context=Context())
+    prune_depth(source, tmp_path / "out", DepthSettings(keep=0.5, criterion="perplexity"), windows, context=Context())
     assert perplexity(opened(tmp_path / "out"), windows) == pytest.approx(told[1][1]["calibration_perplexity"], rel=1e-5)
     everyone = [perplexity(without(load_model(source), pair), windows) for pair in combinations(range(4), 2)]
     assert min(everyone) <= told[1][1]["calibration_perplexity"] * (1 + 1e-5) < max(everyone)
 
 
 def test_masks_and_kept_neurons_follow_their_blocks(tmp_path: Path, deep: Path) -> None:
-    prune_width(deep, tmp_path / "narrow", keep=0.5, keep_heads=0.5, context=Context())
+    prune_width(deep, tmp_path / "narrow", WidthSettings(keep=0.5, keep_heads=0.5), context=Context())
     model = load_model(tmp_path / "narrow")
     names = [f"model.layers.{i}.{path}.weight" for i in range(5) for path in FAMILIES["llama"].linears]
     masks = {name: model.get_parameter(name).detach().abs() > 0.05 for name in names}
@@ -147,8 +147,8 @@ def test_masks_and_kept_neurons_follow_their_blocks(tmp_path: Path, deep: Path) 
         model.get_parameter(name).data *= mask
     model.save_pretrained(tmp_path / "narrow")
     write_masks(tmp_path / "narrow", masks)
-    prune_depth(tmp_path / "narrow", tmp_path / "once", blocks=[0], context=Context())
-    prune_depth(tmp_path / "once", tmp_path / "out", blocks=[1], context=Context())
+    prune_depth(tmp_path / "narrow", tmp_path / "once", DepthSettings(blocks=(0,)), context=Context())
+    prune_depth(tmp_path / "once", tmp_path / "out", DepthSettings(blocks=(1,)), context=Context())
     pruned, cut = opened(tmp_path / "out"), read_masks(tmp_path / "out")
     assert len(cut) == 3 * 7
     for name, mask in cut.items():
@@ -171,30 +171,29 @@ def test_shards_are_read_and_written(tmp_path: Path) -> None:
     (source / "model.safetensors").unlink()
     model.save_pretrained(source, max_shard_size="100KB")
     assert len(list(source.glob("model-*.safetensors"))) > 1
-    prune_depth(source, tmp_path / "out", blocks=[1], context=Context())
+    prune_depth(source, tmp_path / "out", DepthSettings(blocks=(1,)), context=Context())
     torch.testing.assert_close(logits(opened(tmp_path / "out")), logits(without(model, (1,))), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("parameters", "key"),
     [
-        ({}, "drop"), ({"drop": 1, "keep": 0.5}, "drop"), ({"drop": 0}, "drop"), ({"drop": 2}, "drop"), ({"keep": 0.0}, "keep"),
-        ({"keep": 1.1}, "keep"), ({"blocks": []}, "blocks"), ({"blocks": [0, 1]}, "blocks"), ({"blocks": [2]}, "blocks"),
-        ({"blocks": [-1]}, "blocks"), ({"blocks": [0, 0]}, "blocks"), ({"drop": 1}, "criterion"),
+        ({}, "drop"), ({"drop": 1, "keep": 0.5}, "drop"), ({"drop": 2}, "drop"), ({"blocks": ()}, "blocks"), ({"blocks": (0, 1)}, "blocks"),
+        ({"blocks": (2,)}, "blocks"), ({"blocks": (-1,)}, "blocks"), ({"blocks": (0, 0)}, "blocks"), ({"drop": 1}, "criterion"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused(tmp_path: Path, checkpoint: Path, parameters: dict[str, Any], key: str) -> None:
+def test_unfitting_settings_are_refused(tmp_path: Path, checkpoint: Path, parameters: dict[str, Any], key: str) -> None:
     with pytest.raises(Incompatible) as refused:
-        prune_depth(checkpoint, tmp_path / "out", **parameters, context=Context())
+        prune_depth(checkpoint, tmp_path / "out", DepthSettings(**parameters), context=Context())
     assert refused.value.key == key
     assert not (tmp_path / "out").exists()
 
 
 def test_a_share_is_rounded_and_leaves_a_block(deep: Path) -> None:
     source = open_checkpoint(deep)
-    assert [blocks_left(source, keep=share) for share in (0.01, 0.5, 0.49, 0.9, 1.0)] == [1, 3, 2, 5, 5]
-    assert blocks_left(source, drop=4) == 1
-    assert blocks_left(source, blocks=[1, 3]) == 3
+    assert [blocks_left(source, DepthSettings(keep=share)) for share in (0.01, 0.5, 0.49, 0.9, 1.0)] == [1, 3, 2, 5, 5]
+    assert blocks_left(source, DepthSettings(drop=4)) == 1
+    assert blocks_left(source, DepthSettings(blocks=(1, 3))) == 3
 
 
 def test_an_unlisted_family_is_refused(tmp_path: Path) -> None:
@@ -206,4 +205,4 @@ def test_an_unlisted_family_is_refused(tmp_path: Path) -> None:
 def test_a_quantized_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:
     quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(2), group_size=32, context=Context())
     with pytest.raises(Incompatible, match="takes a dense checkpoint"):
-        prune_depth(tmp_path / "q", tmp_path / "out", blocks=[0], context=Context())
+        prune_depth(tmp_path / "q", tmp_path / "out", DepthSettings(blocks=(0,)), context=Context())

@@ -22,8 +22,7 @@ from compression.distillation import check_vocabularies
 from compression.distillation.objective import Objective
 from compression.distillation.settings import ObjectiveSettings
 from compression.errors import EdgepressError, Incompatible, UnusableData
-from compression.pruning.depth import prune_depth
-from compression.pruning.width import prune_width
+from compression.pruning import DepthSettings, WidthSettings, prune_depth, prune_width
 from compression.training.settings import TrainingSettings
 from tests.compression.test_losses import reference_kl, softmax
 from tests.tiny import tiny_checkpoint, tiny_windows
@@ -255,9 +254,9 @@ def paired(student: Path, teacher: Path, home: Path, monkeypatch: pytest.MonkeyP
 
 def test_blocks_meet_the_ones_they_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_checkpoint(tmp_path / "base", layers=6)
-    prune_depth(base, tmp_path / "five", blocks=[4], context=Context())
-    prune_width(tmp_path / "five", tmp_path / "thin", keep=0.5, keep_heads=0.5, context=Context())
-    prune_depth(tmp_path / "thin", tmp_path / "three", blocks=[1, 2], context=Context())  # blocks 0, 3 and 5 of base
+    prune_depth(base, tmp_path / "five", DepthSettings(blocks=(4,)), context=Context())
+    prune_width(tmp_path / "five", tmp_path / "thin", WidthSettings(keep=0.5, keep_heads=0.5), context=Context())
+    prune_depth(tmp_path / "thin", tmp_path / "three", DepthSettings(blocks=(1, 2)), context=Context())  # blocks 0, 3 and 5 of base
     wider = tiny_checkpoint(tmp_path / "wider", layers=6, hidden=32)
     for feature in ("hidden_mse", "attention"):
         assert paired(tmp_path / "three", base, tmp_path, monkeypatch, feature=feature) == {0: 0, 1: 3, 2: 5}
@@ -269,7 +268,7 @@ def test_blocks_meet_the_ones_they_came_from(tmp_path: Path, monkeypatch: pytest
 def test_what_depth_pruning_left_alone_is_what_it_was(tmp_path: Path) -> None:
     """The blocks before the first that is gone have the hidden states of the teacher; the next has not."""
     base = tiny_checkpoint(tmp_path / "base", layers=4)
-    prune_depth(base, tmp_path / "student", blocks=[2], context=Context())
+    prune_depth(base, tmp_path / "student", DepthSettings(blocks=(2,)), context=Context())
     kept = read_kept(tmp_path / "student")["model.layers"].tolist()
     for feature in ("hidden_mse", "attention"):
         losses = []

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from compression.context import Context
 from compression.errors import EdgepressError
-from compression.pruning.unstructured import prune_unstructured
+from compression.pruning import UnstructuredSettings, prune_unstructured
 from compression.training import processes
 from compression.training.distributed import in_processes
 from compression.training.settings import TrainingSettings
@@ -43,7 +43,7 @@ def fails(*, context: Context) -> dict[str, float]:
 
 def test_two_processes_train_as_one_with_all_their_rows_also_after_a_kill(tmp_path: Path, checkpoint: Path) -> None:
     sparse = tmp_path / "sparse"
-    prune_unstructured(checkpoint, sparse, method="magnitude", sparsity=0.5, context=Context())
+    prune_unstructured(checkpoint, sparse, UnstructuredSettings(method="magnitude", sparsity=0.5), context=Context())
     curves: dict[str, dict[int, dict[str, float]]] = {"one": {}, "two": {}}
 
     def context(name: str) -> Context:

@@ -17,8 +17,7 @@ from compression.distillation.features import extract_features
 from compression.distillation.objective import Objective
 from compression.distillation.settings import Feature
 from compression.errors import EdgepressError, Incompatible
-from compression.pruning.depth import prune_depth
-from compression.pruning.width import prune_width
+from compression.pruning import DepthSettings, WidthSettings, prune_depth, prune_width
 from tests.tiny import tiny_checkpoint, tiny_windows
 from tests.trainings import build_objective
 
@@ -146,8 +145,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(checkpoint: Path, fe
 def test_every_family_trains_with_every_term(tmp_path: Path, family: str) -> None:
     """cross-entropy against transformers' own loss; the student has half the heads and neurons and lost a block."""
     teacher = tiny_checkpoint(tmp_path / "teacher", family, layers=3, hidden=32, intermediate=64)
-    prune_width(teacher, tmp_path / "thin", keep=0.5, keep_heads=0.5, context=Context())
-    prune_depth(tmp_path / "thin", tmp_path / "student", blocks=[1], context=Context())
+    prune_width(teacher, tmp_path / "thin", WidthSettings(keep=0.5, keep_heads=0.5), context=Context())
+    prune_depth(tmp_path / "thin", tmp_path / "student", DepthSettings(blocks=(1,)), context=Context())
     rows, mask = masked()
     labels = rows.masked_fill(~mask, -100)
     for feature in FEATURES:

@@ -16,7 +16,7 @@ from compression.checkpoints.masks import read_masks, write_masks
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, MissingExtra
 from compression.finetuning.adapters import merged
-from compression.pruning.unstructured import prune_unstructured
+from compression.pruning import UnstructuredSettings, prune_unstructured
 from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_checkpoint, tiny_windows
 from tests.trainings import run_finetuning
@@ -228,7 +228,7 @@ def test_ranks_by_pattern_and_modules_by_pattern(tmp_path: Path, checkpoint: Pat
 def test_qlora_trains_over_four_bits_and_merges_into_full_precision(tmp_path: Path, checkpoint: Path, is_sparse: bool) -> None:
     base = checkpoint
     if is_sparse:
-        prune_unstructured(checkpoint, tmp_path / "sparse", method="magnitude", sparsity=0.5, context=Context())
+        prune_unstructured(checkpoint, tmp_path / "sparse", UnstructuredSettings(method="magnitude", sparsity=0.5), context=Context())
         base = tmp_path / "sparse"
     curve: list[dict[str, float]] = []
     context = Context(metrics=lambda values, step: curve.append(dict(values)))

@@ -9,7 +9,7 @@ from compression.checkpoints.families import FAMILIES
 from compression.checkpoints.skeleton import skeleton, unclaimed_tensors
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.pruning.unstructured import prune_unstructured
+from compression.pruning import UnstructuredSettings, prune_unstructured
 from compression.quantization.fp8 import quantize_fp8
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.rtn import quantize_rtn
@@ -54,7 +54,7 @@ def test_every_method_refuses_what_it_would_leave(tmp_path: Path) -> None:
         lambda: quantize_rtn(source, out, group_size=32, context=context),
         lambda: quantize_fp8(source, out, context=context),
         lambda: quantize_gptq(source, out, windows, group_size=32, context=context),
-        lambda: prune_unstructured(source, out, method="magnitude", context=context),
+        lambda: prune_unstructured(source, out, UnstructuredSettings(method="magnitude", sparsity=0.5), context=context),
         lambda: run_rigl(source, out, windows, **trained),
         lambda: run_lottery(source, out, windows, **trained),
     ):

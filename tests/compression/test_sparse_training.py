@@ -18,9 +18,9 @@ from compression.checkpoints.loading import load_model
 from compression.checkpoints.masks import read_masks
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, UnusableModel
+from compression.pruning import UnstructuredSettings, prune_unstructured
 from compression.pruning.densities import layer_sparsities
 from compression.pruning.rigl import RigL, moved
-from compression.pruning.unstructured import prune_unstructured
 from compression.training.held_masks import HeldMasks, held_masks, hold_masks
 from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_windows
@@ -34,7 +34,7 @@ Train = Callable[[Path, Path, Path, Context], dict[str, float]]
 def sparse(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """Half of its weights pruned by magnitude."""
     out = tmp_path_factory.mktemp("sparse") / "model"
-    prune_unstructured(checkpoint, out, method="magnitude", sparsity=0.5, context=Context())
+    prune_unstructured(checkpoint, out, UnstructuredSettings(method="magnitude", sparsity=0.5), context=Context())
     return out
 
 

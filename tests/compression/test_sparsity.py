@@ -6,7 +6,7 @@ import torch
 from compression.checkpoints.loading import load_model, save_model
 from compression.context import Context
 from compression.evaluation.sparsity import sparsity
-from compression.pruning.unstructured import prune_unstructured
+from compression.pruning import UnstructuredSettings, prune_unstructured
 from compression.quantization.rtn import quantize_rtn
 
 
@@ -22,7 +22,7 @@ def test_zeros_of_the_blocks_are_counted_and_those_of_embeddings_are_not(checkpo
 
 
 def test_a_quantized_model_is_as_sparse_as_its_masks_say(checkpoint: Path, tmp_path: Path) -> None:
-    prune_unstructured(checkpoint, tmp_path / "sparse", method="magnitude", sparsity=0.25, context=Context())
+    prune_unstructured(checkpoint, tmp_path / "sparse", UnstructuredSettings(method="magnitude", sparsity=0.25), context=Context())
     quantize_rtn(tmp_path / "sparse", tmp_path / "both", group_size=32, context=Context())
     quantize_rtn(checkpoint, tmp_path / "dense", group_size=32, context=Context())
     assert sparsity(tmp_path / "sparse") == sparsity(tmp_path / "both") == pytest.approx(0.25, abs=1e-3)

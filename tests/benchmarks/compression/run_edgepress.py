@@ -7,7 +7,7 @@ from child import answered, read_job, read_windows
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from compression.context import Context
-from compression.pruning.unstructured import prune_unstructured
+from compression.pruning import UnstructuredSettings, prune_unstructured
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.rtn import quantize_rtn
@@ -28,4 +28,4 @@ with answered(job, "torch", "transformers"):
         case "rtn":
             quantize_rtn(checkpoint, out, **grid, symmetric=job["symmetric"], context=context)
         case method:
-            prune_unstructured(checkpoint, out, windows, method=method, sparsity=job["sparsity"], context=context)
+            prune_unstructured(checkpoint, out, UnstructuredSettings(method=method, sparsity=job["sparsity"]), windows, context=context)

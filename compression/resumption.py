@@ -65,7 +65,7 @@ def latest_checkpoint(workdir: Path, *, run: str, warn: Callable[[str], None]) -
             if same_work(json.loads((path / MARKER).read_text())["run"], run, path):
                 return path
             damage = "another version of edgepress left it"
-        warn(f"{path} cannot be continued ({damage}); work continues from the one before it")
+        warn(f"{path} cannot be resumed ({damage}); work resumes from the one before it")
         shutil.rmtree(path)
     return None
 
@@ -80,8 +80,7 @@ def same_work(found: str, run: str, path: Path) -> bool:
         return False
     if found != run:
         raise EdgepressError(
-            f"{path} belongs to work of another method, on another model or other data, or with other settings; "
-            "give this one a work directory of its own"
+            f"{path} belongs to work of another method, on another model or other data, or with other settings; use another work directory"
         )
     return True
 

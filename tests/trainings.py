@@ -18,8 +18,8 @@ from compression.pruning.lottery import prune_lottery
 from compression.pruning.rigl import prune_rigl
 from compression.pruning.settings import LotterySettings, RigLSettings
 from compression.training.batches import HeldOut, TrainingRows
-from compression.training.held_masks import HeldMasks
 from compression.training.loop import train
+from compression.training.masks import FixedMasks
 from compression.training.settings import TrainingSettings
 from compression.training.trainer import TrainingRun
 
@@ -35,11 +35,11 @@ def build_objective(student: PreTrainedModel, **parameters: Any) -> Objective:
 
 def run_training(
     objective: nn.Module, rows: torch.Tensor, *, settings: TrainingSettings, workdir: Path, context: Context, mask: torch.Tensor | None = None,
-    validation: HeldOut | None = None, sparsity: HeldMasks | None = None, name: str = "toy", origin: Mapping[str, Any] | None = None,
+    validation: HeldOut | None = None, masks: FixedMasks | None = None, name: str = "toy", origin: Mapping[str, Any] | None = None,
     start: Path | None = None, keep_step: int | None = None,
 ) -> Metrics:  # fmt: skip
     run = TrainingRun(name, origin or {}, workdir, start, keep_step)
-    return train(objective, TrainingRows(rows, mask, validation), settings, run, context=context, sparsity=sparsity)
+    return train(objective, TrainingRows(rows, mask, validation), settings, run, context=context, masks=masks)
 
 
 def run_distillation(

@@ -1,4 +1,4 @@
-"""Which teacher a student can learn from, and which of its layers. Imports no torch: recipes are validated with it."""
+"""Whether a student can learn from a teacher, and which of their blocks to compare. Imports no torch: recipes are validated with it."""
 
 import json
 import math
@@ -41,17 +41,20 @@ def check_length(teacher: Checkpoint, length: int) -> None:
 def pair_layers(
     spec: FeatureLayers, student_layers: int, teacher_layers: int, origins: Sequence[int] | None = None
 ) -> dict[int, int]:  # fmt: skip
-    """Student block -> teacher block (from 0) whose outputs are compared.
+    """Return the pairs student block -> teacher block (from 0) whose outputs are compared.
 
-    last     the last blocks (their output after the final norm)
-    middle   the blocks in the middle: number 6 of 12, counted from 1
-    uniform  every student block with the teacher block that it came from, where `origins` tells; else with the one that is as deep in its
-             model (Jiao et al., "TinyBERT", 2020)
-    mapping  as given
+    Args:
+        spec: last: the last blocks (their output after the final norm).
+            middle: the blocks in the middle, number 6 of 12, counted from 1.
+            uniform: every student block with the teacher block in `origins`; without these, with the block that is as deep in the
+            teacher (Jiao et al., "TinyBERT", 2020).
+            A mapping is returned unchanged.
+        student_layers: Number of blocks of the student.
+        teacher_layers: Number of blocks of the teacher.
+        origins: For a student that lost blocks, the teacher block that each of its blocks was.
 
-    origins  of a student that lost blocks: the teacher block that each of its blocks was
-
-    Raises EdgepressError for a block that does not exist.
+    Raises:
+        EdgepressError: A block does not exist.
     """
     if spec == "last":
         return {student_layers - 1: teacher_layers - 1}

@@ -39,7 +39,7 @@ def distill(
         data: Rows of tokens, their targets, and rows for early stopping on the same loss.
         settings: Objective and training.
         workdir: Holds the checkpoints of the unfinished training.
-        context: Device, seed, and who hears of progress.
+        context: Device, seed and callbacks.
         cache_folder: Where a teacher cache is, for every training that needs the same outputs; by default in `workdir`.
 
     Returns:
@@ -47,9 +47,9 @@ def distill(
         teacher_cache_mb and teacher_cache_built (1: by this call).
 
     Raises:
-        Incompatible: Another vocabulary, a quantized student, or a cache that cannot hold what the loss needs.
+        Incompatible: The vocabularies differ, the student is quantized, or the cache cannot hold what the loss needs.
         UnusableModel: A checkpoint cannot be read.
-        UnusableData: Rows that cannot be trained on.
+        UnusableData: The rows cannot be trained on.
         EdgepressError: See `train`.
     """
     before = open_checkpoint(student)

@@ -20,14 +20,20 @@ def log_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 def kd_loss(
     student: torch.Tensor, teacher: torch.Tensor, temperature: float, divergence: Divergence = "forward", jsd_beta: float = 0.5
 ) -> torch.Tensor:
-    """L_KD = τ²·D(teacher, student) of log-probabilities at the temperature τ, [..., outcomes] twice -> [...].
+    """Compute L_KD = τ²·D(teacher, student); τ² keeps the size of the gradient when the temperature τ changes.
 
-    forward  KL(teacher ‖ student): Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015)
-    reverse  KL(student ‖ teacher), token by token: Gu et al., "MiniLLM" (arXiv 2306.08543)
-    js       m·KL(teacher ‖ M) + (1-m)·KL(student ‖ M) with M = m·teacher + (1-m)·student, m = `jsd_beta`: the generalized
-             Jensen-Shannon divergence of Agarwal et al., "On-Policy Distillation of Language Models" (arXiv 2306.13649)
+    Args:
+        student: Log-probabilities at the temperature, [..., outcomes].
+        teacher: Log-probabilities at the temperature, [..., outcomes].
+        temperature: τ.
+        divergence: forward: KL(teacher ‖ student), Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
+            reverse: KL(student ‖ teacher), token by token, Gu et al., "MiniLLM" (arXiv 2306.08543).
+            js: m·KL(teacher ‖ M) + (1-m)·KL(student ‖ M) with M = m·teacher + (1-m)·student, the generalized Jensen-Shannon divergence
+            of Agarwal et al., "On-Policy Distillation of Language Models" (arXiv 2306.13649).
+        jsd_beta: m, of `js`.
 
-    τ² keeps the size of the gradient when the temperature changes.
+    Returns:
+        The loss of each position, [...].
     """
     if divergence == "forward":
         distance = _kl(teacher, student)
@@ -42,22 +48,22 @@ def kd_loss(
 def merge_tail(log_probs: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Return the log-probabilities of k outcomes, and of all others as one: [n, vocabulary] and int64 [n, k] -> [n, k + 1].
 
-    A divergence between two such distributions is exact for them, and at most that between the whole ones (data processing
-    inequality); the two are equal where student and teacher spread the tail alike.
+    A divergence between two such distributions is exact for them, and at most that between the full distributions (data processing
+    inequality); the two are equal where student and teacher spread the tail in the same proportions.
     """
     rest = log_probs.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([log_probs.gather(-1, indices), rest], dim=-1)
 
 
 def cross_entropy(student_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """L_task = -log softmax(student)[target], [n, vocabulary] and int64 [n] -> [n]. The caller has shifted the targets."""
+    """Compute L_task = -log softmax(student)[target], [n, vocabulary] and int64 [n] -> [n]. The caller shifts the targets."""
     return functional.cross_entropy(_precise(student_logits), targets, reduction="none")
 
 
 def mean_squares(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean over features of (student - teacher)², [..., features] twice -> [...]: of hidden states.
+    """Compute the mean over features of (student - teacher)², [..., features] twice -> [...], of hidden states.
 
-    Romero et al., "FitNets" (2015); Jiao et al., "TinyBERT" (2020). Widths are equal: a projector comes before.
+    Romero et al., "FitNets" (2015); Jiao et al., "TinyBERT" (2020). Widths are equal: a projector is applied before.
     """
     return (_precise(student) - _precise(teacher)).square().mean(-1)
 

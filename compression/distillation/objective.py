@@ -50,10 +50,10 @@ class Objective(nn.Module):
         if settings.alpha == settings.beta == settings.gamma == 0:
             raise EdgepressError("alpha, beta and gamma are all 0, so there is nothing to minimise; set one of them", key="alpha")
         if (settings.alpha and teacher is None and cache is None) or (settings.gamma and teacher is None):
-            raise EdgepressError("alpha and gamma compare the student with a teacher, and none was given", key="teacher")
+            raise EdgepressError("alpha and gamma compare the student with a teacher, and there is none", key="teacher")
         if cache is not None and (teacher is not None or cache.temperature != settings.temperature):
             raise EdgepressError(
-                f"a cache at temperature {cache.temperature} stands for a teacher at that temperature: give it alone, and no other",
+                f"a cache at temperature {cache.temperature} stands for a teacher at that temperature: pass the cache alone, and the same temperature",
                 key="teacher_cache",
             )
         self.student = student
@@ -138,7 +138,7 @@ def _check_head(model: PreTrainedModel) -> None:
     """Raise Incompatible unless logits are the output head on the last hidden state (some architectures scale or cap them)."""
     if model.base_model is model:
         raise Incompatible(
-            f"{type(model).__name__} does not name the part that gives its hidden states (base_model_prefix), and training "
+            f"{type(model).__name__} does not name the part that computes its hidden states (base_model_prefix), and training "
             "reads the output head on them; this architecture cannot be trained yet",
             key="model",
         )

@@ -1,4 +1,4 @@
-"""Bridges between hidden states of different widths, learned beside the student and dropped with the objective."""
+"""Projections between hidden states of different widths, trained with the student and dropped with the objective."""
 
 from collections.abc import Mapping
 
@@ -7,9 +7,9 @@ from torch import nn
 
 
 class Projectors(nn.Module):
-    """One bias-free linear map for every student layer that is compared, where its width is not the teacher's; else nothing.
+    """A bias-free linear map for every compared student layer where the widths of student and teacher differ; otherwise the identity.
 
-    Romero et al., "FitNets: Hints for Thin Deep Nets" (2015). Starts orthogonal, so that norms are kept at the first step.
+    Romero et al., "FitNets: Hints for Thin Deep Nets" (2015). The maps start orthogonal, which keeps norms at the first step.
     """
 
     def __init__(self, layers: Mapping[int, int], student_width: int, teacher_width: int, *, seed: int):

@@ -82,9 +82,13 @@ class DistillationSettings(TrainingSettings, ObjectiveSettings):
           beta: 0.5
           teacher_cache: top_k
 
+    Lifecycle: planning checks that teacher and student share a vocabulary and have the blocks that `feature_layers` names. With a
+    `teacher_cache` the teacher runs over all rows once, before the training; without, it runs in every step. The training itself is
+    that of `TrainingSettings`.
+
     beta = 0 needs no labels (self-distillation, L2PSD of arXiv 2505.18166); alpha = gamma = 0 is fine-tuning, and no teacher is loaded.
-    A teacher that fills a cache runs in batches of its own, so a last bit may differ from a training without one; between two trainings
-    with the cache, whichever of them filled it, no bit does.
+    A teacher that fills a cache runs in batches of its own, so a last bit may differ from a training without one; two trainings with
+    the cache are bit-equal, whichever of them filled it.
     """
 
     former_names: ClassVar[Mapping[str, str]] = {"mixture": "jsd_beta"}

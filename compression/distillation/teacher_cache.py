@@ -1,10 +1,10 @@
-"""What a teacher says about the training rows, computed once, kept on disk, and shared by all stages that ask the same of it.
+"""Outputs of a teacher on the training rows, computed once, kept on disk, and shared by all stages that need the same.
 
     <folder>/<key>/checkpoint-1/   numpy arrays [positions, ...], the output head, sha256 of each (compression/resumption.py)
-    <folder>/<key>.lock            held by the process that computes; the others wait and find it done
+    <folder>/<key>.lock            locked by the process that computes; the others wait, then read its result
 
 A key covers all that decides the bytes: the teacher's files, rows and mask, settings, device type, threads, versions. The order in which
-a training draws its rows is none of it.
+a training draws its rows is not part of it.
 """
 
 import hashlib
@@ -39,16 +39,26 @@ ARRAYS = {"full": ("hidden",), "top_k": ("indices", "log_probs")}
 
 
 class TeacherCache:
-    """Teacher outputs at the counted positions of rows, read from disk as they are asked for.
+    """Teacher outputs at the counted positions of rows, read from disk when they are needed.
 
-    targets      how they become distributions
-    temperature  of those
-    built        whether this process ran the teacher for them
+    Attributes:
+        targets: Turns the outputs into distributions.
+        settings: What is kept of them.
+        temperature: Temperature of the distributions.
+        built: Whether this process ran the teacher.
     """
 
     def __init__(
-        self, home: Path, rows: torch.Tensor, mask: torch.Tensor, targets: Targets, settings: CacheSettings, *, temperature: float, built: bool
-    ):  # fmt: skip
+        self,
+        home: Path,
+        rows: torch.Tensor,
+        mask: torch.Tensor,
+        targets: Targets,
+        settings: CacheSettings,
+        *,
+        temperature: float,
+        built: bool,
+    ):
         self.targets, self.settings, self.temperature, self.built = targets, settings, temperature, built
         self._arrays = [np.load(home / f"{name}.npy", mmap_mode="r") for name in ARRAYS[settings.keep]]
         ends = mask[:, 1:].sum(1).cumsum(0).tolist()
@@ -59,9 +69,12 @@ class TeacherCache:
         return sum(array.nbytes for array in self._arrays)
 
     def read(self, input_ids: torch.Tensor, loss_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What `targets.compare` takes, for the counted positions of int64 and bool [batch, length].
+        """Return the arguments of `targets.compare` for the counted positions of int64 and bool [batch, length].
 
-        A row is known by its tokens and targets up to the last target, so in any order, padded or cut. Raises EdgepressError for another.
+        A row is identified by its tokens and targets up to the last target, so rows may come in any order, padded or cut.
+
+        Raises:
+            EdgepressError: A row is not in the cache.
         """
         try:
             spans = [self._spans[key] for key in _row_keys(input_ids, loss_mask)]
@@ -73,16 +86,33 @@ class TeacherCache:
 
 
 def open_teacher_cache(
-    folder: Path, teacher: Path, rows: torch.Tensor, mask: torch.Tensor, *, settings: CacheSettings, vocabulary: int, temperature: float,
+    folder: Path,
+    teacher: Path,
+    rows: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    settings: CacheSettings,
+    vocabulary: int,
+    temperature: float,
     context: Context,
-) -> TeacherCache:  # fmt: skip
-    """The cache of a teacher checkpoint for int64 and bool rows [n, length]; made, or made anew where its bytes are damaged, if need be.
+) -> TeacherCache:
+    """Open the cache of a teacher for some rows; run the teacher first where there is none, or where its bytes are damaged.
 
-    vocabulary   tokens that student and teacher both embed
-    temperature  of the distributions; of the bytes on disk with `top_k` only
+    The teacher runs in float32, with any precision of the training.
 
-    The teacher runs in float32, whatever precision the training has. Raises Incompatible (the output head is no linear layer, a logit
-    is not finite in the dtype), UnusableModel.
+    Args:
+        folder: Holds the caches of all teachers and rows.
+        teacher: Its checkpoint.
+        rows: int64 [n, length].
+        mask: bool [n, length], true where a token is a target.
+        settings: What to keep.
+        vocabulary: Number of tokens that student and teacher both embed.
+        temperature: Temperature of the distributions; it decides the bytes on disk with `top_k` only.
+        context: Device and callbacks.
+
+    Raises:
+        Incompatible: The output head is not a linear layer, or an output is not finite in the dtype.
+        UnusableModel: The teacher cannot be read.
     """
     document = {
         "format": FORMAT, "teacher": {f.name: digest_file(f) for f in sorted(teacher.glob("*.safetensors"))} | {"config": digest_file(teacher / "config.json")},
@@ -94,7 +124,7 @@ def open_teacher_cache(
     home = folder / key
     home.mkdir(parents=True, exist_ok=True)
     with file_lock(folder / f"{key}.lock"):
-        found = latest_checkpoint(home, run=key, warn=lambda _: context.warn(f"the teacher cache {home} is damaged and is made anew"))
+        found = latest_checkpoint(home, run=key, warn=lambda _: context.warn(f"the teacher cache {home} is damaged and is computed again"))
         built = found is None
         if found is None:
             model = load_model(teacher, device=context.device)
@@ -106,10 +136,16 @@ def open_teacher_cache(
 
 @torch.no_grad()
 def _fill(
-    out: Path, model: PreTrainedModel, rows: torch.Tensor, mask: torch.Tensor, settings: CacheSettings, vocabulary: int, temperature: float,
+    out: Path,
+    model: PreTrainedModel,
+    rows: torch.Tensor,
+    mask: torch.Tensor,
+    settings: CacheSettings,
+    vocabulary: int,
+    temperature: float,
     context: Context,
-) -> None:  # fmt: skip
-    """Write the arrays, batch by batch: they may be larger than the memory."""
+) -> None:
+    """Write the arrays batch by batch: they may be larger than the memory."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise Incompatible(f"the output head of the teacher is {type(head).__name__}, and the cache keeps linear ones", key="teacher_cache")
@@ -129,11 +165,11 @@ def _fill(
         hidden = extract_features(
             model, batch.to(context.device), targets[:, 1:].to(context.device), (), "hidden_mse", max_logits=MAX_LOGITS
         ).last
-        said = [hidden] if settings.keep == "full" else _likeliest(hidden, head, settings.top_k, vocabulary, temperature)
-        for array, tensor in zip(arrays.values(), said, strict=True):
+        outputs = [hidden] if settings.keep == "full" else _likeliest(hidden, head, settings.top_k, vocabulary, temperature)
+        for array, tensor in zip(arrays.values(), outputs, strict=True):
             array[done : done + len(tensor)] = tensor.cpu().numpy()
             if not np.isfinite(array[done : done + len(tensor)]).all():
-                raise Incompatible(f"what the teacher says is not finite in {settings.dtype}", key="cache_dtype")
+                raise Incompatible(f"an output of the teacher is not finite in {settings.dtype}; take float32", key="cache_dtype")
         done += len(hidden)
         context.progress(done, positions, "teacher cache")
     for array in arrays.values():
@@ -141,7 +177,7 @@ def _fill(
 
 
 def _likeliest(hidden: torch.Tensor, head: nn.Linear, k: int, vocabulary: int, temperature: float) -> list[torch.Tensor]:
-    """Indices [n, k] of the likeliest tokens and the log-probabilities [n, k + 1] of each and of the rest; logits are alive for a part at a time."""
+    """Return indices [n, k] of the likeliest tokens and log-probabilities [n, k + 1] of each and of the rest, with few logits in memory at once."""
     indices, log_probs = [], []
     for part in hidden.split(max(1, MAX_LOGITS // head.out_features)):
         whole = log_probabilities(head(part)[:, :vocabulary], temperature)
@@ -151,7 +187,7 @@ def _likeliest(hidden: torch.Tensor, head: nn.Linear, k: int, vocabulary: int, t
 
 
 def _head_targets(home: Path, vocabulary: int, temperature: float, context: Context) -> HeadTargets:
-    """The teacher's output head alone: the rest of it need not be loaded."""
+    """Load the teacher's output head alone."""
     tensors = load_file(home / HEAD, device=context.device)
     outputs, inputs = tensors["weight"].shape
     head = nn.Linear(inputs, outputs, bias="bias" in tensors, device="meta")
@@ -160,7 +196,7 @@ def _head_targets(home: Path, vocabulary: int, temperature: float, context: Cont
 
 
 def _row_keys(rows: torch.Tensor, mask: torch.Tensor) -> list[bytes]:
-    """A row up to its last target: what comes after decides nothing in a causal model."""
+    """Identify each row by its part up to the last target: what follows decides nothing in a causal model."""
     tokens, targets = rows.cpu().numpy(), mask.cpu().numpy().astype(bool)
     ends = [int(row.nonzero()[0].max(initial=-1)) + 1 for row in targets]
     return [row[:end].tobytes() + chosen[:end].tobytes() for row, chosen, end in zip(tokens, targets, ends, strict=True)]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from compression.context import Context
 from compression.errors import EdgepressError, Incompatible
 from compression.finetuning.settings import TIED, FinetuningSettings
-from compression.training.held_masks import zero_pruned
+from compression.training.masks import zero_pruned
 
 LARGEST_DIVERGENCE = 1e-3  # mean KL of a merged model from the one with separate adapters, in nats; rounding gives far less
 _COMPARED = (2, 64)  # rows and tokens
@@ -40,7 +40,7 @@ def adapt(student: PreTrainedModel, settings: FinetuningSettings, *, context: Co
     Args:
         student: The model.
         settings: Rank, scale, dropout and modules; method "dora" learns a norm for every row.
-        context: Hears which layers get no adapter.
+        context: Its `warn` gets the layers without adapter.
 
     Raises:
         EdgepressError: A module does not exist.
@@ -73,11 +73,10 @@ def adapt(student: PreTrainedModel, settings: FinetuningSettings, *, context: Co
         wrong := [path for path, part in paths.items() if part in ends]
     ):
         raise Incompatible(TIED.format(wrong[0]), key="target_modules")
-    unused = [
-        name for name in settings.rank_pattern if not any(re.fullmatch(rf"(.*\.)?({name})", path) for path in paths)
-    ]  # as peft matches
+    pattern = r"(.*\.)?({})"  # as peft matches
+    unused = [name for name in settings.rank_pattern if not any(re.fullmatch(pattern.format(name), path) for path in paths)]
     if unused:
-        raise EdgepressError(f"rank_pattern names {', '.join(unused)}, and no layer with an adapter is called so", key="rank_pattern")
+        raise EdgepressError(f"rank_pattern names {', '.join(unused)}, and no layer with an adapter has this name", key="rank_pattern")
     return adapted
 
 

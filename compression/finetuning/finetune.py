@@ -32,7 +32,7 @@ def finetune(
 ) -> dict[str, float]:
     """Minimise cross-entropy on next tokens, and write the dense model to `out` in the dtype of `model`.
 
-    A sparse model stays as sparse as its masks: pruned weights are held at zero, and an adapter's update is masked in training as in
+    A sparse model stays as sparse as its masks: pruned weights stay zero, and an adapter's update is masked in training as in
     the merge.
 
     Args:
@@ -41,18 +41,18 @@ def finetune(
         data: Rows of tokens, their targets, and rows for early stopping.
         settings: The method and the training.
         workdir: Holds the checkpoints of the unfinished training.
-        context: Device, seed, and who hears of progress.
-        adapter_out: Where the adapter is kept as peft opens it.
+        context: Device, seed and callbacks.
+        adapter_out: Where to keep the adapter, as peft opens it.
 
     Returns:
         The metrics of `compression.training.loop.train` with trainable_parameters.
 
     Raises:
-        Incompatible: A quantized model, dora of a sparse one, adapters on a tied embedding or head.
+        Incompatible: The model is quantized, dora is to train a sparse one, or adapters are to be put on a tied embedding or head.
         MissingExtra: qlora without bitsandbytes.
         UnusableModel: The model cannot be read.
-        UnusableData: Rows that cannot be trained on.
-        EdgepressError: A module that does not exist, or a merge that differs from what was trained.
+        UnusableData: The rows cannot be trained on.
+        EdgepressError: A module does not exist, or the merged model differs from what was trained.
     """
     method = settings.method
     checkpoint = open_checkpoint(model)

@@ -34,6 +34,9 @@ class FinetuningSettings(TrainingSettings):
         lora: W + (alpha / rank)·B·A (Hu et al., "LoRA", arXiv 2106.09685).
         dora: m · (W + (alpha / rank)·B·A) / ‖W + (alpha / rank)·B·A‖, by rows (Liu et al., arXiv 2402.09353).
         qlora: lora over a base in 4-bit NF4 (Dettmers et al., arXiv 2305.14314); merged into the float32 weights.
+
+    Lifecycle: adapters are put on `target_modules`, trained as `TrainingSettings` says, kept as peft opens them, and merged into the
+    float32 weights.
     """
 
     method: Annotated[

@@ -27,8 +27,8 @@ from compression.pruning.settings import LotterySettings, Scope
 from compression.resumption import fingerprint, same_work
 from compression.training import processes
 from compression.training.batches import TrainingRows
-from compression.training.held_masks import held_masks, hold_masks, zero_pruned
 from compression.training.loop import train
+from compression.training.masks import attach_masks, attached_masks, zero_pruned
 from compression.training.students import open_student, save_student
 from compression.training.trainer import KEPT, TrainingRun
 
@@ -54,7 +54,7 @@ def prune_lottery(
         data: Rows of tokens, their targets, and rows for early stopping.
         settings: Sparsity, rounds, and the training of each round.
         workdir: Holds the finished rounds and the checkpoints of the unfinished one.
-        context: Device, seed, and who hears of progress.
+        context: Device, seed and callbacks.
 
     Returns:
         sparsity, and the metrics of `compression.training.loop.train` of the last training.
@@ -78,7 +78,7 @@ def prune_lottery(
 
     def open_ticket() -> Objective:
         student = open_student(model, data.rows, context)
-        hold_masks(student, masks)
+        attach_masks(student, masks)
         return Objective(student, NEXT_TOKENS)
 
     def train_ticket(
@@ -121,7 +121,7 @@ def _fingerprint(origin: Mapping[str, Any], data: TrainingRows, settings: Lotter
 
 
 def _claim(workdir: Path, run: str, context: Context) -> None:
-    """Keep a work directory for one search. Raises EdgepressError where it belongs to another."""
+    """Reserve a work directory for one search. Raises EdgepressError where it belongs to another."""
     claim = workdir / CLAIM
     if processes.is_first() and not (claim.is_file() and same_work(claim.read_text(), run, workdir)):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -134,23 +134,24 @@ def _claim(workdir: Path, run: str, context: Context) -> None:
 
 
 def _densities(before: float, after: float, rounds: int) -> list[float]:
-    """The share of weights that is kept after each round, falling by the same factor."""
+    """Return the share of weights that each round keeps, falling by the same factor."""
     if after > before:
         raise Incompatible(
-            f"the model keeps {before:.3f} of its weights already, and was to keep {after:.3f}; ask for a higher sparsity", key="sparsity"
+            f"the model keeps {before:.3f} of its weights already, fewer than the {after:.3f} it is to keep; set a higher sparsity",
+            key="sparsity",
         )
     return [before * (after / before) ** (number / rounds) for number in range(1, rounds + 1)]
 
 
 def _sparsity(masks: Mapping[str, torch.Tensor], names: list[str], model: Path) -> float:
-    """Of all weights of `names`; those without a mask are all kept."""
+    """Return the sparsity of all weights of `names` together; those without a mask are all kept."""
     tensors = open_checkpoint(model).tensors
     return sum(int((~masks[name]).sum()) for name in names if name in masks) / sum(tensors[name].numel for name in names)
 
 
 def _ticket(model: nn.Module, names: list[str], sparsity: float, scope: Scope) -> dict[str, torch.Tensor]:
-    """The masks of the largest weights, on the CPU."""
-    before = held_masks(model)
+    """Return the masks of the largest weights, on the CPU."""
+    before = attached_masks(model)
 
     def scores(name: str) -> torch.Tensor:
         weight = model.get_parameter(name).detach().abs()
@@ -174,7 +175,7 @@ def _write_found(place: Path, masks: Mapping[str, torch.Tensor], metrics: Mappin
 
 @torch.no_grad()
 def _rewind(objective: nn.Module, checkpoint: Path) -> None:
-    """The weights of a checkpoint, under the masks that the objective's carry."""
+    """Load the weights of a checkpoint, and zero those that the masks of the objective's weights prune."""
     saved = torch.load(checkpoint / "trainable.pt", weights_only=True)["weights"]
     for name, weight in objective.named_parameters():
         weight.copy_(saved[name])

@@ -18,8 +18,8 @@ from compression.pruning.densities import Distribution, layer_sparsities
 from compression.pruning.selection import PRUNED, keep_strongest
 from compression.pruning.settings import RigLSettings
 from compression.training.batches import TrainingRows
-from compression.training.held_masks import HeldMasks, held_masks, hold_masks, zero_moments
 from compression.training.loop import train
+from compression.training.masks import FixedMasks, attach_masks, attached_masks, zero_moments
 from compression.training.students import open_student, save_student
 from compression.training.trainer import TrainingRun
 
@@ -35,33 +35,33 @@ def prune_rigl(model: Path, out: Path, data: TrainingRows, settings: RigLSetting
         data: Rows of tokens, their targets, and rows for early stopping.
         settings: Sparsity (`layer_sparsities`), how the zeros move (`RigL`), and the training.
         workdir: Holds the checkpoints of the unfinished training.
-        context: Device, seed, and who hears of progress.
+        context: Device, seed and callbacks.
 
     Returns:
         The metrics of `compression.training.loop.train` with sparsity (of those layers) and mask_updates.
 
     Raises:
-        Incompatible: The model is sparser already in a layer, or what `open_student` raises.
+        Incompatible: A layer of the model is sparser already; also what `open_student` raises.
     """
     checkpoint = open_checkpoint(model)
     student = open_student(model, data.rows, context)
     linear_layers(student, checkpoint)
-    hold_masks(student, _starting_masks(student, checkpoint.linear_tensors(), settings.sparsity, settings.distribution))
+    attach_masks(student, _starting_masks(student, checkpoint.linear_tensors(), settings.sparsity, settings.distribution))
     objective = Objective(student, NEXT_TOKENS)
     last_step = math.ceil(settings.stop_at * settings.steps)
     rigl = RigL(objective, drop_fraction=settings.drop_fraction, delta_t=settings.delta_t, last_step=last_step)
     origin = {"method": "rigl", "student": file_digests(model)}
     origin |= settings.model_dump(include={"sparsity", "distribution", "drop_fraction", "delta_t", "stop_at"})
-    metrics = train(objective, data, settings, TrainingRun("RigL", origin, workdir), context=context, sparsity=rigl)
+    metrics = train(objective, data, settings, TrainingRun("RigL", origin, workdir), context=context, masks=rigl)
     save_student(student, out, like=model)
-    masks = held_masks(student).values()
+    masks = attached_masks(student).values()
     return metrics | {
         "sparsity": 1 - sum(int(kept.sum()) for kept in masks) / sum(kept.numel() for kept in masks),
         "mask_updates": float(sum(rigl.moves(step) for step in range(1, int(metrics["steps"]) + 1))),
     }
 
 
-class RigL(HeldMasks):
+class RigL(FixedMasks):
     """The masks of a module in dynamic sparse training. Every layer keeps its number of weights.
 
     At step t, where `delta_t` divides t and t < `last_step`, no weight is trained; of the n weights that a layer keeps, k = fraction(t)·n
@@ -124,9 +124,9 @@ def _extreme(values: torch.Tensor, count: int, *, largest: bool) -> torch.Tensor
 
 
 def _starting_masks(model: nn.Module, names: list[str], sparsity: float, distribution: Distribution) -> dict[str, torch.Tensor]:
-    """Keep the largest weights of each layer, none of them pruned already."""
+    """Return masks of the largest weights of each layer. Raises Incompatible where these include pruned ones."""
     weights = {name: model.get_parameter(name).detach() for name in names}
-    before = held_masks(model)
+    before = attached_masks(model)
     sparsities = layer_sparsities({name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}, sparsity, distribution)
     masks = {}
     for name, weight in weights.items():

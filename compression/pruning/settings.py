@@ -114,6 +114,9 @@ class RigLSettings(TrainingSettings):
           sparsity: 0.5
           delta_t: 100
           steps: 1000
+
+    Lifecycle: every layer is pruned by magnitude; every `delta_t` steps, up to `stop_at` of all steps, a share of its weights moves; then
+    the masks stay, and the training ends as `TrainingSettings` says.
     """
 
     sparsity: Annotated[
@@ -139,13 +142,18 @@ class LotterySettings(TrainingSettings):
           sparsity: 0.5
           rounds: 3
           rewind_step: 50
+
+    Lifecycle: each of `rounds` trains as `TrainingSettings` says, prunes the smallest weights, and rewinds the others to `rewind_step` of
+    the first round. With `finish` the ticket is trained once more.
     """
 
     sparsity: Annotated[
         float, Field(gt=0, lt=1, examples=[0.5], description="Share of the weights of the blocks' linear layers that is zero.")
     ]
     rounds: Annotated[int, Field(ge=1, description="Trainings of `steps` steps; each prunes the same share of what is left.")] = 3
-    rewind_step: Annotated[int, Field(ge=0, description="Step of the first round whose weights are gone back to; 0 is its start.")] = 0
+    rewind_step: Annotated[
+        int, Field(ge=0, description="Step of the first round to whose weights every round rewinds; 0 is its start.")
+    ] = 0
     scope: Annotated[Scope, Field(description="Compare the weights of all layers together, or within a layer.")] = "global"
     finish: Annotated[
         bool, Field(description="Train the rewound weights under the mask once more, instead of leaving that to a later stage.")

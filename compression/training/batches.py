@@ -1,4 +1,4 @@
-"""Which rows each step of a training sees, and how much of them."""
+"""The rows of a training, and which of them each step gets."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,17 @@ from torch.utils.data import Dataset
 from compression.errors import UnusableData
 from compression.training.settings import TrainingSettings
 
-POOL = 50  # batches whose rows are sorted by length together: like lengths, and yet another mix in every permutation
+POOL = 50  # batches whose rows are sorted by length together: similar lengths, and still another mix in every permutation
 HeldOut = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """What a training reads.
+    """Rows of tokens to train on.
 
     Attributes:
         rows: Packed tokens, int64 [n, length].
-        mask: bool [n, length], true where a token is a target (not prompt, not padding); None takes all.
+        mask: bool [n, length], true where a token is a target (not prompt, not padding); None makes all targets.
         validation: Further rows and their mask, for early stopping; read where `TrainingSettings.evaluate_every` is set.
     """
 
@@ -43,17 +43,17 @@ def check_rows(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 class Batches(Dataset):
-    """Every row of the whole training in its order: permutation after permutation, as one epoch.
+    """Every row of a training in order: permutation after permutation, as one epoch.
 
     One epoch has no remainder batch at its seams, and resuming skips the first k batches. The order is an order of rows, so that a
-    step sees the same rows however they are divided into batches and processes.
+    step gets the same rows however they are divided into batches and processes.
 
     Args:
         rows: Packed tokens, int64 [n, length].
         mask: bool [n, length], true where a token is a target.
-        settings: Sizes of batches, number of steps.
-        seed: Of the permutations.
-        processes: Processes that train together; each takes every `processes`-th batch.
+        settings: Steps, batch sizes, and whether to group by length.
+        seed: Decides the permutations.
+        processes: Number of processes that train together; each takes every `processes`-th batch.
     """
 
     def __init__(self, rows: torch.Tensor, mask: torch.Tensor, settings: TrainingSettings, seed: int, processes: int = 1):
@@ -65,7 +65,7 @@ class Batches(Dataset):
         lengths = used_lengths(mask)
         if settings.group_by_length and lengths.unique().numel() > 1:
             step = settings.gradient_accumulation * settings.batch_size * processes
-            order = _grouped(order, lengths, settings.batch_size, POOL * step, generator)
+            order = _group_by_length(order, lengths, settings.batch_size, POOL * step, generator)
         self.order = order
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class Batches(Dataset):
 
 
 def batch_of(rows: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the chosen rows, cut behind the last target among them: what follows it decides nothing in a causal model."""
+    """Return the chosen rows, cut after the last target among them: what follows it decides nothing in a causal model."""
     tokens, targets = rows[chosen], mask[chosen]
     longest = max(2, int(used_lengths(targets).max()))
     return {"input_ids": tokens[:, :longest], "loss_mask": targets[:, :longest]}
@@ -87,8 +87,8 @@ def used_lengths(mask: torch.Tensor) -> torch.Tensor:
     return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
 
 
-def _grouped(order: torch.Tensor, lengths: torch.Tensor, batch_size: int, pool: int, generator: torch.Generator) -> torch.Tensor:
-    """The rows of `order` in batches of like length: sorted within pools of `pool` rows, whose batches come in a random order."""
+def _group_by_length(order: torch.Tensor, lengths: torch.Tensor, batch_size: int, pool: int, generator: torch.Generator) -> torch.Tensor:
+    """Sort the rows of `order` by length within pools of `pool` rows, and put the batches of a pool in a random order."""
     grouped = []
     for part in order.split(pool):
         batches = part[lengths[part].argsort(stable=True)].split(batch_size)

@@ -10,7 +10,7 @@ from compression.training import processes
 
 
 class Curve:
-    """Part of the checkpoint, so that a kill leaves no dent in it. A step counts once it is complete."""
+    """Sums of loss terms since the last point; part of the checkpoint, so that a resumed curve is the same. A step counts once it is complete."""
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor | float] = {}
@@ -22,13 +22,13 @@ class Curve:
         self._step_tokens: torch.Tensor | int = 0
 
     def add(self, terms: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> None:
-        """Take the terms of one batch of a step, already divided by what the whole step is divided by, and how many `tokens` it has, int64 []."""
+        """Add the terms of one batch, already divided by the targets of the whole step, and its number of `tokens`, int64 []."""
         for name, value in terms.items():
             self._step[name] = self._step[name] + value.detach() if name in self._step else value.detach()
         self._step_tokens = self._step_tokens + tokens
 
     def end_step(self, seconds: float) -> torch.Tensor:
-        """Count the step, over all processes; returns its loss."""
+        """Count the step, over all processes; return its loss."""
         terms = {name: processes.summed(value) for name, value in self._step.items()}
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -43,7 +43,7 @@ class Curve:
         return float(self.tokens) / max(self.seconds, 1e-9)
 
     def point(self, learning_rate: float) -> dict[str, float]:
-        """Close the interval: the mean of every term, learning_rate and training_tokens_per_second."""
+        """End the interval; return the mean of every term, learning_rate and training_tokens_per_second."""
         self.last = {name: float(value) / self.steps for name, value in self.sums.items()}
         self.last |= {"learning_rate": learning_rate, "training_tokens_per_second": self.tokens_per_second}
         self.sums, self.tokens, self.steps, self.seconds = {}, 0, 0, 0.0

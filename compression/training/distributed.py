@@ -20,13 +20,25 @@ Result = dict[str, float]
 
 
 def in_processes(count: int, function: Callable[..., Result], *arguments: Any, context: Context, **parameters: Any) -> Result:
-    """`function(*arguments, context=context, **parameters)` in `count` processes that train together; the first one's result.
+    """Call `function(*arguments, context=context, **parameters)` in `count` processes that train together.
 
-    function  what calls `train`, which divides batches among the processes: `batch_size` rows in each, gradients averaged over all
-              targets. It is imported by its name, and its arguments are pickled
-    The processes talk by gloo on a CPU, where each takes its share of this process's threads, and by NCCL on GPUs, one each.
+    The processes communicate by gloo on a CPU, where each gets its share of this process's threads, and by NCCL on GPUs, one each.
 
-    Raises what the function raised in one of them, Incompatible for more processes than GPUs, RuntimeError for a process that was lost.
+    Args:
+        count: Number of processes.
+        function: Calls `train`, which divides batches among the processes: `batch_size` rows in each, gradients averaged over all targets.
+            It is imported by its name, and its arguments are pickled.
+        arguments: Its positional arguments.
+        context: Device, seed and callbacks; only the first process reports.
+        parameters: Its keyword arguments.
+
+    Returns:
+        The first process's result.
+
+    Raises:
+        Incompatible: There are more processes than GPUs.
+        RuntimeError: A process was lost.
+        Exception: What the function raised in one of the processes.
     """
     device = torch.device(context.device)
     if device.type == "cuda" and count > torch.cuda.device_count():
@@ -51,28 +63,28 @@ def in_processes(count: int, function: Callable[..., Result], *arguments: Any, c
 
 
 def _listen(children: dict[Connection, BaseProcess], context: Context) -> Result:
-    """Pass on what the processes tell until all are done; returns the first one's result."""
-    first, results, open_pipes = next(iter(children)), {}, set(children)
+    """Pass on the first process's reports until all are done; return its result."""
+    reporting, results, open_pipes = next(iter(children)), {}, set(children)
     while open_pipes:
         for pipe in wait(list(open_pipes)):
             assert isinstance(pipe, Connection)
             try:
-                kind, said = pipe.recv()
+                kind, value = pipe.recv()
             except EOFError:
                 children[pipe].join()
-                kind, said = "error", RuntimeError("a process of the training was lost")
+                kind, value = "error", RuntimeError("a process of the training was lost")
             if kind == "result":
-                results[pipe] = said
+                results[pipe] = value
                 open_pipes.remove(pipe)
             elif kind == "error":
-                raise _cause(said, children.values())
-            elif pipe is first:
-                getattr(context, kind)(*said)
-    return results[first]
+                raise _cause(value, children.values())
+            elif pipe is reporting:
+                getattr(context, kind)(*value)
+    return results[reporting]
 
 
 def _cause(error: Exception, children: Iterable[BaseProcess]) -> Exception:
-    """Of the loss of one process the others tell in words of their own."""
+    """Name the process that was lost: the others fail with errors of their own when it is gone."""
     lost = [child.exitcode for child in children if child.exitcode]
     if not lost or isinstance(error, EdgepressError):
         return error
@@ -80,9 +92,15 @@ def _cause(error: Exception, children: Iterable[BaseProcess]) -> Exception:
 
 
 def _child(
-    pipe: Connection, environment: dict[str, str], threads: int, seed: int, device: str, function: Callable[..., Result],
-    arguments: tuple[Any, ...], parameters: dict[str, Any],
-) -> None:  # fmt: skip
+    pipe: Connection,
+    environment: dict[str, str],
+    threads: int,
+    seed: int,
+    device: str,
+    function: Callable[..., Result],
+    arguments: tuple[Any, ...],
+    parameters: dict[str, Any],
+) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(environment)
     torch.set_num_threads(threads)
@@ -90,10 +108,10 @@ def _child(
         torch.cuda.set_device(int(environment["LOCAL_RANK"]))
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    tells = {kind: lambda *said, kind=kind: pipe.send((kind, said)) for kind in ("progress", "metrics", "warn")}
+    callbacks = {kind: lambda *values, kind=kind: pipe.send((kind, values)) for kind in ("progress", "metrics", "warn")}
     try:
         distributed.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
-        result = function(*arguments, context=Context(seed=seed, device=device, **tells), **parameters)
+        result = function(*arguments, context=Context(seed=seed, device=device, **callbacks), **parameters)
     except BaseException as error:  # noqa: BLE001  (the parent raises it)
         pipe.send(("error", _portable(error)))
         return
@@ -102,16 +120,16 @@ def _child(
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The error, or its type and message where the parent could not unpickle it."""
+    """Return the error, or its type and message where the parent could not unpickle it."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001  (whatever its class makes of it)
+    except Exception:  # noqa: BLE001  (its class may raise anything)
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed leaves no process behind that waits for the others."""
+    """End with a parent that is killed, instead of waiting for the other processes."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,7 +1,7 @@
 """The one training loop: Hugging Face's Trainer over rows of tokens, quiet, and safe to kill at any step.
 
-What is minimised is an `nn.Module`, the objective: `objective(input_ids, loss_mask, count)` gives a dict of scalar terms, of
-which "loss" is differentiated. It holds the student and whatever else learns, so that all of it is in the checkpoints.
+It minimises an `nn.Module`, the objective: `objective(input_ids, loss_mask, count)` returns a dict of scalar terms, of which "loss" is
+differentiated. The objective holds the student and everything else that learns, so that all of it is in the checkpoints.
 """
 
 import random
@@ -20,7 +20,7 @@ from compression.errors import EdgepressError
 from compression.resumption import fingerprint, latest_checkpoint
 from compression.training import processes
 from compression.training.batches import Batches, TrainingRows, check_rows
-from compression.training.held_masks import HeldMasks
+from compression.training.masks import FixedMasks
 from compression.training.memory import BatchPlan, BatchTooLarge, free_memory
 from compression.training.settings import TrainingSettings
 from compression.training.trainer import Checkpoints, StageTrainer, TrainingRun, checkpoint_activations, step_of, trainable
@@ -34,20 +34,20 @@ def train(
     run: TrainingRun,
     *,
     context: Context,
-    sparsity: HeldMasks | None = None,
+    masks: FixedMasks | None = None,
 ) -> dict[str, float]:
-    """Minimise `objective` in place; a second call with the same arguments after a kill continues from the last checkpoint.
+    """Minimise `objective` in place; a second call with the same arguments after a kill resumes from the last checkpoint.
 
     On a CPU the weights are bit-identical however often it was killed, except where memory ran out: that step is then repeated in
     batches of half the size, as many rows in all, and all steps after it use that size.
 
     Args:
-        objective: Gives a dict of scalar terms, of which "loss" is differentiated; holds the student and whatever else learns.
-        data: Batches are drawn from seeded permutations of its rows.
-        settings: Also a subclass's object; only the fields of `TrainingSettings` are read.
-        run: Its name, and where its checkpoints are.
-        context: Device, seed, and who hears of progress.
-        sparsity: What becomes of weights that carry masks (`hold_masks`); by default they stay as sparse as they are.
+        objective: The module described above; its trainable parameters change.
+        data: Rows, from seeded permutations of which batches are drawn, and validation rows.
+        settings: May be of a subclass: only the fields of `TrainingSettings` are read.
+        run: Name, origin and work directory of the training.
+        context: Device, seed and callbacks.
+        masks: What happens to weights with masks (`attach_masks`); by default the masks stay as they are.
 
     Returns:
         The last point of the curve (means since the point before: every loss term, learning_rate, training_tokens_per_second), with
@@ -55,28 +55,29 @@ def train(
         stopped_early.
 
     Raises:
-        UnusableData: Rows of another shape, or nothing to learn from.
-        Incompatible: A device or precision that this machine does not have.
+        UnusableData: Rows have another shape, or nothing to learn from.
+        Incompatible: This machine lacks the device or the precision.
         EdgepressError: The loss is no longer finite, or `workdir` belongs to another training.
     """
     mask = check_rows(data.rows, data.mask)
-    judge = Validation(data.validation, settings) if data.validation and settings.evaluate_every else None
-    sparsity = sparsity or HeldMasks(objective)
+    validation = Validation(data.validation, settings) if data.validation and settings.evaluate_every else None
+    masks = masks or FixedMasks(objective)
     if settings.gradient_checkpointing:
         checkpoint_activations(objective)
     batches = Batches(data.rows, mask, settings, context.seed, processes.count())
-    checkpoints = Checkpoints(run, _fingerprint(objective, TrainingRows(data.rows, mask), judge, settings, run.origin, context))
-    resumed_from = resume = _latest(run, checkpoints.fingerprint, context)
-    plan = BatchPlan.load(resume) if resume else BatchPlan(settings.batch_size)
-    began = time.perf_counter()
+    tensors = [data.rows, mask, *((validation.rows, validation.mask) if validation else ())]
+    checkpoints = Checkpoints(run, _fingerprint(objective, tensors, settings, run.origin, context))
+    resumed_from = checkpoint = _latest(run, checkpoints.fingerprint, context)
+    plan = BatchPlan.load(checkpoint) if checkpoint else BatchPlan(settings.batch_size)
+    started = time.perf_counter()
     with seeded(context.seed + processes.rank()):
         while True:
             trainer = StageTrainer(
-                objective, batches, settings.of_batch_size(plan.batch_size), checkpoints, plan=plan, sparsity=sparsity, validation=judge,
+                objective, batches, settings.of_batch_size(plan.batch_size), checkpoints, plan=plan, masks=masks, validation=validation,
                 context=context,
             )  # fmt: skip
             try:
-                curve = trainer.run_from(resume)
+                curve = trainer.run_from(checkpoint)
                 break
             except BatchTooLarge:
                 plan = plan.halved()
@@ -84,19 +85,19 @@ def train(
                 f"{run.name}: memory ran out at batch_size {trainer.plan.batch_size}; it continues with batches of {plan.batch_size} and "
                 "as many rows a step. Its weights may differ in their last bits from those of a machine with more memory"
             )
-            resume = trainer.set_back(plan)
+            checkpoint = trainer.set_back(plan)
             del trainer
             free_memory()
-    return curve | (judge.figures() if judge else {}) | {
+    return curve | (validation.metrics() if validation else {}) | {
         "resumed_from_step": float(step_of(resumed_from)) if resumed_from else 0.0,
         "batch_size": float(plan.batch_size),
         "oom_retries": float(plan.oom_retries),
-        "seconds": time.perf_counter() - began,
+        "seconds": time.perf_counter() - started,
     }  # fmt: skip
 
 
 def _latest(run: TrainingRun, fingerprint: str, context: Context) -> Path | None:
-    """Find the checkpoint to continue from. One process looks, since looking clears away what is incomplete."""
+    """Find the checkpoint to resume from, in the first process only: finding it also removes incomplete ones."""
     found = None
     if processes.is_first():
         run.workdir.mkdir(parents=True, exist_ok=True)
@@ -125,17 +126,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 def _fingerprint(
     objective: nn.Module,
-    data: TrainingRows,
-    judge: Validation | None,
+    data: list[torch.Tensor],
     settings: TrainingSettings,
     origin: Mapping[str, Any],
     context: Context,
 ) -> str:
-    """Digest what a checkpoint must agree with to be continued; `extra_repr` of the objective tells its weights and temperature."""
-    tensors = [tensor for tensor in (data.rows, data.mask, *((judge.rows, judge.mask) if judge else ())) if tensor is not None]
+    """Digest what a checkpoint must agree with to be resumed; `extra_repr` of the objective describes its loss."""
     document = {
         "origin": dict(origin), "settings": settings.training_values(), "objective": objective.extra_repr(), "seed": context.seed,
         "trainable": {name: list(tensor.shape) for name, tensor in trainable(objective).items()},
-        "data": [list(tensor.shape) for tensor in tensors], "device": torch.device(context.device).type, "processes": processes.count(),
+        "data": [list(tensor.shape) for tensor in data], "device": torch.device(context.device).type, "processes": processes.count(),
     }  # fmt: skip
-    return fingerprint(document, *(tensor.numpy().tobytes() for tensor in tensors))
+    return fingerprint(document, *(tensor.numpy().tobytes() for tensor in data))

@@ -1,4 +1,4 @@
-"""When memory runs out: telling it from other failures, and the size of batch that fits."""
+"""Running out of memory: recognise it, and find the size of batch that fits."""
 
 import gc
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-_SAID = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+_MESSAGES = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
 class BatchTooLarge(Exception):
@@ -16,13 +16,13 @@ class BatchTooLarge(Exception):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The size of batch that a training has come down to. Part of its checkpoints: what did not fit once is not tried again."""
+    """The size of batch that fits. Part of a training's checkpoints: a size that did not fit is not tried again."""
 
     batch_size: int
     oom_retries: int = 0
 
     def halved(self) -> "BatchPlan":
-        """Half the size, or the largest divisor below it, so that a step has as many rows."""
+        """Return a plan of half the size, or of the largest divisor below it, so that a step has as many rows."""
         size = max(divisor for divisor in range(1, self.batch_size // 2 + 1) if self.batch_size % divisor == 0)
         return BatchPlan(size, self.oom_retries + 1)
 
@@ -35,11 +35,11 @@ class BatchPlan:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _SAID)
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in _MESSAGES)
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more."""
+    """Release memory that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

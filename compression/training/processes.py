@@ -1,4 +1,4 @@
-"""What the processes of one training say to each other; without others, everything is this process's own word."""
+"""What the processes of one training exchange; a process that trains alone gets its own values back."""
 
 from typing import Any, TypeVar
 
@@ -17,12 +17,12 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and reports."""
+    """Return whether this process is the one that writes and reports."""
     return rank() == 0
 
 
 def summed(value: torch.Tensor) -> torch.Tensor:
-    """The sum of every process's value."""
+    """Return the sum of every process's value."""
     if count() == 1:
         return value
     total = value.clone() if distributed.get_backend() == "gloo" else value.cuda()
@@ -31,7 +31,7 @@ def summed(value: torch.Tensor) -> torch.Tensor:
 
 
 def agreed(value: Value) -> Value:
-    """The first process's value."""
+    """Return the first process's value."""
     if count() == 1:
         return value
     values: list[Any] = [value]
@@ -40,7 +40,7 @@ def agreed(value: Value) -> Value:
 
 
 def gathered(value: Value) -> list[Value]:
-    """Every process's value, by rank."""
+    """Return every process's value, by rank."""
     if count() == 1:
         return [value]
     values: list[Any] = [None] * count()
@@ -49,6 +49,6 @@ def gathered(value: Value) -> list[Value]:
 
 
 def wait() -> None:
-    """Until every process is here."""
+    """Block until every process is here."""
     if count() > 1:
         distributed.barrier()

@@ -21,7 +21,10 @@ class TrainingSettings(Settings):
         evaluate_every: 50      # with early stopping on the validation split:
         patience: 3
 
-    An optimizer step sees `batch_size * gradient_accumulation` rows; its loss is the mean over the targets of all of them.
+    Lifecycle: the learning rate rises over `warmup_ratio` of the steps and then follows `schedule`. A crash-safe checkpoint is written
+    every `save_every` steps and at the last. With `evaluate_every`, training stops after `patience` evaluations without a lower loss.
+
+    An optimizer step gets `batch_size * gradient_accumulation` rows; its loss is the mean over the targets of all of them.
     Where rows of the validation split are evaluated, training ends with the weights of the lowest validation loss.
     Weights and optimizer state are float32 in every precision.
 
@@ -38,16 +41,16 @@ class TrainingSettings(Settings):
     ] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1, description="Share of the steps over which the learning rate rises.")] = 0.05
     weight_decay: Annotated[float, Field(ge=0, description="AdamW's, on matrices.")] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0, description="Gradients are clipped to this norm; 0 leaves them.")] = 1.0
+    max_grad_norm: Annotated[float, Field(ge=0, description="Gradients are clipped to this norm; 0 does not clip.")] = 1.0
     precision: Annotated[Precision, Field(description="Of matrix products; weights stay float32. float16 needs a GPU.")] = "float32"
     gradient_checkpointing: Annotated[
         bool, Field(description="Compute activations again in the backward pass instead of keeping them: less memory, more time.")
     ] = False
     group_by_length: Annotated[bool, Field(description="Batches of questions of like length: less padding is computed.")] = True
     save_every: Annotated[int, Field(ge=1, description="Steps between crash-safe checkpoints; the last step always has one.")] = 100
-    save_minutes: Annotated[float, Field(ge=0, description="Also a checkpoint when so many minutes passed since the last; 0 is never.")] = (
-        0.0
-    )
+    save_minutes: Annotated[
+        float, Field(ge=0, description="Also write a checkpoint when so many minutes passed since the last; 0 is never.")
+    ] = 0.0
     evaluate_every: Annotated[
         int,
         Field(ge=0, description="Steps between evaluations of the loss on the validation split; the best weights are kept. 0 is never."),

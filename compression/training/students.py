@@ -1,4 +1,4 @@
-"""Opening what is to be trained, and writing it when it is."""
+"""Open the model to train, and write it when it is trained."""
 
 import shutil
 from pathlib import Path
@@ -13,23 +13,26 @@ from compression.context import Context
 from compression.data.fill import unknown_token
 from compression.errors import Incompatible, UnusableData
 from compression.training import processes
-from compression.training.held_masks import held_masks, hold_masks, zero_pruned
+from compression.training.masks import attach_masks, attached_masks, zero_pruned
 
 
 def open_student(path: Path, rows: torch.Tensor, context: Context) -> PreTrainedModel:
-    """The model to train, in float32 on the context's device. Weights of a sparse one carry their masks (`hold_masks`): `train` keeps
-    what is pruned at zero, and `save_student` writes the masks again.
+    """Load the model to train, in float32 on the context's device.
 
-    Raises Incompatible (a quantized checkpoint), UnusableData (tokens outside its vocabulary, rows longer than it reads).
+    Weights of a sparse model get their masks (`attach_masks`): `train` keeps what is pruned at zero, and `save_student` writes the masks again.
+
+    Raises:
+        Incompatible: The checkpoint is quantized.
+        UnusableData: Rows hold tokens outside its vocabulary, or are longer than it reads.
     """
     check_student(open_checkpoint(path), rows)
     model = load_model(path, device=context.device)
-    hold_masks(model, read_masks(path))
+    attach_masks(model, read_masks(path))
     return model
 
 
 def check_student(checkpoint: Checkpoint, rows: torch.Tensor) -> None:
-    """Raises what `open_student` does."""
+    """Raise what `open_student` raises, without loading weights."""
     path = checkpoint.path
     if checkpoint.layout != "dense":
         raise Incompatible(f"{path} is quantized ({checkpoint.layout}) and cannot be trained; train before quantizing")
@@ -41,11 +44,11 @@ def check_student(checkpoint: Checkpoint, rows: torch.Tensor) -> None:
 
 
 def save_student(model: PreTrainedModel, out: Path, *, like: Path) -> None:
-    """Write the trained model in the dtype of `like`, with what a later stage needs to know of its pruning: its masks, kept.safetensors."""
+    """Write the trained model in the dtype of `like`, with its masks and the kept.safetensors of `like`, which later stages read."""
     if not processes.is_first():
-        return  # every process has the same
-    zero_pruned(model)  # an adapter that was merged filled them
+        return  # every process has the same weights
+    zero_pruned(model)  # merging an adapter filled them
     save_model(model, out, like=like)
-    write_masks(out, held_masks(model))
+    write_masks(out, attached_masks(model))
     if (like / "kept.safetensors").is_file():
         shutil.copyfile(like / "kept.safetensors", out / "kept.safetensors")

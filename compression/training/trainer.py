@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, made quiet and safe to kill, over an objective that gives its loss in terms."""
+"""Hugging Face's Trainer, made quiet and safe to kill, over an objective that returns its loss in terms."""
 
 import math
 import time
@@ -18,26 +18,26 @@ from compression.resumption import write_checkpoint
 from compression.training import processes
 from compression.training.batches import Batches, used_lengths
 from compression.training.curve import Curve
-from compression.training.held_masks import HeldMasks
+from compression.training.masks import FixedMasks
 from compression.training.memory import BatchPlan, BatchTooLarge, is_out_of_memory
 from compression.training.settings import TrainingSettings
 from compression.training.validation import Validation
 
-KEPT = "kept"  # below the work directory: the checkpoint of the step that was to be kept
+KEPT = "kept"  # below the work directory: the checkpoint of `keep_step`
 POINTS = 200  # of a loss curve, at most
-SECONDS_PER_TEXT = 1.0  # the progress bar's text reads the loss, for which a GPU has to be waited for
+SECONDS_PER_TEXT = 1.0  # the progress bar's text reads the loss, which waits for the GPU
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One training, which a kill interrupts and a second call with the same arguments continues.
+    """One training, which a second call with the same arguments resumes after a kill.
 
     Attributes:
         name: Names the work in progress, warnings and errors.
-        origin: What the objective was made of, as JSON: the method's name and settings, `file_digests` of the models that it started from.
-            A checkpoint of another origin is not continued.
+        origin: What the objective was made from, as JSON: the method's name and settings, `file_digests` of the models that it started from.
+            A checkpoint of another origin is refused.
         workdir: Holds the checkpoints of this one training. They stay: the caller removes them once the result is safe.
-        start: A folder with a kept checkpoint of the same training, from which it starts where `workdir` has none.
+        start: A folder with a kept checkpoint of the same training, from which it starts while `workdir` has none.
         keep_step: The step whose checkpoint is kept in `workdir/kept`.
     """
 
@@ -69,13 +69,13 @@ class StageTrainer(Trainer):
         checkpoints: Checkpoints,
         *,
         plan: BatchPlan,
-        sparsity: HeldMasks,
+        masks: FixedMasks,
         validation: Validation | None,
         context: Context,
     ):
         self.curve = Curve()
         self.objective: nn.Module = objective
-        self.sparsity: HeldMasks = sparsity
+        self.masks: FixedMasks = masks
         self.validation: Validation | None = validation
         self.plan: BatchPlan = plan
         self.checkpoints: Checkpoints = checkpoints
@@ -102,7 +102,7 @@ class StageTrainer(Trainer):
         return self.curve.last | {"steps": float(steps)}
 
     def set_back(self, plan: BatchPlan) -> Path:
-        """After BatchTooLarge: write a checkpoint of the complete steps, which training continues in batches of another size."""
+        """Write a checkpoint of the complete steps after BatchTooLarge, to be resumed in batches of another size."""
         self.plan = plan
         self.objective.zero_grad(set_to_none=True)
         self.write(self.checkpoints.run.workdir)
@@ -114,28 +114,28 @@ class StageTrainer(Trainer):
         self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        """Targets in one optimizer step: what every term of the loss is divided by. A position predicts the token after it."""
+        """Count the targets of one optimizer step, which every term of the loss is divided by. A position predicts the token after it."""
         counted = torch.stack([batch["loss_mask"][:, 1:].sum() for batch in batch_samples]).sum().to(device)
         return processes.summed(counted).clamp(min=1)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        """Raises BatchTooLarge where memory ran out and smaller batches can help: the weights are those of the step before."""
+        """Raise BatchTooLarge where memory ran out and smaller batches can help: the weights are those of the step before."""
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except RuntimeError as error:
             if not is_out_of_memory(error) or self.args.per_device_train_batch_size == 1 or processes.count() > 1:
                 raise
-        raise BatchTooLarge  # here, where the traceback above and the activations that it holds are gone
+        raise BatchTooLarge  # outside the handler, so that the traceback above and the activations it refers to are freed
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:  # fmt: skip
         terms = model(**inputs, count=num_items_in_batch)
-        self.curve.add(terms, used_lengths(inputs["loss_mask"]).sum())  # padding is no work
+        self.curve.add(terms, used_lengths(inputs["loss_mask"]).sum())  # padding is not counted
         return terms["loss"] * processes.count()  # gradients are averaged over processes, and the count is that of all
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self.sparsity.mask_gradients(self.state.global_step + 1)
+        self.masks.mask_gradients(self.state.global_step + 1)
         return super()._clip_grad_norm(model)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
@@ -172,13 +172,13 @@ class StageTrainer(Trainer):
     def snapshot(self) -> dict[str, dict[str, torch.Tensor]]:
         """Copy weights and masks as they stand, on the CPU."""
         weights = {name: weight.to("cpu", copy=True) for name, weight in trainable(self.objective).items()}
-        return {"weights": weights, "masks": self.sparsity.state()}
+        return {"weights": weights, "masks": self.masks.state()}
 
     @torch.no_grad()
     def restore(self, snapshot: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         for name, parameter in trainable(self.objective).items():
             parameter.copy_(snapshot["weights"][name])
-        self.sparsity.load(snapshot["masks"])
+        self.masks.load(snapshot["masks"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
@@ -194,26 +194,26 @@ class _Steps(TrainerCallback):
     def __init__(self, trainer: StageTrainer, settings: TrainingSettings, context: Context):
         self.trainer, self.settings, self.context, self.run = trainer, settings, context, trainer.checkpoints.run
         self.learning_rate = 0.0
-        self.since = self.reported = 0.0
+        self.step_started = self.reported = 0.0
         self.saved = time.monotonic()
         self.text = self.run.name
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        self.trainer.sparsity.start(parts["optimizer"])
+        self.trainer.masks.start(parts["optimizer"])
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self.since = time.perf_counter()
+        self.step_started = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        self.trainer.sparsity.before_step(state.global_step + 1, parts["optimizer"])
+        self.trainer.masks.before_step(state.global_step + 1, parts["optimizer"])
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        self.trainer.sparsity.after_step()
+        self.trainer.masks.after_step()
         self.learning_rate = parts["optimizer"].param_groups[0]["lr"]  # the scheduler has moved on by the end of the step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         step, total, curve, validation = state.global_step, state.max_steps, self.trainer.curve, self.trainer.validation
-        loss = curve.end_step(time.perf_counter() - self.since)
+        loss = curve.end_step(time.perf_counter() - self.step_started)
         self._report(step, total, loss)
         if validation and validation.due(step):
             losses = validation.losses(self.trainer.objective, args.device)
@@ -283,7 +283,7 @@ def _arguments(settings: TrainingSettings, workdir: Path, context: Context) -> T
 
 def _check_precision(settings: TrainingSettings, device: torch.device) -> None:
     if settings.precision == "float16" and device.type != "cuda":
-        raise Incompatible(f"precision float16 is trained on a GPU with CUDA, not on {device.type}; take bfloat16", key="precision")
+        raise Incompatible(f"precision float16 needs a GPU with CUDA, and the device is {device.type}; take bfloat16", key="precision")
     if settings.precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise Incompatible(f"{torch.cuda.get_device_name(device)} does not multiply in bfloat16; take float16", key="precision")
 
@@ -306,5 +306,5 @@ def trainable(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _as_is(batch: Any) -> Any:
-    """Collate nothing: `Batches` gives whole batches."""
+    """Collate nothing: `Batches` returns whole batches."""
     return batch

@@ -1,4 +1,4 @@
-"""Early stopping: the loss on rows that are not trained on, and the weights that had the lowest."""
+"""Early stopping: the loss on rows that are not trained on, and the weights with the lowest."""
 
 import json
 import math
@@ -26,7 +26,7 @@ class _State:
 
 
 class Validation:
-    """Judges a training at its evaluations. All of it is part of the checkpoint; it draws no random number."""
+    """Evaluates a training. Its whole state is part of the checkpoint; it draws no random number."""
 
     def __init__(self, held_out: HeldOut, settings: TrainingSettings):
         self.rows, self.mask = held_out[0], check_rows(*held_out)
@@ -38,7 +38,7 @@ class Validation:
         return step % self.settings.evaluate_every == 0 or step == self.settings.steps
 
     def judge(self, losses: Mapping[str, float], step: int, snapshot: Callable[[], Snapshot]) -> None:
-        """Take the losses of a step. Raises EdgepressError for a loss that is no number."""
+        """Keep the weights of a lower loss, and decide whether to stop. Raises EdgepressError for a loss that is not finite."""
         state = self.state
         if not math.isfinite(losses["validation_loss"]):
             raise EdgepressError(f"the validation loss is no longer finite at step {step}; lower the learning rate", key="learning_rate")
@@ -51,7 +51,7 @@ class Validation:
 
     @torch.no_grad()
     def losses(self, objective: nn.Module, device: torch.device) -> dict[str, float]:
-        """Every term of the objective, the mean over all targets of all validation rows, in evaluation mode: validation_loss, ..."""
+        """Return the mean of every term over all validation targets, in evaluation mode: validation_loss, validation_loss_kd, ..."""
         training = objective.training
         objective.eval()
         count = self.mask[:, 1:].sum().to(device)
@@ -63,8 +63,8 @@ class Validation:
         objective.train(training)
         return {f"validation_{name}": float(value) for name, value in sums.items()}
 
-    def figures(self) -> dict[str, float]:
-        """Of the weights that are kept."""
+    def metrics(self) -> dict[str, float]:
+        """Return validation_loss and best_step of the best weights, and stopped_early."""
         return {
             "validation_loss": self.state.best, "best_step": float(self.state.best_step), "stopped_early": float(self.state.stopped),
         }  # fmt: skip

@@ -64,7 +64,7 @@ class TrainingStage(Stage, TrainingSettings):
         if self.corpus and not isinstance(others["corpus"], Corpus):
             raise Incompatible(f"{self.corpus} writes no corpus; name a stage that does (uses: synthesize)", key="corpus")
         if self.corpus and self.train_on == "questions":
-            raise Incompatible("a corpus is running text, and train_on asks for questions; leave one of them out", key="corpus")
+            raise Incompatible("a corpus is running text, and train_on is questions; leave one of them out", key="corpus")
         if self.train_on == "questions" and data.questions is None:
             raise Incompatible("train_on: questions needs `data.questions` in the recipe", key="train_on")
         if data.length > parent.max_length:

@@ -21,7 +21,7 @@ from compression.errors import EdgepressError, Incompatible, UnusableModel
 from compression.pruning import UnstructuredSettings, prune_unstructured
 from compression.pruning.densities import layer_sparsities
 from compression.pruning.rigl import RigL, moved
-from compression.training.held_masks import HeldMasks, held_masks, hold_masks
+from compression.training.masks import FixedMasks, attach_masks, attached_masks
 from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_windows
 from tests.trainings import build_objective, run_distillation, run_finetuning, run_lottery, run_rigl, run_training
@@ -103,7 +103,7 @@ def test_a_pruned_weight_has_no_moments_and_counts_in_no_norm(tmp_path: Path, sp
     rows = tiny_windows(8)
     masks = read_masks(sparse)
     ours, plain = load_model(sparse), load_model(sparse)
-    hold_masks(ours, masks)
+    attach_masks(ours, masks)
     run_training(
         build_objective(ours, beta=1.0), rows, mask=None, settings=SETTINGS.model_copy(update={"steps": 4, "batch_size": 8, "schedule": "constant", "warmup_ratio": 0}),
         origin={}, workdir=tmp_path, context=Context(), name="train",
@@ -154,10 +154,10 @@ def test_the_update_that_is_merged_is_the_one_that_was_trained(tmp_path: Path, s
 def test_masks_of_another_model_are_refused(checkpoint: Path) -> None:
     model = load_model(checkpoint)
     with pytest.raises(UnusableModel, match="no such weight"):
-        hold_masks(model, {"model.layers.9.mlp.up_proj.weight": torch.ones(128, 64, dtype=torch.bool)})
+        attach_masks(model, {"model.layers.9.mlp.up_proj.weight": torch.ones(128, 64, dtype=torch.bool)})
     with pytest.raises(UnusableModel, match=r"\[2, 2\]"):
-        hold_masks(model, {"model.layers.0.mlp.up_proj.weight": torch.ones(2, 2, dtype=torch.bool)})
-    assert HeldMasks(model).masks == {}
+        attach_masks(model, {"model.layers.0.mlp.up_proj.weight": torch.ones(2, 2, dtype=torch.bool)})
+    assert FixedMasks(model).masks == {}
 
 
 # RigL
@@ -183,13 +183,13 @@ class Watched(RigL):
 @pytest.fixture(scope="module")
 def updates(tmp_path_factory: pytest.TempPathFactory, sparse: Path) -> Iterator[Watched]:
     model = load_model(sparse)
-    hold_masks(model, read_masks(sparse))
+    attach_masks(model, read_masks(sparse))
     objective = build_objective(model, beta=1.0)
     rigl = Watched(objective, drop_fraction=0.4, delta_t=3, last_step=9)
     rigl.seen = []
     run_training(
         objective, tiny_windows(8), mask=None, settings=SETTINGS.model_copy(update={"steps": 12}), origin={}, workdir=tmp_path_factory.mktemp("rigl"),
-        context=Context(), name="RigL", sparsity=rigl,
+        context=Context(), name="RigL", masks=rigl,
     )  # fmt: skip
     return rigl
 
@@ -226,7 +226,7 @@ def test_what_grows_starts_from_nothing_and_nothing_is_trained_meanwhile(updates
 def test_an_update_leaves_every_weight_alone_but_those_that_it_drops(tmp_path: Path, sparse: Path) -> None:
     def after(steps: int, name: str) -> dict[str, torch.Tensor]:
         model = load_model(sparse)
-        hold_masks(model, read_masks(sparse))
+        attach_masks(model, read_masks(sparse))
         objective = build_objective(model, beta=1.0)
         settings = SETTINGS.model_copy(update={"steps": steps, "schedule": "constant", "warmup_ratio": 0})
         rigl = RigL(objective, drop_fraction=0.3, delta_t=2, last_step=100)
@@ -239,7 +239,7 @@ def test_an_update_leaves_every_weight_alone_but_those_that_it_drops(tmp_path: P
             workdir=tmp_path / name,
             context=Context(),
             name="",
-            sparsity=rigl,
+            masks=rigl,
         )
         return {name: weight.detach() for name, weight in model.named_parameters()}
 
@@ -323,7 +323,7 @@ def test_a_ticket_is_what_plain_rounds_of_training_and_sorting_find(
     names = [name for name in load_file(parent / "model.safetensors") if "_proj" in name]
     model = load_model(parent)
     masks = {name: torch.ones_like(model.get_parameter(name), dtype=torch.bool) for name in names} | read_masks(parent)
-    hold_masks(model, masks)
+    attach_masks(model, masks)
     total = sum(mask.numel() for mask in masks.values())
     objective = build_objective(model, beta=1.0)
     begun: dict[str, torch.Tensor] = {}
@@ -338,7 +338,7 @@ def test_a_ticket_is_what_plain_rounds_of_training_and_sorting_find(
     run_training(objective, **hands, origin={}, workdir=tmp_path / "hand-1", context=Context(progress=watch), keep_step=rewind_step or None)
     masks = magnitudes(model, masks, total - round((1 - math.sqrt(kept * 0.25)) * total))
     again = load_model(parent)
-    hold_masks(again, masks)
+    attach_masks(again, masks)
     start = tmp_path / "hand-1" / "kept" if rewind_step else None
     run_training(build_objective(again, beta=1.0), **hands, origin={}, workdir=tmp_path / "hand-2", context=Context(), start=start)
     masks = magnitudes(again, masks, total - round(0.75 * total))
@@ -395,4 +395,4 @@ def test_lotteries_that_cannot_be_held(tmp_path: Path, sparse: Path, parameters:
     with pytest.raises((EdgepressError, ValidationError)) as caught:
         lottery(sparse, tmp_path, **parameters)
     assert key == (caught.value.key if isinstance(caught.value, EdgepressError) else caught.value.errors()[0]["loc"][0])
-    assert held_masks(load_model(sparse)) == {}
+    assert attached_masks(load_model(sparse)) == {}

@@ -213,7 +213,7 @@ def test_what_a_cache_cannot_give_is_refused(tmp_path: Path, opened: Open, stude
     with pytest.raises(EdgepressError, match="not made for a row"):
         objective(tiny_windows(2, 16, seed=9), torch.ones(2, 16, dtype=torch.bool))
     for arguments in ({"teacher": load_model(checkpoint), "temperature": 2.0}, {"temperature": 1.0}):
-        with pytest.raises(EdgepressError, match="give it alone"):
+        with pytest.raises(EdgepressError, match="pass the cache alone"):
             build_objective(load_model(student), cache=opened(), alpha=1.0, **arguments)
 
 

@@ -30,7 +30,7 @@ from tasks.store.journal import Run, RunBase, current_state, journal, read_run, 
 from tasks.store.store import Store
 from tests import waiting
 from tests.flows.recipes import edgepress
-from tests.flows.test_pipeline import DECOY, SAFE, Workshop
+from tests.flows.workshop import DECOY, SAFE, Workshop
 from tests.prefect_api import ask
 from tests.waiting import PATIENCE
 

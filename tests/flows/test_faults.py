@@ -17,7 +17,7 @@ from tasks.store.garbage import collect_garbage, verify
 from tasks.store.journal import current_state, read_runs
 from tasks.store.store import Store
 from tests.flows.recipes import recipe
-from tests.flows.test_pipeline import Finished, Workshop
+from tests.flows.workshop import Finished, Workshop
 from tests.kinds import installed
 from tests.waiting import PATIENCE, until
 

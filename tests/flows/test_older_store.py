@@ -17,7 +17,7 @@ import pytest
 from mlflow import MlflowClient, pyfunc
 
 from tests.flows.recipes import edgepress
-from tests.flows.test_pipeline import SAFE
+from tests.flows.workshop import SAFE
 from tests.waiting import PATIENCE
 
 ARCHIVE = Path(__file__).with_name("older") / "store_73afda4.tar.xz"

@@ -7,7 +7,7 @@ import pytest
 from mlflow.entities import Run
 
 from tests.flows.recipes import recipe
-from tests.flows.test_pipeline import Finished, Workshop
+from tests.flows.workshop import Finished, Workshop
 
 STAGES = """\
   corpus: {uses: synthesize, documents: 24, length: 32, batch_size: 8}

@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.flows.recipes import recipe
-from tests.flows.test_pipeline import SAFE, Workshop
+from tests.flows.workshop import SAFE, Workshop
 from tests.kinds import installed
 from tests.waiting import PATIENCE, until
 

@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.flows.recipes import recipe
-from tests.flows.test_pipeline import Workshop
+from tests.flows.workshop import Workshop
 from tests.kinds import installed
 from tests.waiting import PATIENCE, until
 

@@ -1,7 +1,7 @@
 """Recipes that Prefect runs: deployed to a real server, run by a real process worker, retried as its UI does; and `edgepress serve`.
 
-The directory of the deployment holds files of its owner with the names of our packages. One recipe goes its way through all of it, in the
-fixtures `crashed`, `retried`, `refused`, `mended`; each test looks at one of them.
+The directory of the deployment holds files of its owner with the names of our packages. One recipe passes through the fixtures
+`crashed`, `retried`, `refused` and `mended`; each test reads one of them.
 """
 
 import os
@@ -44,6 +44,7 @@ stages:
   distilled: {uses: distill, steps: 120, batch_size: 2, save_every: 10}
   rtn: {uses: quantize.rtn, group_size: 32}
 """
+pytestmark = pytest.mark.slow
 PREFECT = [sys.executable, "-P", "-m", "prefect"]
 
 
@@ -160,7 +161,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterato
 
 @pytest.fixture(scope="module")
 def deployed(place: Deployed) -> str:
-    """Deployed on a schedule; what the command said."""
+    """What the command printed that deployed the recipe on a schedule."""
     command = ["deploy", "micro.yaml", "--pool", "edge", "--cron", "0 3 * * 0", "--timezone", "Europe/Berlin", "--set", "seed=3"]
     done = subprocess.run(
         [*SAFE, *command], cwd=place.folder, env=place.environment, text=True, capture_output=True, timeout=PATIENCE, check=False
@@ -223,7 +224,7 @@ def mended(place: Deployed, refused: dict[str, Any]) -> dict[str, Any]:
     return place.ended(refused["id"])
 
 
-# each fixture has a test of its own, before the tests that need a later one: they take long
+# each slow fixture has a test of its own, before the tests that need a later one
 
 
 def test_a_killed_run_is_crashed(place: Deployed, crashed: dict[str, Any]) -> None:
@@ -232,7 +233,7 @@ def test_a_killed_run_is_crashed(place: Deployed, crashed: dict[str, Any]) -> No
     assert current_state(Store(place.store), place.journal("micro-1")) == "Crashed"
 
 
-def test_a_retry_goes_on_in_the_same_flow_run_and_the_same_run_of_mlflow(place: Deployed, retried: dict[str, Any]) -> None:
+def test_a_retry_keeps_flow_run_and_mlflow_run(place: Deployed, retried: dict[str, Any]) -> None:
     assert (retried["state"]["type"], retried["name"], retried["run_count"]) == ("COMPLETED", "micro-2", 2)
     assert [tag for tag in retried["tags"] if tag.startswith("attempt:")] == ["attempt:2"]
     first, second = place.journal("micro-1"), place.journal("micro-2")
@@ -247,12 +248,12 @@ def test_a_retry_goes_on_in_the_same_flow_run_and_the_same_run_of_mlflow(place: 
     assert "| distilled |" in table["data"] and str(place.folder / "outputs" / "micro") in table["data"]
 
 
-def test_what_cannot_be_linked_fails_before_any_work(place: Deployed, retried: dict[str, Any], refused: dict[str, Any]) -> None:
+def test_an_occupied_link_fails_before_any_work(place: Deployed, retried: dict[str, Any], refused: dict[str, Any]) -> None:
     assert refused["state"]["type"] == "FAILED" and "outputs/micro/rtn" in refused["state"]["message"], refused["state"]
     assert "micro-3" not in run_names(Store(place.store))
 
 
-def test_other_data_are_work(place: Deployed, refused: dict[str, Any], mended: dict[str, Any]) -> None:
+def test_changed_data_are_computed_again(place: Deployed, refused: dict[str, Any], mended: dict[str, Any]) -> None:
     assert (mended["id"], mended["state"]["type"]) == (refused["id"], "COMPLETED")
     run = place.journal("micro-3")
     assert (run.state, run.resumes, run.flow_run) == ("Completed", None, refused["id"])
@@ -260,15 +261,6 @@ def test_other_data_are_work(place: Deployed, refused: dict[str, Any], mended: d
     before = {stage.name: stage.identity for stage in place.journal("micro-2").stages}
     assert [stage.name for stage in run.stages if stage.identity != before[stage.name]] == ["distilled", "rtn"]
     assert (place.folder / "outputs" / "micro" / "rtn").is_symlink()
-
-
-def test_when_nothing_is_left_to_do_it_is_all_cache_and_says_so(place: Deployed, mended: dict[str, Any]) -> None:
-    unchanged = place.ended(place.trigger())
-    assert (unchanged["state"]["type"], unchanged["state"]["name"]) == ("COMPLETED", "Cached")
-    assert unchanged["state"]["message"] == "nothing changed: every stage came from the store"
-    assert set(place.task_states(unchanged["id"], 1).values()) == {"Cached"}
-    assert place.journal("micro-4").state == "Completed"
-    assert [run.info.status for run in place.pipelines()] == ["FINISHED", "FINISHED", "FINISHED"]
 
 
 @pytest.mark.parametrize(
@@ -283,7 +275,7 @@ def test_when_nothing_is_left_to_do_it_is_all_cache_and_says_so(place: Deployed,
         (["--pool", "edge", "--only", "rtm"], "there is no stage 'rtm'; did you mean 'rtn'?"),
     ],
 )
-def test_what_cannot_be_deployed_is_refused(
+def test_unusable_deployments_are_refused(
     place: Deployed, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place.folder)
@@ -305,7 +297,7 @@ def test_a_deployment_needs_a_server(
     assert (code, out) == (2, "") and words in err
 
 
-def test_a_run_that_died_with_its_worker_is_found_and_a_retry_that_begins_is_not_taken_for_it(place: Deployed, deployed: str) -> None:
+def test_only_the_dead_attempt_is_marked_crashed(place: Deployed, deployed: str) -> None:
     gone = subprocess.run(
         [sys.executable, "-P", "-c", "from tasks.store.owner import owner_tag; print(owner_tag())"],
         text=True,
@@ -325,12 +317,12 @@ def test_a_run_that_died_with_its_worker_is_found_and_a_retry_that_begins_is_not
     place.ask(f"flow_runs/{flow_runs[1]}/set_state", {"state": {"type": "COMPLETED"}})
 
 
-# --- which run a retry goes on with ---
+# --- which run a retry resumes ---
 
 
-def test_a_retry_goes_on_with_the_end_of_its_own_chain(tmp_path: Path) -> None:
+def test_a_retry_resumes_its_latest_attempt(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    mine, said = "6f6ba0b7-0d3c-4a3d-9d0a-8f4a5c5b0a11", []  # type: ignore[var-annotated]
+    mine, notes = "6f6ba0b7-0d3c-4a3d-9d0a-8f4a5c5b0a11", []  # type: ignore[var-annotated]
 
     def write(state: Any, **more: Any) -> None:
         run = Run(
@@ -340,19 +332,19 @@ def test_a_retry_goes_on_with_the_end_of_its_own_chain(tmp_path: Path) -> None:
         with journal(store, run) as opened:
             opened.end(state)
 
-    assert _earlier_attempt(store, UUID(mine), said.append) is None
+    assert _earlier_attempt(store, UUID(mine), notes.append) is None
     write("Failed", flow_run="another")
-    assert _earlier_attempt(store, UUID(mine), said.append) is None
+    assert _earlier_attempt(store, UUID(mine), notes.append) is None
     write("Interrupted", flow_run=mine)
-    found = _earlier_attempt(store, UUID(mine), said.append)
-    assert found is not None and found.run == "micro-2" and said == ["resuming micro-2 (interrupted)"]
+    found = _earlier_attempt(store, UUID(mine), notes.append)
+    assert found is not None and found.run == "micro-2" and notes == ["resuming micro-2 (interrupted)"]
     write("Failed", resumes="micro-2")  # by `edgepress resume`
-    found = _earlier_attempt(store, UUID(mine), said.append)
+    found = _earlier_attempt(store, UUID(mine), notes.append)
     assert found is not None and found.run == "micro-3"
     alive = found.model_copy(update={"state": "Running", "ended": None, "resumes": "micro-3"})
     with journal(store, alive) as opened:
         with pytest.raises(EdgepressError, match="micro-4, which this would resume, is still running"):
-            _earlier_attempt(store, UUID(mine), said.append)
+            _earlier_attempt(store, UUID(mine), notes.append)
         opened.end("Completed")
     assert [run.run for run in read_runs(store)][-1] == "micro-4"
 
@@ -375,7 +367,7 @@ def test_the_summary_is_a_table() -> None:
 # --- serve ---
 
 
-def test_serve_runs_on_a_server_of_its_own_and_ends_what_runs(tmp_path: Path, checkpoint: Path) -> None:
+def test_serve_ends_its_server_and_runs(tmp_path: Path, checkpoint: Path) -> None:
     port = free_port()
     made = Deployed(tmp_path / "work", checkpoint, port)
     command = [*SAFE, "serve", "micro.yaml", "--cron", "0 3 * * 0", "--port", str(port), "--set", "stages.distilled.steps=2000"]
@@ -400,7 +392,7 @@ def test_serve_runs_on_a_server_of_its_own_and_ends_what_runs(tmp_path: Path, ch
     assert [(name, state) for name, state, _ in made.prefect_states("flow_run") if name == "micro-1"] == [("micro-1", "CANCELLED")]
 
 
-def test_a_port_that_is_taken_is_told(
+def test_an_occupied_port_is_refused(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     made = Deployed(tmp_path / "work", checkpoint, 1)

@@ -30,7 +30,7 @@ def plan(folder: Path, checkpoint: Path, evaluation: str) -> None:
         ("{harness: [none.yaml]}", r"recipe\.yaml:7: evaluation\.harness: there is no task file none\.yaml"),
     ],
 )
-def test_what_cannot_work_is_refused_with_its_line(evaluation: str, message: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_unusable_settings_are_refused_with_their_line(evaluation: str, message: str, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(EdgepressError, match=message):
         plan(tmp_path, checkpoint, evaluation)
 
@@ -44,7 +44,8 @@ def test_a_missing_package_is_named_with_its_extra(checkpoint: Path, tmp_path: P
     plan(tmp_path, checkpoint, "{suite: release, energy: counters}")
 
 
-def test_everything_is_measured_of_the_base_and_of_a_stage(
+@pytest.mark.slow
+def test_base_and_stage_have_every_measurement(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""What goes wrong under a running flow, for real: the flow lives, names the reason, and goes on with what does not depend on it."""
+"""Faults under a running flow: the flow survives, names the reason, and completes what does not depend on the failed stage."""
 
 import json
 import os
@@ -29,6 +29,7 @@ TROUBLES = """\
   hungry: {uses: test.trouble, what: hog, needs: base, retries: 0}
   removed: {uses: test.trouble, what: remove, needs: victim}
 """
+pytestmark = pytest.mark.slow
 MEMORY = Path("/sys/fs/cgroup/memory")
 LIMIT = 3 << 30
 
@@ -69,7 +70,7 @@ def troubled(lab: Lab, cell: list[str]) -> Finished:
     return lab.run(command=[*cell, sys.executable, "-P", "-m", "flows.cli.main"])
 
 
-def test_the_flow_lives_and_the_rest_is_done(lab: Lab, troubled: Finished) -> None:
+def test_the_flow_survives_failed_stages(lab: Lab, troubled: Finished) -> None:
     assert troubled.code == 1 and "Traceback" not in troubled.out + troubled.err
     states = troubled.states()
     assert states.pop("base") == states.pop("pruned") == states.pop("victim") == "Completed"
@@ -77,14 +78,14 @@ def test_the_flow_lives_and_the_rest_is_done(lab: Lab, troubled: Finished) -> No
     assert lab.processes() == []
 
 
-def test_a_hung_stage_is_ended_with_all_its_processes(lab: Lab, troubled: Finished) -> None:
+def test_a_hung_stage_ends_with_its_processes(lab: Lab, troubled: Finished) -> None:
     assert "ran past its timeout of 8 s" in troubled.rows["hung"]["reason"] and "ran past its timeout of 8 s" in troubled.out
     pids = lab.store / "work" / troubled.rows["hung"]["identity"] / "work" / "pids"
-    ids = pids.read_text().split() if pids.exists() else []  # on a busy machine it may have had no time to begin
+    ids = pids.read_text().split() if pids.exists() else []  # on a busy machine it may not have started
     assert not any(psutil.pid_exists(int(pid)) for pid in ids)
 
 
-def test_a_stage_that_the_kernel_killed_says_that_memory_ran_out(troubled: Finished, cell: list[str]) -> None:
+def test_a_killed_stage_names_exhausted_memory(troubled: Finished, cell: list[str]) -> None:
     if not cell:
         pytest.skip("no cgroup with a limit of memory can be made here")
     assert "killed by the kernel because memory ran out" in troubled.rows["hungry"]["reason"]
@@ -95,7 +96,7 @@ def test_a_full_disk_is_named(troubled: Finished) -> None:
     assert "no space left on the disk" in troubled.rows["filled"]["reason"]
 
 
-def test_an_entry_that_is_removed_under_the_flow_is_named_and_made_again(lab: Lab, troubled: Finished) -> None:
+def test_a_removed_entry_is_named(lab: Lab, troubled: Finished) -> None:
     lost = troubled.rows["victim"]["identity"]
     assert f"the result of victim ({lost[:12]}) was removed from the store" in troubled.rows["removed"]["reason"]
     assert troubled.rows["pruned"]["identity"] in Store(lab.store).entries() and lost not in Store(lab.store).entries()
@@ -123,7 +124,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> tuple[La
     return lab, finished
 
 
-def test_of_two_flows_one_computes_and_the_other_waits(pair: tuple[Lab, list[Finished]]) -> None:
+def test_one_of_two_flows_computes(pair: tuple[Lab, list[Finished]]) -> None:
     lab, both = pair
     assert len((lab.folder / "tally").read_text().splitlines()) == 1
     assert sorted(one.states()["slow"] for one in both) == ["Cached", "Completed"]
@@ -135,7 +136,7 @@ def test_of_two_flows_one_computes_and_the_other_waits(pair: tuple[Lab, list[Fin
     assert [current_state(store, run) for run in read_runs(store)] == ["Completed", "Completed"]
 
 
-def test_ctrl_c_ends_a_run_that_waits_for_the_stage_of_another(tmp_path: Path, checkpoint: Path) -> None:
+def test_ctrl_c_ends_a_waiting_run(tmp_path: Path, checkpoint: Path) -> None:
     lab = Lab(tmp_path / "lab", checkpoint, "  pruned: {uses: prune.width, keep: 0.5}\n")
     store = Store(lab.store)
     (_, pruned) = make_plan(load_recipe(lab.folder / "micro.yaml"), store).stages
@@ -143,7 +144,7 @@ def test_ctrl_c_ends_a_run_that_waits_for_the_stage_of_another(tmp_path: Path, c
     def waiting() -> bool:
         return any(stage.state == "Running" for run in read_runs(store) for stage in run.stages)
 
-    with store.lock(pruned.identity):  # as a run holds it that computes the stage
+    with store.lock(pruned.identity):  # as a run does that computes the stage
         interrupted = lab.interrupt(waiting, signal.SIGINT)  # which waits two minutes for its end
     assert interrupted.code == 130 and "Traceback" not in interrupted.out + interrupted.err
     (run,) = read_runs(store)
@@ -151,10 +152,10 @@ def test_ctrl_c_ends_a_run_that_waits_for_the_stage_of_another(tmp_path: Path, c
     assert lab.processes() == []
 
 
-def test_a_run_that_waits_for_the_machine_says_so(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_the_machine_is_announced(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEPRESS_LOCKS", str(tmp_path))
     lab = Lab(tmp_path / "lab", checkpoint, "  pruned: {uses: prune.width, keep: 0.5}\n")
-    with machine_lock(exclusive=True):  # as another run holds it that times something
+    with machine_lock(exclusive=True):  # as a run does that times something
         process = lab.start()
         assert process.stdout is not None
         line = next(line for line in process.stdout if "waits" in line)
@@ -185,41 +186,42 @@ def set_clock(jump: Path, seconds: float) -> None:
 
 @pytest.fixture(scope="module")
 def jumped(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> tuple[Lab, list[Finished]]:
-    """Three runs: under the first the clock goes back three days, before the second forward a month, before the third back again."""
+    """Two runs: under the first the clock goes back 33 days, under the second forward 30 days. By the clock the second starts first."""
     folder = tmp_path_factory.mktemp("clock") / "lab"
-    first = f"  one: {{uses: test.trivial, after: {folder / 'go'}}}\n"
-    stages = f"{first}  two: {{uses: test.trivial, after: {folder / 'go'}, number: 1, needs: base, timeout: 600}}\n"
+    stages = f"  one: {{uses: test.trivial, after: {folder / 'go'}}}\n"
+    stages += f"  two: {{uses: test.trivial, after: {folder / 'go'}, number: 1, needs: base, timeout: 600}}\n"
     lab = Lab(folder, checkpoint, stages)
     (folder / "site" / "sitecustomize.py").write_text(CLOCK)
     jump = folder / "site" / "jump"
-    set_clock(jump, 0)
-    process = lab.start()
-    until(lab.computing("test.trivial"), process=process)
-    set_clock(jump, -3 * DAY)
-    (folder / "go").touch()
-    out, err = process.communicate(timeout=PATIENCE)
-    runs = [Finished(process.returncode, out, err, json.loads((folder / "outputs" / "micro" / "run.json").read_text()))]
-    set_clock(jump, 30 * DAY)
-    runs.append(lab.run("stages.two.number=2"))
-    set_clock(jump, -DAY)
-    runs.append(lab.run("stages.two.number=3"))
+    runs = []
+    for before, after, overrides in (
+        (30 * DAY, -3 * DAY, ()),
+        (0, 30 * DAY, ("stages.two.number=2", f"stages.two.after={folder / 'later'}")),
+    ):
+        set_clock(jump, before)
+        process = lab.start(*overrides)
+        until(lab.computing("test.trivial"), process=process)
+        set_clock(jump, after)
+        (folder / ("later" if overrides else "go")).touch()
+        out, err = process.communicate(timeout=PATIENCE)
+        runs.append(Finished(process.returncode, out, err, json.loads((folder / "outputs" / "micro" / "run.json").read_text())))
     return lab, runs
 
 
-def test_a_clock_that_jumps_stops_nothing(jumped: tuple[Lab, list[Finished]]) -> None:
+def test_a_jumping_clock_stops_nothing(jumped: tuple[Lab, list[Finished]]) -> None:
     lab, runs = jumped
-    for run, states in zip(runs, (["Completed", "Completed"], ["Cached", "Completed"], ["Cached", "Completed"]), strict=True):
+    for run, states in zip(runs, (["Completed", "Completed"], ["Cached", "Completed"]), strict=True):
         assert run.code == 0, run.out + run.err
         assert [run.states()[name] for name in ("one", "two")] == states
     assert {run.info.status for run in lab.runs()} == {"FINISHED"} and lab.processes() == []
 
 
-def test_order_and_garbage_do_not_go_by_the_clock(jumped: tuple[Lab, list[Finished]]) -> None:
+def test_order_and_garbage_ignore_the_clock(jumped: tuple[Lab, list[Finished]]) -> None:
     lab, runs = jumped
     store = Store(lab.store)
     journaled = read_runs(store)
-    assert [run.run for run in journaled] == ["micro-1", "micro-2", "micro-3"]
-    assert journaled[1].started - journaled[0].started > 29 * DAY > 0 > journaled[2].started - journaled[1].started
+    assert [run.run for run in journaled] == ["micro-1", "micro-2"]
+    assert journaled[1].started - journaled[0].started < -29 * DAY
     garbage = collect_garbage(store, lab.folder / "outputs", keep_last=1, dry_run=True)
-    assert {item.name for item in garbage if item.kind == "run"} == {"micro-1", "micro-2"}
-    assert {item.name for item in garbage if item.kind == "entry"} == {run.rows["two"]["identity"] for run in runs[:2]}
+    assert {item.name for item in garbage if item.kind == "run"} == {"micro-1"}
+    assert {item.name for item in garbage if item.kind == "entry"} == {runs[0].rows["two"]["identity"]}

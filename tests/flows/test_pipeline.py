@@ -126,7 +126,8 @@ def test_the_parent_run_charts_each_lineage(whole: Workshop, first_runs: tuple[R
 
 
 def test_prefect_has_a_task_run_each_stage(whole: Workshop, first: Finished, broken: Finished) -> None:
-    assert [state for _, state, _ in whole.prefect_states("flow_run")] == ["COMPLETED", "COMPLETED", "FAILED"]
+    states = [(state, name) for _, state, name in whole.prefect_states("flow_run")]
+    assert states == [("COMPLETED", "Completed"), ("COMPLETED", "Cached"), ("FAILED", "Failed")]
     tasks = whole.prefect_states("task_run")
     assert {name for name, _, _ in tasks[:6]} == {"base", *STAGES}
     assert {state for _, _, state in tasks[6:12]} == {"Cached"}

@@ -1,4 +1,4 @@
-"""A sweep whose jobs travel: two workers share it through one store, one of them is killed in the middle, and it ends as it does here."""
+"""A sweep on remote runners: two workers share it through one store, one of them is killed, and the results equal those of a local run."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.tasks.cluster import Cluster, DaskCluster, PrefectPool
 
 STAGES = "  distilled: {uses: distill, steps: 120, batch_size: 2, save_every: 5}\n  rtn: {uses: quantize.rtn, group_size: 32}\n"
 PATIENCE = 500  # seconds
-pytestmark = pytest.mark.timeout(2 * PATIENCE)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE)]
 SWEEP = "matrix: {distilled.temperature: [1, 4]}\nevaluation: {samples: 0}\n"  # a job of a pool takes a process with torch in it
 
 
@@ -43,7 +43,7 @@ class Sweep:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Sweep:
-    """The sweep, with what it brings when it runs in children of its own, in the store `here`."""
+    """The sweep, after a local run into the store `here`."""
     made = Sweep(tmp_path_factory.mktemp("sweep"), checkpoint)
     with made.start("here") as process:
         try:
@@ -55,7 +55,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Sweep:
 
 
 def killing_one_worker(cluster: Cluster, store: Path, process: "subprocess.Popen[str]") -> str:
-    """Kill the machine of the first distillation that has kept something; returns what the run printed."""
+    """Kill the worker of the first distillation that has a checkpoint; return what the run printed."""
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.extend(process.stdout or ()))
     reader.start()
@@ -69,7 +69,7 @@ def killing_one_worker(cluster: Cluster, store: Path, process: "subprocess.Popen
 
 
 def _training_child(store: Path, process: "subprocess.Popen[str]", output: list[str]) -> int:
-    """The process id of a child that trains and has kept something to go on from. It is stopped, so that it is not done when it is killed."""
+    """The process id of a child that trains and has a checkpoint. It is stopped, so that it cannot end before it is killed."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         assert process.poll() is None, "".join(output)
@@ -83,12 +83,12 @@ def _training_child(store: Path, process: "subprocess.Popen[str]", output: list[
                         return child
                     os.kill(child, signal.SIGCONT)
             except (FileNotFoundError, ProcessLookupError):
-                continue  # it is done already, another will be seen in time
+                continue  # it has ended already; another one follows
         time.sleep(0.01)
     raise AssertionError("no stage trains")
 
 
-def test_two_dask_workers_share_a_sweep_and_one_is_killed(sweep: Sweep, tmp_path: Path) -> None:
+def test_dask_workers_share_a_sweep_despite_a_kill(sweep: Sweep, tmp_path: Path) -> None:
     with DaskCluster(tmp_path, workers=2) as cluster:
         process = sweep.start("dask", "execution.runner=dask", f"execution.address={cluster.address}")
         output = killing_one_worker(cluster, sweep.folder / "dask", process)
@@ -96,7 +96,7 @@ def test_two_dask_workers_share_a_sweep_and_one_is_killed(sweep: Sweep, tmp_path
     assert sweep.contents("dask") == sweep.contents("here")
 
 
-def test_two_prefect_workers_share_a_sweep_and_one_is_killed(sweep: Sweep, tmp_path: Path) -> None:
+def test_prefect_workers_share_a_sweep_despite_a_kill(sweep: Sweep, tmp_path: Path) -> None:
     with PrefectPool(tmp_path, workers=2) as cluster:
         process = sweep.start("prefect", "execution.runner=prefect", "execution.pool=edge", PREFECT_API_URL=cluster.address)
         output = killing_one_worker(cluster, sweep.folder / "prefect", process)

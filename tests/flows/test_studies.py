@@ -337,22 +337,23 @@ def test_studies_are_listed_and_unknown_ones_refused(
     assert code == 2 and "no `study:`" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_study_runs_and_concludes(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(recipe(checkpoint, STAGES, STUDY))
     environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "EDGEPRESS_STORE")}
     ended = subprocess.run(
-        [sys.executable, "-P", "-m", "flows.cli.main", "study", "tiny.yaml", "--seeds", "3"], cwd=tmp_path,
+        [sys.executable, "-P", "-m", "flows.cli.main", "study", "tiny.yaml", "--seeds", "2"], cwd=tmp_path,
         env={**environment, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     folder = tmp_path / "outputs" / "tiny"
     run = json.loads((folder / "run.json").read_text())
     measured = {r["stage"]: r["metrics"]["perplexity"] for r in run["rows"]}
-    assert len(measured) == 7, "three seeds, as asked for"
-    whole, half = measured["pruned@seed=2,keep=1"], measured["pruned@seed=2,keep=0.5"]
+    assert len(measured) == 5  # the base, and two settings with two seeds
+    whole, half = measured["pruned@seed=1,keep=1"], measured["pruned@seed=1,keep=0.5"]
     table = (folder / "study.md").read_text()
     assert f"| 1 | {whole:.3f} |" in table and f"| 0.5 | {half:.3f} |" in table
-    difference = "agrees" if half > whole else "disagrees"  # pruning draws nothing: all seeds are alike
+    difference = "agrees" if half > whole else "disagrees"  # pruning draws nothing: both seeds give the same
     assert f"| {half - whole:+.4f} ({half - whole:+.4f}…{half - whole:+.4f}) | {difference} |" in table
     assert f"1 {difference}" in ended.stdout
     assert ElementTree.parse(folder / "study.svg").getroot().tag == f"{SVG}svg"

@@ -12,10 +12,12 @@ from flows.report.comparison import compare
 from tests.flows.recipes import recipe
 from tests.waiting import PATIENCE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
-    """The folder of a sweep that was run by the command, in a process of its own."""
+    """The folder of a sweep after `edgepress run`."""
     folder = tmp_path_factory.mktemp("sweep")
     stages = "  pruned: {uses: prune.width, keep: 0.5}\n  rtn: {uses: quantize.rtn}\n"
     (folder / "micro.yaml").write_text(recipe(checkpoint, stages, "matrix: {rtn.bits: [2, 8], rtn.group_size: [32]}\n"))
@@ -38,7 +40,7 @@ def test_a_sweep_runs_and_compares_its_cells(finished: Path) -> None:
     assert "The sweep" in (finished / "outputs" / "micro" / "report.html").read_text()
 
 
-def test_each_cell_is_a_run_between_the_pipeline_and_its_stages(finished: Path) -> None:
+def test_each_cell_is_a_run_with_its_stages(finished: Path) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")

@@ -1,4 +1,4 @@
-"""A corpus in a whole run, as a user starts it: written, trained on, shown, logged, linked, and taken from the store the second time."""
+"""A corpus in a run of the command line: written, trained on, shown, logged and linked."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
+from flows.planning import load_recipe, make_plan
+from tasks.store.store import Store
 from tests.flows.recipes import recipe
 from tests.flows.workshop import Finished, Workshop
 
+pytestmark = pytest.mark.slow
 STAGES = """\
   corpus: {uses: synthesize, documents: 24, length: 32, batch_size: 8}
   pruned: {uses: prune.width, needs: base, keep: 0.5}
@@ -34,12 +37,6 @@ def runs(workshop: Workshop, first: Finished) -> tuple[Run, dict[str, Run]]:
     return workshop.latest()
 
 
-@pytest.fixture(scope="module")
-def more(workshop: Workshop, runs: object) -> Finished:
-    """The same with a larger corpus, which the gate cannot know."""
-    return workshop.run("stages.corpus.documents=25")
-
-
 def test_a_corpus_is_written_and_trained_on(workshop: Workshop, first: Finished) -> None:
     assert first.code == 0, first.err
     assert first.states() == dict.fromkeys(["base", "corpus", "pruned", "distilled"], "Completed")
@@ -53,7 +50,7 @@ def test_a_corpus_is_written_and_trained_on(workshop: Workshop, first: Finished)
     assert [verdict["outcome"] for verdict in row["verdicts"]] == ["PASS"]
 
 
-def test_the_table_the_page_and_mlflow_show_it(workshop: Workshop, first: Finished, runs: tuple[Run, dict[str, Run]]) -> None:
+def test_table_page_and_mlflow_show_it(workshop: Workshop, first: Finished, runs: tuple[Run, dict[str, Run]]) -> None:
     assert "documents" in first.out
     (line,) = (line for line in first.out.splitlines() if line.strip(" │").startswith("corpus") and "│" in line)
     assert "24" in line
@@ -63,8 +60,9 @@ def test_the_table_the_page_and_mlflow_show_it(workshop: Workshop, first: Finish
     assert run.info.status == "FINISHED" and run.data.metrics["documents"] == 24 and "perplexity" not in run.data.metrics
 
 
-def test_a_changed_corpus_runs_only_what_reads_it(first: Finished, more: Finished) -> None:
-    assert more.code == 0, more.err
-    assert more.states() == {"base": "Cached", "corpus": "Completed", "pruned": "Cached", "distilled": "Completed"}
-    assert more.rows["corpus"]["metrics"]["documents"] == 25
-    assert more.rows["distilled"]["content"] != first.rows["distilled"]["content"]
+def test_a_changed_corpus_changes_only_its_readers(workshop: Workshop, first: Finished) -> None:
+    parsed = load_recipe(workshop.folder / "micro.yaml", ("stages.corpus.documents=25",))
+    store = Store(workshop.folder / ".edgepress")
+    identities = {stage.name: stage.identity for stage in make_plan(parsed, store).stages}
+    assert {name for name, identity in identities.items() if identity != first.rows[name]["identity"]} == {"corpus", "distilled"}
+    assert store.has(identities["pruned"]) and not store.has(identities["distilled"])

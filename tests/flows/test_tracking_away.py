@@ -21,6 +21,7 @@ NAMES = ["one", "two", "three"]
 STAGES = "".join(f"  {name}: {{uses: test.trivial, number: {number}, seconds: 3, needs: base}}\n" for number, name in enumerate(NAMES))
 SECRET = "hunter2"  # a password in the address
 CORES = "execution: {cores: 1}\n"  # one stage after the other
+pytestmark = pytest.mark.slow
 
 
 class Server:
@@ -76,11 +77,11 @@ def shop(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, server: Ser
 
 
 def holding(secret: str, *folders: Path) -> list[Path]:
-    """Files that a secret stands in."""
+    """Files that contain a secret."""
     return [file for folder in folders for file in folder.rglob("*") if file.is_file() and secret.encode() in file.read_bytes()]
 
 
-def test_a_run_lives_on_and_its_metrics_arrive_when_the_server_is_back(shop: Workshop, server: Server) -> None:
+def test_sync_sends_what_an_absent_server_missed(shop: Workshop, server: Server) -> None:
     outbox = shop.folder / ".edgepress" / "outbox"
     process = shop.start()
     try:
@@ -90,10 +91,10 @@ def test_a_run_lives_on_and_its_metrics_arrive_when_the_server_is_back(shop: Wor
     finally:
         process.kill()
     assert process.returncode == 0, out + err
-    told = " ".join(out.split())
-    assert "does not answer" in told and "`edgepress sync`" in told and "Traceback" not in out + err
+    printed = " ".join(out.split())
+    assert "does not answer" in printed and "`edgepress sync`" in printed and "Traceback" not in out + err
     assert list(outbox.glob("*.jsonl"))
-    assert holding(SECRET, shop.folder, server.folder) == [] and "http://***@127.0.0.1" in told
+    assert holding(SECRET, shop.folder, server.folder) == [] and "http://***@127.0.0.1" in printed
 
     refused = subprocess.run(
         [*SAFE, "sync"], cwd=shop.folder, env=shop.environment, text=True, capture_output=True, timeout=PATIENCE, check=False
@@ -126,7 +127,7 @@ def test_a_run_lives_on_and_its_metrics_arrive_when_the_server_is_back(shop: Wor
     assert {file.path for file in client.list_artifacts(parent)} >= {"recipe", "plan.json", "environment", "run.json", "report.html"}
 
 
-def test_a_run_waits_for_nobody_and_sends_itself_what_a_short_absence_left(shop: Workshop, server: Server) -> None:
+def test_a_run_sends_what_a_short_absence_delayed(shop: Workshop, server: Server) -> None:
     outbox, back = shop.folder / ".edgepress" / "outbox", shop.folder / "back"
     process = shop.start("stages.two.number=7", "stages.three.number=8", f"stages.three.after={back}")
     try:

@@ -1,4 +1,4 @@
-"""MLflow that answers, and refuses: the run ends as its stages do, and what was refused is kept with the reason."""
+"""MLflow answers and refuses: the run ends as its stages do, and the refused calls are kept with the reason."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,8 @@ from tests.waiting import PATIENCE, until
 STAGES = "  one: {{uses: test.trivial, after: {deleted}}}\n  two: {{uses: test.trivial, number: 2, needs: base}}\n"
 CORES = "execution: {cores: 1}\n"  # one stage after the other
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Workshop:
@@ -23,7 +25,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Workshop
     return made
 
 
-def test_a_run_whose_mlflow_run_was_deleted_goes_on_to_its_end(shop: Workshop) -> None:
+def test_a_run_survives_its_deleted_mlflow_run(shop: Workshop) -> None:
     process = shop.start()
     try:
         until(shop.computing("test.trivial"), process=process)
@@ -35,27 +37,27 @@ def test_a_run_whose_mlflow_run_was_deleted_goes_on_to_its_end(shop: Workshop) -
     finally:
         process.kill()
     assert process.returncode == 0, out + err
-    told = " ".join(out.split())
-    assert told.count("MLflow refuses is kept") == 1 and "refused.jsonl" in told and "Traceback" not in out + err
+    printed = " ".join(out.split())
+    assert printed.count("MLflow refuses is kept") == 1 and "refused.jsonl" in printed and "Traceback" not in out + err
     summary = json.loads((shop.folder / "outputs" / "micro" / "run.json").read_text())
     assert {row["stage"]: row["state"] for row in summary["rows"]} == dict.fromkeys(["base", "one", "two"], "Completed")
     assert (shop.folder / ".edgepress" / "runs" / "micro-1.summary.json").exists()
     refused = [json.loads(line) for line in (shop.folder / ".edgepress" / "outbox" / "refused.jsonl").read_text().splitlines()]
     assert {call["arguments"]["run"] for call in refused} == {parent.info.run_id} and all(call["error"] for call in refused)
-    assert refused[-1]["call"] == "end" and f"MLflow at sqlite:///mlflow.db refused {len(refused)} calls" in told
+    assert refused[-1]["call"] == "end" and f"MLflow at sqlite:///mlflow.db refused {len(refused)} calls" in printed
     below = {run.info.run_name: run.info.status for run in shop.runs()}  # the deleted run is not among them
     assert below == dict.fromkeys(["base", "one", "two"], "FINISHED")
 
 
-def test_a_stage_that_only_missed_its_gate_is_known_as_the_one_that_computed(shop: Workshop) -> None:
+def test_a_stage_that_missed_its_gate_counts_as_computed(shop: Workshop) -> None:
     broken = shop.run("gates.two.size_mb={max: 1.0e-9}", "stages.two.number=3")
     assert broken.code == 1 and broken.states()["two"] == "Failed" and broken.rows["two"]["computed"]
     parent, failed = shop.latest()
     assert parent.data.metrics["size_mb/two"] == broken.rows["two"]["metrics"]["size_mb"]  # in the chart too
     assert failed["two"].data.tags["edgepress.content"] == broken.rows["two"]["content"]
     assert [tag.value for data in failed["base"].inputs.dataset_inputs for tag in data.tags] == ["evaluation"]
-    held = shop.run("gates.two.size_mb={max: 1}", "stages.two.number=3")
-    assert held.code == 0 and held.states()["two"] == "Cached"
+    passed = shop.run("gates.two.size_mb={max: 1}", "stages.two.number=3")
+    assert passed.code == 0 and passed.states()["two"] == "Cached"
     _, cached = shop.latest()
     assert cached["two"].data.tags["edgepress.computed_by"] == failed["two"].info.run_id
     assert [failed["two"].data.tags["edgepress.computed"], "edgepress.computed" in cached["two"].data.tags] == ["true", False]

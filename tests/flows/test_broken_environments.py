@@ -25,8 +25,7 @@ PLANS = [["validate", "micro.yaml"], ["plan", "micro.yaml"], ["serve", "micro.ya
 RECIPES = [*PLANS, ["sensitivity", "micro.yaml"], ["study", "micro.yaml"]]
 RUNS = [["runs", "demo-1"], ["resume", "demo-1"], ["report", "demo-1"], ["compare", "demo-1", "demo-2"]]
 STORE = [
-    ["store", *words.split()]
-    for words in ("ls", "verify", "gc --keep-last 1", "pin demo-1", "unpin demo-1", "export x.tar", "import x.tar")
+    ["store", *line.split()] for line in ("ls", "verify", "gc --keep-last 1", "pin demo-1", "unpin demo-1", "export x.tar", "import x.tar")
 ]
 MODELS = [["generate", "model", "-p", "x"], ["bench", "model"], ["inspect", "model"]]
 
@@ -104,7 +103,9 @@ def commands() -> Iterator[object]:
 
 
 @pytest.mark.parametrize(("kind", "command"), commands())
-def test_what_is_broken_is_named(kind: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_broken_service_is_named(
+    kind: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     broken, _, named = CASES[kind]
     broken(monkeypatch)
     with temporary_settings({PREFECT_API_URL: os.environ.get("PREFECT_API_URL")}):  # Prefect reads the environment when it is imported
@@ -116,7 +117,7 @@ def test_what_is_broken_is_named(kind: str, command: list[str], monkeypatch: pyt
 
 
 @pytest.mark.parametrize("prompt", [os.fsdecode(b"caf\xe9"), "-"])
-def test_a_prompt_that_is_no_utf8(prompt: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_must_be_utf8(prompt: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
     code, _, err = edgepress(["generate", "model", "-p", prompt], capfd)
     assert code == 2 and "UTF-8" in err and "Traceback" not in err
@@ -138,9 +139,7 @@ def test_a_directory_that_cannot_be_written(folder: Path, capfd: pytest.CaptureF
         subprocess.run(["umount", place], check=True)
 
 
-def test_what_nobody_expected_leaves_its_traceback_in_a_file(
-    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unexpected_errors_write_a_traceback_file(folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(folder))
 
     def fail(*_: object) -> None:
@@ -155,10 +154,10 @@ def test_what_nobody_expected_leaves_its_traceback_in_a_file(
     assert code == 1 and "in fail" in err and "hunter2" not in err
 
 
-def test_a_fault_without_a_message_has_its_type(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_error_without_message_shows_its_type(capfd: pytest.CaptureFixture[str]) -> None:
     assert report_failure(AssertionError(), debug=False) == 1
     assert "AssertionError" in capfd.readouterr().err
 
 
-def test_runs_are_listed_whatever_they_left(folder: Path) -> None:
+def test_the_journal_lists_every_run(folder: Path) -> None:
     assert [run.state for run in read_runs(Store(folder / ".edgepress"))] == ["Failed", "Completed"]

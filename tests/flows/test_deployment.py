@@ -264,7 +264,7 @@ def test_changed_data_are_computed_again(place: Deployed, refused: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "fragment"),
     [
         (["--pool", "egde"], "there is no work pool 'egde'; did you mean 'edge'?; pools: edge (process)"),
         (["--pool", "edge", "--cron", "0 3 * *"], "Invalid cron string"),
@@ -276,25 +276,25 @@ def test_changed_data_are_computed_again(place: Deployed, refused: dict[str, Any
     ],
 )
 def test_unusable_deployments_are_refused(
-    place: Deployed, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    place: Deployed, arguments: list[str], fragment: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place.folder)
     with temporary_settings({PREFECT_API_URL: place.api}):
         code, out, err = edgepress(["deploy", "micro.yaml", "--name", "other", *arguments], capfd)
-    assert (code, out) == (2, "") and words in " ".join(err.split()) and "Traceback" not in err
+    assert (code, out) == (2, "") and fragment in " ".join(err.split()) and "Traceback" not in err
     assert [found["name"] for found in place.ask("deployments/filter", {})] == ["micro"]
 
 
-@pytest.mark.parametrize(("api", "words"), [(None, "PREFECT_API_URL names no server"), ("http://127.0.0.1:9/api", "does not answer")])
+@pytest.mark.parametrize(("api", "fragment"), [(None, "PREFECT_API_URL names no server"), ("http://127.0.0.1:9/api", "does not answer")])
 def test_a_deployment_needs_a_server(
-    checkpoint: Path, tmp_path: Path, api: str | None, words: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    checkpoint: Path, tmp_path: Path, api: str | None, fragment: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     made = Deployed(tmp_path / "work", checkpoint, 9)
     monkeypatch.chdir(made.folder)
     monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "0")
     with temporary_settings({PREFECT_API_URL: api}):
         code, out, err = edgepress(["deploy", "micro.yaml", "--pool", "edge"], capfd)
-    assert (code, out) == (2, "") and words in err
+    assert (code, out) == (2, "") and fragment in err
 
 
 def test_only_the_dead_attempt_is_marked_crashed(place: Deployed, deployed: str) -> None:

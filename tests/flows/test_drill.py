@@ -16,6 +16,9 @@ STAGES = """\
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("drill")
@@ -37,11 +40,11 @@ def test_three_kills_leave_nothing_behind_and_the_same_bytes(report: Report) -> 
 
 def test_the_report_is_one_table(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
     show(report, Console(width=140))
-    told = capsys.readouterr().out
-    assert all(words in told for words in ("all is well", "kills in training, of the command", "store verifies clean"))
+    printed = capsys.readouterr().out
+    assert all(fragment in printed for fragment in ("all is well", "kills in training, of the command", "store verifies clean"))
     show(Report(1.0, faults=["store verifies clean: entry 1234"], checks=[("store verifies clean", "2 entries")]), Console(width=140))
-    told = capsys.readouterr().out
-    assert all(words in told for words in ("1 faults", "no: 2 entries", "fault: store verifies clean: entry 1234"))
+    printed = capsys.readouterr().out
+    assert all(fragment in printed for fragment in ("1 faults", "no: 2 entries", "fault: store verifies clean: entry 1234"))
     assert "| kills in training, of the command | 1 |" in part(report, 1)
 
 

@@ -25,7 +25,7 @@ def plan(tmp_path: Path, checkpoint: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("gates", "words"),
+    ("gates", "fragment"),
     [
         (
             "{pruned: {perplexty: {max: 9}}}",
@@ -43,21 +43,21 @@ def plan(tmp_path: Path, checkpoint: Path) -> Any:
         ("{pruned: strikt}", "there is no preset 'strikt'; did you mean 'strict'"),
     ],
 )
-def test_a_gate_that_could_never_be_judged_is_refused(plan: Any, gates: str, words: str) -> None:
-    with pytest.raises(EdgepressError, match=words) as caught:
+def test_unjudgeable_gates_are_refused(plan: Any, gates: str, fragment: str) -> None:
+    with pytest.raises(EdgepressError, match=fragment) as caught:
         plan(gates)
     assert "micro.yaml:" in str(caught.value)
 
 
-def test_the_metrics_there_are_stand_in_the_message_without_what_stands_beside_them(plan: Any) -> None:
+def test_the_message_lists_main_metrics(plan: Any) -> None:
     with pytest.raises(EdgepressError) as caught:
         plan("{gptq: {acuracy: {min: 1}}}\nevaluation: {red_team: embedded}")
-    told = str(caught.value).partition("it has ")[2].split(", ")
-    assert {"accuracy", "perplexity", "fallback_layers", "refusal_rate", "top1_agreement"} <= set(told)
-    assert not {"accuracy_delta", "accuracy_low", "perplexity_ratio", "accuracy_count", "refusal_rate.fraud"} & set(told)
+    listed = str(caught.value).partition("it has ")[2].split(", ")
+    assert {"accuracy", "perplexity", "fallback_layers", "refusal_rate", "top1_agreement"} <= set(listed)
+    assert not {"accuracy_delta", "accuracy_low", "perplexity_ratio", "accuracy_count", "refusal_rate.fraud"} & set(listed)
 
 
-def test_a_metric_of_a_stages_own_and_intervals_can_be_bounded(plan: Any) -> None:
+def test_method_metrics_and_intervals_can_be_bounded(plan: Any) -> None:
     plan("{gptq: {fallback_layers: {max: 0}, perplexity_ratio_high: {max: 2}}, distilled: {loss_kd: {max: 9}}, onnx: {size_mb: {max: 9}}}")
     plan("{base: {accuracy: {min: 0}}}")
 
@@ -68,7 +68,7 @@ def test_accuracy_needs_questions_unless_the_bound_is_a_presets(plan: Any) -> No
     plan("{preset: default}", "data.questions=null")
 
 
-def test_the_default_preset_is_loose_after_pruning_and_strict_at_the_end(plan: Any) -> None:
+def test_the_default_preset_tightens_at_leaves(plan: Any) -> None:
     made = plan("{preset: default, onnx: {accuracy: {max_drop: 0.1}}}")
     assert gate_lines(made.parsed, made.by_name) == [
         "pruned: perplexity at most 900% above base (if measured)",

@@ -114,7 +114,7 @@ anything = (
 
 
 @given(st.lists(anything, min_size=1, max_size=6, unique_by=json.dumps))
-def test_names_are_files_and_tell_values_apart(tried: list[Any]) -> None:
+def test_names_are_safe_and_distinct(tried: list[Any]) -> None:
     try:
         made = cells({"a.x": tried, "b.x": [1]})
     except EdgepressError as error:
@@ -129,7 +129,7 @@ def test_names_are_files_and_tell_values_apart(tried: list[Any]) -> None:
 # --- copies of stages ---
 
 
-def test_a_stage_is_there_once_for_each_choice_that_reaches_it(load: Any) -> None:
+def test_a_stage_has_one_copy_each_choice(load: Any) -> None:
     parsed = load("{distilled.temperature: [1.0, 2.0], gptq.bits: [2, 3, 4]}")
     assert sorted(names(parsed)) == sorted(
         ["pruned", "onnx"]
@@ -148,7 +148,7 @@ def test_a_stage_is_there_once_for_each_choice_that_reaches_it(load: Any) -> Non
         done.add(node.name)
 
 
-def test_a_value_reaches_what_reads_its_stage_in_any_role(load: Any) -> None:
+def test_a_value_reaches_readers_in_any_role(load: Any) -> None:
     stages = "  pruned: {uses: prune.width, keep: 0.5}\n  other: {uses: prune.width, keep: 0.25, needs: base}\n"
     stages += "  taught: {uses: distill, steps: 2, needs: other, teacher: pruned}\n"
     parsed = load("{pruned.keep: [0.5, 0.75]}", stages=stages)
@@ -176,7 +176,7 @@ def test_a_required_parameter_may_stand_in_the_matrix_alone(load: Any) -> None:
     assert [node.stage.keep for node in parsed.nodes] == [0.5, 0.75]
 
 
-def test_an_included_cell_takes_the_recipes_values_for_the_rest(load: Any) -> None:
+def test_an_included_cell_keeps_other_values(load: Any) -> None:
     parsed = load("{include: [{gptq.bits: 3}, {distilled.temperature: 4.0}]}")
     assert chosen(parsed) == [{"gptq.bits": 3}, {"distilled.temperature": 4.0}]
     nodes = {node.name: node for node in parsed.nodes}
@@ -194,7 +194,7 @@ def test_overrides_reach_the_matrix(load: Any) -> None:
 # --- plans ---
 
 
-def test_identities_are_those_of_the_same_stages_written_by_hand(plan: Any) -> None:
+def test_copies_have_the_identities_of_plain_stages(plan: Any) -> None:
     swept = plan("{distilled.temperature: [1.0, 2.0], gptq.act_order: [true, false]}")
     for temperature, order in product([1.0, 2.0], ["true", "false"]):
         hand = plan("null", f"stages.distilled.temperature={temperature}", f"stages.gptq.act_order={order}")
@@ -216,7 +216,7 @@ def test_a_seed_copies_every_stage(plan: Any) -> None:
     assert len(swept.stages) == 11
 
 
-def test_gates_and_bounds_hold_for_every_copy_and_follow_the_renaming(plan: Any) -> None:
+def test_gates_and_bounds_follow_copies(plan: Any) -> None:
     stages = STAGES.replace("type: carry", "type: carry, bounds: {perplexity: {max_increase: 1, relative_to: distilled}}")
     gates = "gates: {gguf: {accuracy: {max_decrease: 0.1, relative_to: gptq}}, onnx: {accuracy: {min: 0.1, relative_to: pruned}}}\n"
     made = plan("{distilled.temperature: [1.0, 2.0], gptq.act_order: [true]}", stages=stages, rest=gates)
@@ -236,7 +236,7 @@ def test_stages_belong_to_the_cell_that_alone_needs_them(plan: Any) -> None:
     assert gguf.cell == "temperature=1.0,act_order=false"
 
 
-def test_two_hundred_cells_are_planned_in_time_that_grows_with_their_number(plan: Any, tmp_path: Path) -> None:
+def test_planning_time_grows_with_the_cells(plan: Any, tmp_path: Path) -> None:
     gates = "gates: {gptq: {perplexity: {max_increase: 9, relative_to: distilled}}}\n"
     stages = STAGES.replace("  gguf: {uses: export.gguf, type: carry}\n", "")
 
@@ -253,7 +253,7 @@ def test_two_hundred_cells_are_planned_in_time_that_grows_with_their_number(plan
     assert large < 12 * small + 0.5, f"{small:.2f} s for 40 cells, {large:.2f} s for 200"
 
 
-def test_what_only_sits_in_memory_is_estimated_for_copies_too(plan: Any) -> None:
+def test_estimates_include_the_teachers_of_copies(plan: Any) -> None:
     made = plan("{pruned.keep: [0.25, 0.75]}")
     small, large = (estimate(made.by_name[f"distilled@keep={keep}"], made) for keep in (0.25, 0.75))
     assert small.memory < large.memory
@@ -290,13 +290,13 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("matrix", "line", "words"), MISTAKES)
-def test_a_mistake_is_told_with_its_line(tmp_path: Path, matrix: str, line: int, words: str) -> None:
+@pytest.mark.parametrize(("matrix", "line", "fragment"), MISTAKES)
+def test_mistakes_name_their_line(tmp_path: Path, matrix: str, line: int, fragment: str) -> None:
     file = tmp_path / "sweep.yaml"
     text = recipe("tiny", STAGES, MATRIX + matrix)
     file.write_text(text)
     first = text.splitlines().index("matrix:") + 1
-    with pytest.raises(EdgepressError, match=rf"sweep\.yaml:{first + line}: .*{words}"):
+    with pytest.raises(EdgepressError, match=rf"sweep\.yaml:{first + line}: .*{fragment}"):
         load_recipe(file)
 
 
@@ -306,14 +306,14 @@ def test_a_product_that_is_too_large_is_refused(load: Any) -> None:
         load(f"{{distilled.steps: {numbers}, gptq.bits: {numbers}, pruned.keep: {numbers}}}")
 
 
-def test_a_value_that_does_not_fit_the_model_is_told_where_it_stands(plan: Any) -> None:
+def test_an_unfit_value_is_located_in_the_matrix(plan: Any) -> None:
     with pytest.raises(EdgepressError, match=r"sweep\.yaml:11: matrix\.gptq\.group_size\.1: .*\(stage gptq@group_size=48\)"):
         plan("{gptq.group_size: [32, 48]}")
     with pytest.raises(EdgepressError, match=r"sweep\.yaml:8: stages\.gptq\.group_size: .*\(stage gptq@keep=0\.75\)"):
         plan("{pruned.keep: [0.5, 0.75]}", stages=STAGES.replace("group_size: 32", "group_size: 64"))
 
 
-def test_the_schema_takes_a_matrix_and_refuses_a_mistyped_one() -> None:
+def test_the_schema_checks_the_matrix() -> None:
     def errors(matrix: str) -> list[str]:
         document = {"model": "embedded", "data": "embedded", "stages": {"q": {"uses": "quantize.rtn"}}, "matrix": yaml.safe_load(matrix)}
         return [error.message for error in Draft202012Validator(json_schema()).iter_errors(document)]
@@ -323,7 +323,7 @@ def test_the_schema_takes_a_matrix_and_refuses_a_mistyped_one() -> None:
         assert errors(wrong), wrong
 
 
-def test_a_stage_is_one_whatever_the_order_of_keys_in_an_included_cell(load: Callable[..., ParsedRecipe]) -> None:
+def test_key_order_of_included_cells_is_irrelevant(load: Callable[..., ParsedRecipe]) -> None:
     parsed = load(
         "{pruned.keep: [0.5], distilled.steps: [6], gptq.bits: [4], include: [{gptq.bits: 8, distilled.steps: 6, pruned.keep: 0.5}]}"
     )

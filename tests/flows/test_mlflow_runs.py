@@ -44,14 +44,14 @@ def plan(tmp_path: Path, checkpoint: Path) -> Callable[..., Plan]:
     return made
 
 
-def test_a_line_of_the_chart_is_a_road_to_a_leaf(plan: Callable[..., Plan]) -> None:
+def test_a_series_is_the_lineage_of_a_leaf(plan: Callable[..., Plan]) -> None:
     assert series(plan(LINEAR)) == {"base": [""], "pruned": [""], "gguf": [""]}
     both = ["/gguf", "/onnx"]
     assert series(plan()) == {"base": both, "pruned": both, "distilled": both, "gptq": ["/gguf"], "gguf": ["/gguf"], "onnx": ["/onnx"]}
     cut = select(plan(), only=["gptq"])
     assert series(cut) == {name: [""] for name in ("base", "pruned", "distilled", "gptq")} and leaves(cut) == ["gptq"]
     swept = plan(rest="matrix: {gptq.bits: [4, 8]}\n")
-    assert series(swept).keys() == {"base", "pruned", "distilled"}  # a cell's run has its road
+    assert series(swept).keys() == {"base", "pruned", "distilled"}  # a cell's run has its lineage
 
 
 TAUGHT = """\
@@ -64,7 +64,7 @@ TAUGHT = """\
 def test_a_teacher_is_on_no_road_but_its_own(plan: Callable[..., Plan]) -> None:
     made = plan(TAUGHT)
     assert series(made) == {"base": ["", "/teacher"], "pruned": [""], "distilled": [""], "teacher": ["/teacher"]}
-    tuned = plan(TAUGHT + "  tuned: {uses: quantize.rtn, group_size: 32, needs: teacher}\n")  # the teacher is on a road too
+    tuned = plan(TAUGHT + "  tuned: {uses: quantize.rtn, group_size: 32, needs: teacher}\n")  # the teacher is in a lineage too
     assert series(tuned) == {
         "base": ["/distilled", "/tuned"], "pruned": ["/distilled"], "distilled": ["/distilled"], "teacher": ["/tuned"], "tuned": ["/tuned"],
     }  # fmt: skip
@@ -74,7 +74,7 @@ def test_a_teacher_is_on_no_road_but_its_own(plan: Callable[..., Plan]) -> None:
     assert series(every) == {"base": [""]} and auxiliary_stages(every) == ["teacher@seed=0", "teacher@seed=1"]
 
 
-def test_a_cell_has_the_roads_to_its_leaves_and_helpers(plan: Callable[..., Plan]) -> None:
+def test_a_cell_charts_leaves_and_auxiliary_stages(plan: Callable[..., Plan]) -> None:
     made = plan(TAUGHT, "matrix: {teacher.steps: [1, 2]}\n")
     curves: dict[str, list[tuple[int, dict[str, float]]]] = {}
     tracking = SimpleNamespace(
@@ -96,7 +96,7 @@ def test_a_cell_has_the_roads_to_its_leaves_and_helpers(plan: Callable[..., Plan
         }  # fmt: skip
 
 
-def test_stages_go_on_with_their_runs_unless_they_are_others_now(plan: Callable[..., Plan]) -> None:
+def test_resumed_stages_continue_or_supersede_runs(plan: Callable[..., Plan]) -> None:
     made = plan(LINEAR)
     same = made.by_name["pruned"].identity
     begun = OpenRun("top", {}, {("pruned", same): "1", ("gguf", "another"): "2", ("gone", "3"): "3"})
@@ -104,12 +104,12 @@ def test_stages_go_on_with_their_runs_unless_they_are_others_now(plan: Callable[
     assert known_stages(made, None) == ({}, {})
 
 
-def test_a_run_that_mlflow_lost_is_told() -> None:
-    told: list[Any] = []
+def test_a_lost_mlflow_run_is_warned_of() -> None:
+    warnings: list[Any] = []
     tracking = SimpleNamespace(find_open_run=lambda run: None, uri="sqlite:///x.db")
     resumed = SimpleNamespace(run="micro-1", tracking_run="abc")
-    assert _find_open_run(tracking, resumed, lambda stage, event: told.append((stage, event["warning"]))) is None  # type: ignore[arg-type]
-    assert told == [("micro-1", "its run abc is not in MLflow at sqlite:///x.db; this one gets a new run there")]
+    assert _find_open_run(tracking, resumed, lambda stage, event: warnings.append((stage, event["warning"]))) is None  # type: ignore[arg-type]
+    assert warnings == [("micro-1", "its run abc is not in MLflow at sqlite:///x.db; this one gets a new run there")]
 
 
 def test_the_plan_is_kept_as_json(plan: Callable[..., Plan], tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_the_plan_is_kept_as_json(plan: Callable[..., Plan], tmp_path: Path) -> 
     assert kept[1]["identity"] == made.by_name["pruned"].identity and kept[2]["inputs"] == {"parent": "pruned"} and kept[1]["size"] > 0
 
 
-def test_the_environment_is_told(tmp_path: Path) -> None:
+def test_the_environment_is_recorded(tmp_path: Path) -> None:
     names = [line.partition("==")[0].lower() for line in installed_requirements().splitlines()]
     assert {"mlflow", "torch", "edgepress"} <= set(names) and names == sorted(set(names))
     assert git_commit(tmp_path) == (None, None)
@@ -137,7 +137,7 @@ def test_the_environment_is_told(tmp_path: Path) -> None:
     assert git_commit(tmp_path) == (commit, True)
 
 
-def test_leaves_are_registered_under_the_name_or_one_for_each(plan: Callable[..., Plan]) -> None:
+def test_registered_names_differ_when_several(plan: Callable[..., Plan]) -> None:
     def models(made: Plan) -> dict[str, str]:
         return {task.name: task.registered for task in made.stages if task.registered}
 
@@ -148,7 +148,7 @@ def test_leaves_are_registered_under_the_name_or_one_for_each(plan: Callable[...
 
 
 @pytest.mark.parametrize(
-    ("rest", "words"),
+    ("rest", "fragment"),
     [
         ("registry: {name: a/b}\n", "registry.name"),
         ("registry: {name: tiny, stages: [ggfu]}\n", "did you mean 'gguf'?"),
@@ -159,10 +159,10 @@ def test_leaves_are_registered_under_the_name_or_one_for_each(plan: Callable[...
         ("registry: {name: tiny}\nmatrix: {gptq.bits: [4, 8]}\n", "registry: a sweep has many results"),
     ],
 )
-def test_a_wish_that_cannot_come_true_is_refused(plan: Callable[..., Plan], rest: str, words: str) -> None:
+def test_unusable_registrations_are_refused(plan: Callable[..., Plan], rest: str, fragment: str) -> None:
     with pytest.raises(EdgepressError) as caught:
         plan(rest=rest)
-    assert words in str(caught.value) and "micro.yaml:" in str(caught.value)
+    assert fragment in str(caught.value) and "micro.yaml:" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -186,10 +186,10 @@ def test_a_champion_passed_every_gate_before_it(plan: Callable[..., Plan], outco
         base=made.base,
         tracking=SimpleNamespace(register=lambda *call: calls.append(call) or True),
     )
-    (said,) = register_results(pipeline, made.stages, champion)
+    (sentence,) = register_results(pipeline, made.stages, champion)
     ((run, version),) = calls
     assert (run, version.name, version.aliases, version.extra) == ("gguf", "tiny-gguf", aliases, "llamacpp")
-    assert ("not champion: accuracy fell within noise" in said) == (outcome == "INCONCLUSIVE")
+    assert ("not champion: accuracy fell within noise" in sentence) == (outcome == "INCONCLUSIVE")
 
 
 @pytest.mark.parametrize(
@@ -219,6 +219,6 @@ def test_a_gate_that_was_not_judged_makes_no_champion(plan: Callable[..., Plan],
         base=made.base,
         tracking=SimpleNamespace(register=lambda _, version: given.append(version.aliases) or True),
     )
-    (said,) = register_results(pipeline, made.stages, champion=True)
+    (sentence,) = register_results(pipeline, made.stages, champion=True)
     assert given == [["candidate"] if unjudged else ["candidate", "champion"]]
-    assert said.endswith(f"not champion: its gate was not judged: {unjudged}" if unjudged else "of tiny")
+    assert sentence.endswith(f"not champion: its gate was not judged: {unjudged}" if unjudged else "of tiny")

@@ -86,7 +86,7 @@ def ask(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def command(folder: Path, *arguments: str) -> str:
-    """The command in a process of its own, which ends well; returns what it says."""
+    """The command in a process of its own, which must succeed; return its output."""
     hidden = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "EDGEPRESS_STORE", "PYTHONSAFEPATH")
     environment = {
         **{key: value for key, value in os.environ.items() if key not in hidden},
@@ -116,7 +116,7 @@ def versions() -> set[int]:
     return {int(made.version) for made in MlflowClient().search_model_versions("name = 'tiny'")}
 
 
-# --- looking at it ---
+# --- reading it ---
 
 
 def test_its_runs_are_listed(older: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -135,20 +135,20 @@ def test_its_runs_are_listed(older: Path, capfd: pytest.CaptureFixture[str]) -> 
 def test_a_run_is_shown_and_reported(older: Path, run: str, capfd: pytest.CaptureFixture[str]) -> None:
     stages = ask(capfd, "runs", run)
     assert f"{run}: " in stages and all(name in stages for name in STAGES)
-    told = ask(capfd, "report", run, "--text")
-    assert f"{rows(older)['distilled']['metrics']['perplexity']:.3f}" in told and ("FAIL gguf" in told) == (run == "strict-3")
+    printed = ask(capfd, "report", run, "--text")
+    assert f"{rows(older)['distilled']['metrics']['perplexity']:.3f}" in printed and ("FAIL gguf" in printed) == (run == "strict-3")
     ask(capfd, "report", run, "--out", "page.html")
     assert run in (older / "page.html").read_text()
 
 
 def test_its_runs_are_compared(older: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    told = ask(capfd, "compare", "older-1", "strict-3")
-    assert "older-1" in told and "strict-3" in told and "gguf" in told
+    printed = ask(capfd, "compare", "older-1", "strict-3")
+    assert "older-1" in printed and "strict-3" in printed and "gguf" in printed
 
 
-def test_its_store_is_whole(older: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    told = ask(capfd, "store", "verify")
-    assert told.startswith("6 entries") and f", {len(records(older))} records, 5 runs: all intact" in told
+def test_its_store_verifies(older: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    printed = ask(capfd, "store", "verify")
+    assert printed.startswith("6 entries") and f", {len(records(older))} records, 5 runs: all intact" in printed
     listed = json.loads(ask(capfd, "store", "ls", "--json"))
     assert listed["pinned"] == ["older-1"]
     names = {name for row in listed["entries"] for name in row["names"]}
@@ -161,7 +161,7 @@ def test_its_results_are_intact(older: Path, stage: str, capfd: pytest.CaptureFi
     assert "intact" in ask(capfd, "inspect", f"outputs/older/{stage}")
 
 
-# --- going on from it ---
+# --- running it again ---
 
 
 @pytest.fixture
@@ -201,6 +201,7 @@ def test_its_normalised_base_is_opened(renamed: Path, capfd: pytest.CaptureFixtu
     assert ask(capfd, "plan", "recipe.yaml").count("in the store") == len(STAGES)
 
 
+@pytest.mark.slow
 def test_a_run_computes_nothing(renamed: Path, capfd: pytest.CaptureFixture[str]) -> None:
     skip_if_raised(renamed)
     client, measured, before = MlflowClient(), records(renamed), rows(renamed)
@@ -221,6 +222,7 @@ def test_a_run_computes_nothing(renamed: Path, capfd: pytest.CaptureFixture[str]
     assert versions() == {1}
 
 
+@pytest.mark.slow
 def test_its_interrupted_work_is_continued(renamed: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (workplace,) = (renamed / ".edgepress" / "work").iterdir()
     other = raised(renamed)
@@ -238,9 +240,9 @@ def test_its_interrupted_work_is_continued(renamed: Path, capfd: pytest.CaptureF
 
 
 def test_its_registered_model_answers(older: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    asked = pandas.DataFrame({"prompt": ["Ida put the bell", "Where is the lamp?"]})
+    prompts = pandas.DataFrame({"prompt": ["Ida put the bell", "Where is the lamp?"]})
     for model in ("models:/tiny@champion", "models:/tiny@candidate", "models:/tiny/1"):
-        answers = pyfunc.load_model(model).predict(asked, params={"max_new_tokens": 8})
+        answers = pyfunc.load_model(model).predict(prompts, params={"max_new_tokens": 8})
         assert list(answers.columns) == ["text"]
-        for prompt, text in zip(asked["prompt"], answers["text"], strict=True):
+        for prompt, text in zip(prompts["prompt"], answers["text"], strict=True):
             assert ask(capfd, "generate", "outputs/older/gguf", "-p", prompt, "-n", "8", "--temp", "0") == f"{prompt}{text}\n"

@@ -43,7 +43,7 @@ def test_the_plan_follows_configs_through_the_graph(plan: Any) -> None:
     assert tasks["gguf"].ancestors == ("base", "pruned", "distilled", "gptq")
 
 
-def test_an_export_is_bounded_by_its_format_unless_the_recipe_says_otherwise(plan: Any) -> None:
+def test_exports_have_default_bounds(plan: Any) -> None:
     bounds = {task.name: task.bounds for task in plan("stages.onnx.bounds={kl_to_parent: {max: 0.5}}").stages}
     assert bounds["gguf"]["kl_to_parent"].max == 1e-3 and bounds["onnx"]["kl_to_parent"].max == 0.5
     assert bounds["pruned"] == {}
@@ -69,7 +69,7 @@ def test_an_export_is_bounded_by_its_format_unless_the_recipe_says_otherwise(pla
         ("name=other", set()),
     ],
 )
-def test_what_a_change_runs_again(plan: Any, checkpoint: Path, override: str, expected: set[str]) -> None:
+def test_an_override_changes_identities(plan: Any, checkpoint: Path, override: str, expected: set[str]) -> None:
     override = override.replace("CHECKPOINT", str(checkpoint))
     if "calibration_windows" in override or "train_documents" in override:
         assert expected <= changed(plan(), plan(override))  # how finely data is told apart is compression.data's matter
@@ -77,7 +77,7 @@ def test_what_a_change_runs_again(plan: Any, checkpoint: Path, override: str, ex
         assert changed(plan(), plan(override)) == expected
 
 
-def test_names_belong_to_no_identity(plan: Any) -> None:
+def test_names_are_outside_the_identity(plan: Any) -> None:
     renamed = "  thin: {uses: prune.width, keep: 0.5}\n  taught: {uses: distill, steps: 6, batch_size: 2, save_every: 2, teacher: thin}\n"
     stages = (
         "  pruned: {uses: prune.width, keep: 0.5}\n  distilled: {uses: distill, steps: 6, batch_size: 2, save_every: 2, teacher: pruned}\n"
@@ -85,7 +85,7 @@ def test_names_belong_to_no_identity(plan: Any) -> None:
     assert list(identities(plan(stages=stages)).values()) == list(identities(plan(stages=renamed, name="another")).values())
 
 
-def test_a_changed_byte_of_the_model_runs_everything_again(plan: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_changed_model_changes_every_identity(plan: Any, checkpoint: Path, tmp_path: Path) -> None:
     import shutil
 
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
@@ -95,7 +95,7 @@ def test_a_changed_byte_of_the_model_runs_everything_again(plan: Any, checkpoint
     assert changed(plan(), plan(f"model={copy}")) == set(identities(plan()))
 
 
-def test_a_bound_can_only_be_relative_to_a_stage_before(plan: Any) -> None:
+def test_bounds_refer_only_to_ancestors(plan: Any) -> None:
     plan("gates.gguf.perplexity={max_increase: 1, relative_to: gptq}")
     for reference in ("onnx", "gguf", "nothing"):
         with pytest.raises(EdgepressError, match="gates.gguf.perplexity"):
@@ -104,27 +104,27 @@ def test_a_bound_can_only_be_relative_to_a_stage_before(plan: Any) -> None:
             plan(f"stages.gguf.bounds={{perplexity: {{max_increase: 1, relative_to: {reference}}}}}")
 
 
-def test_an_extra_that_is_not_installed_is_told_before_anything_runs(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_refused(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.extras.find_spec", lambda name: None if name == "llama_cpp" else object())
     with pytest.raises(EdgepressError, match=r"stages\.gguf.*llama-cpp-python.*edgepress\[llamacpp\]"):
         plan()
 
 
-def test_a_gpu_that_cannot_be_used_is_neither_taken_nor_planned_with(plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_gpu_is_refused(plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     monkeypatch.setattr("tasks.runners.machine._DEV", tmp_path)
     (tmp_path / "nvidiactl").touch()
     assert plan("device=auto").machine.device == "cpu"
     with pytest.raises(EdgepressError, match=r"device: cuda cannot be used here: CUDA_VISIBLE_DEVICES='-1' leaves no GPU"):
         plan("device=cuda")
-    (tmp_path / "asked.yaml").write_text((tmp_path / "micro.yaml").read_text().replace("device: cpu", "device: cuda"))
-    asked = load_recipe(tmp_path / "asked.yaml")
-    with pytest.raises(EdgepressError, match=r"asked\.yaml:3: device: cuda cannot be used here"):
-        make_plan(asked, Store(tmp_path / "store"))
-    assert make_plan(asked, Store(tmp_path / "store"), elsewhere=True).machine.device == "cuda"
+    (tmp_path / "cuda.yaml").write_text((tmp_path / "micro.yaml").read_text().replace("device: cpu", "device: cuda"))
+    cuda = load_recipe(tmp_path / "cuda.yaml")
+    with pytest.raises(EdgepressError, match=r"cuda\.yaml:3: device: cuda cannot be used here"):
+        make_plan(cuda, Store(tmp_path / "store"))
+    assert make_plan(cuda, Store(tmp_path / "store"), elsewhere=True).machine.device == "cuda"
 
 
-def test_estimates_stand_near_the_files(plan: Any, checkpoint: Path) -> None:
+def test_estimates_are_close_to_file_sizes(plan: Any, checkpoint: Path) -> None:
     made = plan()
     first = made.stages[0]
     real = (checkpoint / "model.safetensors").stat().st_size
@@ -143,7 +143,7 @@ def test_a_disk_that_is_too_small_is_refused(plan: Any, tmp_path: Path, monkeypa
         check_disk(made, store)
 
 
-def test_the_plan_knows_what_figures_are_measured_with(plan: Any, tmp_path: Path) -> None:
+def test_the_plan_digests_measurement_settings(plan: Any, tmp_path: Path) -> None:
     lines = ["\n".join(json.dumps({"text": f"{word} {n} and some words"}) for n in range(40)) for word in ("one", "another", "third")]
     texts, questions = tmp_path / "texts", tmp_path / "q.jsonl"
     texts.mkdir()
@@ -181,12 +181,12 @@ def test_the_plan_knows_what_figures_are_measured_with(plan: Any, tmp_path: Path
         (f"stages.distilled.teacher=/{'x' * 400}", "stages.distilled.teacher"),
     ],
 )
-def test_paths_that_the_system_refuses_are_told_with_their_key(plan: Any, override: str, key: str) -> None:
+def test_unreadable_paths_are_named_with_their_key(plan: Any, override: str, key: str) -> None:
     with pytest.raises(EdgepressError, match=rf"micro\.yaml:\d+: {key}"):
         plan(override)
 
 
-def test_a_teacher_may_have_an_at_sign_in_its_path(plan: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_teacher_path_may_contain_at(plan: Any, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "teacher@home").symlink_to(checkpoint)
     made = plan(f"stages.distilled.teacher={tmp_path}/teacher@home")
     assert made.by_name["distilled"].outside["teacher"].checkpoint.path.is_dir()
@@ -219,7 +219,7 @@ def test_text_that_fills_too_little_is_refused(checkpoint: Path, tmp_path: Path,
         make_plan(load_recipe(file, [override]), Store(tmp_path / "store"))
 
 
-def test_a_template_that_refuses_questions_is_told(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_template_refusing_questions_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(checkpoint, model)
     wants = "{% if messages[0].role != 'system' %}{{ raise_exception('System first!') }}{% endif %}{{ messages[-1].content }}"
@@ -231,7 +231,7 @@ def test_a_template_that_refuses_questions_is_told(checkpoint: Path, tmp_path: P
     make_plan(load_recipe(file, ["data.questions={path: embedded, system: Be brief.}"]), Store(tmp_path / "store"))
 
 
-def test_synthesize_needs_a_token_to_begin_with(checkpoint: Path, tmp_path: Path) -> None:
+def test_synthesize_needs_a_start_token(checkpoint: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(checkpoint, model)
     (model / "special_tokens_map.json").unlink(missing_ok=True)

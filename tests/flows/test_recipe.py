@@ -22,7 +22,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> Any:
     return load_recipe(file, overrides)
 
 
-def test_a_stage_follows_the_one_before_it_unless_it_says_otherwise(tmp_path: Path) -> None:
+def test_a_stage_follows_its_predecessor_by_default(tmp_path: Path) -> None:
     parsed = load(tmp_path, recipe("tiny"))
     assert parsed.recipe.name == "micro"
     assert {node.name: node.inputs for node in parsed.nodes} == {
@@ -49,7 +49,7 @@ def test_a_stage_follows_the_one_before_it_unless_it_says_otherwise(tmp_path: Pa
         ("model=[1]", "micro.yaml:1: model: this must be a mapping of path, revision, license"),
     ],
 )
-def test_what_may_be_of_several_kinds_is_told_as_one_mistake(tmp_path: Path, override: str, message: str) -> None:
+def test_alternative_types_give_one_error(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(EdgepressError) as caught:
         load(tmp_path, recipe("tiny"), override)
     assert str(caught.value).replace(f"{tmp_path}/", "") == message
@@ -60,14 +60,14 @@ def test_stages_may_stand_in_any_order(tmp_path: Path) -> None:
     assert [node.name for node in load(tmp_path, recipe("tiny", stages)).nodes] == ["early", "late"]
 
 
-def test_execution_is_told_apart_from_parameters(tmp_path: Path) -> None:
+def test_execution_is_separate_from_parameters(tmp_path: Path) -> None:
     stages = "  gguf: {uses: export.gguf, retries: 3, timeout: 5, bounds: {kl_to_parent: {max: 0.2}}}\n"
     (node,) = load(tmp_path, recipe("tiny", stages)).nodes
     assert node.stage.model_dump().keys() == stage_kinds()["export.gguf"].model_fields.keys()
     assert (node.execution.retries, node.execution.timeout, node.execution.bounds["kl_to_parent"].max) == (3, 5, 0.2)
 
 
-def test_an_override_reaches_one_of_two_places_that_share_an_alias(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_override_leaves_other_aliases_unchanged(checkpoint: Path, tmp_path: Path) -> None:
     stages = "  a: &a {uses: quantize.rtn, group_size: 32, bounds: &b {perplexity: {max: 9}}}\n  b: {uses: quantize.rtn, needs: base, group_size: 16, bounds: *b}\n  c: *a\n"
     (tmp_path / "r.yaml").write_text(recipe(checkpoint, stages))
     found = load_recipe(tmp_path / "r.yaml", ("stages.a.bits=8", "stages.a.bounds.perplexity.max=99"))
@@ -89,7 +89,7 @@ def test_overrides_go_over_the_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "fragment"),
     [
         ("seed", "key.of.the.recipe=value"),
         ("stages.pruned.kep=1", "stages.pruned.kep"),
@@ -98,14 +98,14 @@ def test_overrides_go_over_the_recipe(tmp_path: Path) -> None:
         ("seed=[1", "--set seed=[1"),
     ],
 )
-def test_a_wrong_override_is_told(tmp_path: Path, override: str, words: str) -> None:
+def test_a_wrong_override_is_refused(tmp_path: Path, override: str, fragment: str) -> None:
     with pytest.raises(EdgepressError) as caught:
         load(tmp_path, recipe("tiny"), override)
-    assert words in str(caught.value)
+    assert fragment in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("rest", "words"),
+    ("rest", "fragment"),
     [
         ("evaluation: {harnes: [arc_easy]}", "evaluation.harnes: there is no such key; did you mean 'harness'?; keys: suite, samples"),
         (
@@ -124,10 +124,10 @@ def test_a_wrong_override_is_told(tmp_path: Path, override: str, words: str) -> 
         ("evaluation: {harness: arc_easy}", "evaluation.harness: this must be a list: [one, another]"),
     ],
 )
-def test_a_mistake_deep_in_a_section_says_what_would_be_right(tmp_path: Path, rest: str, words: str) -> None:
+def test_nested_errors_name_the_remedy(tmp_path: Path, rest: str, fragment: str) -> None:
     with pytest.raises(EdgepressError) as caught:
         load(tmp_path, recipe("tiny", rest=f"{rest}\n"))
-    assert str(caught.value).startswith(f"{tmp_path / 'micro.yaml'}:11: {words}")
+    assert str(caught.value).startswith(f"{tmp_path / 'micro.yaml'}:11: {fragment}")
 
 
 def test_a_revision_goes_with_the_model(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ STAGE = "  pruned: {uses: prune.width, keep: 0.5}\n"
 
 
 @pytest.mark.parametrize(
-    ("rest", "told"),
+    ("rest", "message"),
     [
         ("seed: 2026-13-45\n", "micro.yaml:7: not YAML: '2026-13-45' is not a valid timestamp"),
         ("seed: !!int x\n", "micro.yaml:7: not YAML: 'x' is not a valid int"),
@@ -226,10 +226,10 @@ STAGE = "  pruned: {uses: prune.width, keep: 0.5}\n"
         ("a: &a {b: 1, c: 2}\nd: 3\ne: 4\nf: 5\ng: 6\n", "micro.yaml:7: a: there are no such keys: a, d, e and 2 more; keys: name, model"),
     ],
 )
-def test_traps_of_yaml_are_told_in_one_line(tmp_path: Path, rest: str, told: str) -> None:
+def test_yaml_traps_are_refused_in_one_line(tmp_path: Path, rest: str, message: str) -> None:
     with pytest.raises(EdgepressError) as caught:
         load(tmp_path, recipe("tiny", STAGE, rest))
-    assert str(caught.value).startswith(f"{tmp_path}/{told}") and "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    assert str(caught.value).startswith(f"{tmp_path}/{message}") and "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rest", "told"),
+    ("rest", "message"),
     [
         ("stages:\n  on: {uses: prune.width, keep: 1}\n", "micro.yaml:2: stages.on: the key on is a truth value in YAML"),
         ("stages:\n  1: {uses: prune.width, keep: 1}\n", "micro.yaml:2: stages.1: the key 1 is a number in YAML"),
@@ -250,7 +250,7 @@ def test_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:
         ("evaluation: {energy: off}\n", "micro.yaml:1: evaluation.energy: Input should be 'counters', 'estimate' or 'off'; in YAML this is a truth value"),
     ],
 )  # fmt: skip
-def test_what_yaml_takes_for_no_text_is_explained(tmp_path: Path, rest: str, told: str) -> None:
+def test_unquoted_non_texts_are_explained(tmp_path: Path, rest: str, message: str) -> None:
     text = "".join(
         line
         for line in (recipe("tiny", STAGE).splitlines(keepends=True))
@@ -258,7 +258,7 @@ def test_what_yaml_takes_for_no_text_is_explained(tmp_path: Path, rest: str, tol
     )
     with pytest.raises(EdgepressError) as caught:
         load(tmp_path, rest + text)
-    assert f"{tmp_path}/{told}" in str(caught.value) and "quotes" in str(caught.value)
+    assert f"{tmp_path}/{message}" in str(caught.value) and "quotes" in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999", "'nan'"])
@@ -300,7 +300,7 @@ def test_names_of_a_runs_own_files_are_refused(tmp_path: Path, name: str) -> Non
         load(tmp_path, recipe("tiny", STAGE.replace("pruned", name)))
 
 
-def test_an_at_sign_in_a_path_is_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_at_sign_in_paths_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "a@b").mkdir(parents=True)
     (tmp_path / "plain").mkdir()

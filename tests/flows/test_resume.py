@@ -210,7 +210,7 @@ def test_runs_lists_states_and_durations(write: Callable[..., Run], capfd: pytes
 def test_runs_lists_the_stages_of_a_run(write: Callable[..., Run], capfd: pytest.CaptureFixture[str]) -> None:
     write("Crashed", states=("Failed", "Running"))
     table = edgepress_output(capfd, "runs", "micro-1")
-    assert all(words in table for words in ("micro-1: crashed", "too [narrow]", "2.5", "prunedpruned "))
+    assert all(fragment in table for fragment in ("micro-1: crashed", "too [narrow]", "2.5", "prunedpruned "))
     run = json.loads(edgepress_output(capfd, "runs", "micro-1", "--json"))
     assert (
         run["state"] == "Crashed" and [stage["state"] for stage in run["stages"]] == ["Failed", "Crashed"] and "prune.width" in run["text"]

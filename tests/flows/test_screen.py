@@ -32,7 +32,7 @@ def test_a_table_that_fits_is_one(table: Table) -> None:
 
 
 @pytest.mark.parametrize("width", [30, 47, 60, 90])
-def test_a_table_that_is_too_wide_is_told_in_parts_and_nothing_is_cut(table: Table, width: int) -> None:
+def test_a_wide_table_is_printed_in_parts(table: Table, width: int) -> None:
     lines = printed(table, width, 1)
     text = "\n".join(lines)
     assert "…" not in text and max(map(len, lines)) <= width

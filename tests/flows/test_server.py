@@ -30,7 +30,7 @@ print("ended", flush=True)
 """
 
 
-def test_a_server_that_was_given_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configured_server_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere/api")
     before = psutil.Process().children()
     with prefect_server(tmp_path / "home"):
@@ -60,7 +60,7 @@ def healthy(url: str) -> bool:
         return False
 
 
-def test_it_answers_and_ends_with_its_block_and_with_its_killed_owner(tmp_path: Path) -> None:
+def test_the_server_ends_with_its_owner(tmp_path: Path) -> None:
     process, url, server = start(tmp_path)
     assert healthy(url)  # connects at once: the socket listens before the server runs
     process.communicate("", timeout=PATIENCE)
@@ -73,7 +73,7 @@ def test_it_answers_and_ends_with_its_block_and_with_its_killed_owner(tmp_path: 
     assert psutil.wait_procs([server], timeout=PATIENCE)[1] == []
 
 
-def test_two_that_make_one_database_at_once_both_answer(tmp_path: Path) -> None:
+def test_two_servers_create_one_database_safely(tmp_path: Path) -> None:
     both = [start(tmp_path) for _ in range(2)]
     for _, url, _ in both:
         assert healthy(url)
@@ -82,7 +82,7 @@ def test_two_that_make_one_database_at_once_both_answer(tmp_path: Path) -> None:
         assert process.returncode == 0
 
 
-def test_all_that_dead_processes_left_running_is_marked_as_crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orphaned_runs_are_marked_crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_SERVER_API_DEFAULT_LIMIT", "2")  # of 200: what Prefect gives at a time
     process, url, _ = start(tmp_path)
     host = f"{socket.gethostname()}/{process.pid}"
@@ -109,7 +109,7 @@ def the_server() -> psutil.Process:
 
 
 @pytest.mark.usefixtures("own_environment")
-def test_a_killed_server_is_started_again_at_the_same_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_server_restarts_at_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with prefect_server(Path("home")):
         monkeypatch.chdir("/")  # as `edgepress serve` goes elsewhere
@@ -122,7 +122,7 @@ def test_a_killed_server_is_started_again_at_the_same_address(tmp_path: Path, mo
 
 
 @pytest.mark.usefixtures("own_environment")
-def test_what_a_dead_server_brought_down_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_dead_server_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.run.prefect_server._RESTARTS", 0)
     named = pytest.raises(EdgepressError, match="ended from outside .*prefect-server.log.* `edgepress resume`")
     with named, prefect_server(tmp_path):

@@ -42,22 +42,22 @@ def test_list(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
     assert sorted(rows) == store.entries()
     assert sorted(row["names"] for row in rows.values()) == [[], ["outputs/demo/new"], ["outputs/demo/old"]]
     table = run(capfd, "ls")
-    assert all(words in table for words in ("prune.width", "outputs/demo/new", "3 entries", *(identity[:12] for identity in rows)))
+    assert all(fragment in table for fragment in ("prune.width", "outputs/demo/new", "3 entries", *(identity[:12] for identity in rows)))
 
 
 def test_verify(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
-    assert "3 entries" in (told := run(capfd, "verify")) and "2 records, 2 runs: all intact" in told
+    assert "3 entries" in (printed := run(capfd, "verify")) and "2 records, 2 runs: all intact" in printed
     damaged = store.entries()[0]
     (store.root / "objects" / damaged / "content" / "model.safetensors").write_text("x")
-    told = run(capfd, "verify", code=1)
-    assert f"damaged: entry {damaged}: " in told and "model.safetensors" in told and "1 damaged, set aside in" in told
+    printed = run(capfd, "verify", code=1)
+    assert f"damaged: entry {damaged}: " in printed and "model.safetensors" in printed and "1 damaged, set aside in" in printed
     assert "2 entries" in run(capfd, "verify")
 
 
 def test_collecting_garbage(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
     before = store.entries()
-    told = run(capfd, "gc", "--keep-last", "1", "--dry-run")
-    assert "would remove: 1 link, 1 entry, 1 record, 1 run" in told and store.entries() == before
+    printed = run(capfd, "gc", "--keep-last", "1", "--dry-run")
+    assert "would remove: 1 link, 1 entry, 1 record, 1 run" in printed and store.entries() == before
     assert "removed: 1 link, 1 entry, 1 record, 1 run" in run(capfd, "gc", "--keep-last", "1")
     assert len(store.entries()) == 2 and [link.name for link in Path("outputs/demo").iterdir()] == ["new"]
     assert "removed: nothing" in run(capfd, "gc", "--keep-last", "1")
@@ -74,11 +74,11 @@ def test_pins(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
     assert "'demo-1' is not pinned" in run(capfd, "unpin", "demo-1", code=2)
 
 
-@pytest.mark.parametrize("place", ["carried.tar", "carried"])
+@pytest.mark.parametrize("place", ["exported.tar", "exported"])
 def test_export_and_import(store: Store, capfd: pytest.CaptureFixture[str], place: str) -> None:
     assert f"exported 2 entries and 1 records, 0.00 MB, to {place}" in run(capfd, "export", place, "demo")
-    told = run(capfd, "import", place, "--store", "other")
-    assert "imported 2 entries and 1 records" in told and "no run names them yet" in told
+    printed = run(capfd, "import", place, "--store", "other")
+    assert "imported 2 entries and 1 records" in printed and "no run names them yet" in printed
     new = Path("outputs/demo/new").resolve().parent.name
     assert new in Store(Path("other")).entries()
     assert "imported 0 entries and 0 records" in (again := run(capfd, "import", place, "--store", "other")) and "2 were there" in again
@@ -92,7 +92,7 @@ def test_export_and_import(store: Store, capfd: pytest.CaptureFixture[str], plac
 @pytest.mark.parametrize(
     "command", [["ls"], ["verify"], ["gc", "--keep-last", "1"], ["pin", "demo-1"], ["unpin", "x"], ["export", "x.tar"]]
 )
-def test_a_store_that_is_not_there_is_told_and_not_made(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_absent_store_is_refused(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert "there is no store in absent" in run(capfd, *command, "--store", "absent", code=2)
     assert not Path("absent").exists()
 

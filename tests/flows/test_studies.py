@@ -84,7 +84,7 @@ def concluded(figures: Mapping[tuple[Any, ...], list[float]], *claims: dict[str,
 TWO, ONE = [14.0, 14.1, 14.3], [15.0, 15.3, 15.2]
 
 
-def test_differences_are_paired_by_seed_with_the_interval_of_students_t() -> None:
+def test_paired_differences_have_student_intervals() -> None:
     found = concluded({(1,): ONE, (2.0,): TWO}, claim(better=2, than=[1]))
     (difference,) = found.judged[0].differences
     judge = ttest_rel(ONE, TWO).confidence_interval(0.95)
@@ -97,7 +97,7 @@ def test_differences_are_paired_by_seed_with_the_interval_of_students_t() -> Non
     ("mine", "outcome"),
     [(TWO, "agrees"), ([16.0, 16.2, 16.1], "disagrees"), ([14.0, 16.5, 14.9], "undecided"), (ONE, "undecided"), ([2.0], "undecided")],
 )
-def test_a_claim_holds_where_the_interval_is_on_its_side(mine: list[float], outcome: str) -> None:
+def test_the_interval_decides_a_claim(mine: list[float], outcome: str) -> None:
     found = concluded({(1,): ONE, (2,): mine}, claim(better=2, than=[1]))
     assert found.judged[0].outcome == outcome
     assert outcome in verdict(found)
@@ -130,7 +130,7 @@ def grid(*claims: dict[str, Any]) -> Results:
     return results(made, summary(GRID, ("d.keep", "d.alpha")))
 
 
-def test_lines_are_compared_at_each_place_of_x_or_at_some() -> None:
+def test_lines_are_compared_at_chosen_places() -> None:
     everywhere, there = grid(claim(better="teacher", than=["labels"]), claim(better="teacher", than=["labels"], at=[0.5])).judged
     assert [d.what for d in everywhere.differences] == ["teacher against labels at 0.75", "teacher against labels at 0.5"]
     assert there.differences == everywhere.differences[1:]
@@ -315,7 +315,7 @@ def refused(tmp_path: Path, checkpoint: Path) -> Callable[[str], str]:
         ),
     ],
 )  # fmt: skip
-def test_a_study_that_does_not_fit_its_recipe_is_refused(refused: Callable[[str], str], old: str, new: str, words: str) -> None:
+def test_an_unfit_study_is_refused(refused: Callable[[str], str], old: str, new: str, words: str) -> None:
     stages = STUDY.replace(old, new, 1)
     assert stages != STUDY
     assert re.search(words, refused(stages))

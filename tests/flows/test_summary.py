@@ -44,14 +44,14 @@ def test_stages_that_never_began_say_why(plan: Plan) -> None:
     assert [(stopped[name]["state"], stopped[name]["reason"]) for name in "bc"] == [("Skipped", "the run was interrupted")] * 2
 
 
-def test_what_figures_were_measured_with_is_told(plan: Plan) -> None:
+def test_the_summary_records_measurement_digests(plan: Plan) -> None:
     pipeline: Any = SimpleNamespace(name="r", runs=TrackedRuns("f00"), results={})
     environment = json.loads(json.dumps(summarize(pipeline, plan, 0.0, "r-1")))["environment"]
     assert environment["measured_with"] == plan.measured_with and plan.measured_with["quality"]
     assert environment["data"] == fingerprint(plan.parsed.recipe.data)
 
 
-def test_what_is_known_of_single_layers_comes_from_beside_the_checkpoint(plan: Plan, tmp_path: Path) -> None:
+def test_layer_figures_come_from_layers_json(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "layers.json").write_text('{"model.layers.0.mlp.up_proj": {"relative_error": 0.25}}')
     found = rows(
         plan, result("base", "Cached"), result("a", "Completed", path=str(tmp_path)), result("b", "Completed", path=str(tmp_path / "store"))
@@ -59,7 +59,7 @@ def test_what_is_known_of_single_layers_comes_from_beside_the_checkpoint(plan: P
     assert found["a"]["layers"] == {"model.layers.0.mlp.up_proj": {"relative_error": 0.25}} and found["b"]["layers"] == {}
 
 
-def test_a_part_of_a_sweep_says_what_is_left_out(tmp_path: Path, checkpoint: Path) -> None:
+def test_a_partial_sweep_counts_excluded_results(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "r.yaml").write_text(recipe(checkpoint, STAGES, "matrix: {b.bits: [2, 4, 8]}\n"))
     whole = make_plan(load_recipe(tmp_path / "r.yaml"), Store(tmp_path / "store"))
     runs = TrackedRuns("f00", cells={branch.name: "" for branch in whole.parsed.branches})

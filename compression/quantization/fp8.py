@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -12,21 +11,29 @@ from compression.checkpoints.schemes import Scheme
 from compression.checkpoints.skeleton import layers_outside
 from compression.checkpoints.streaming import rewrite_linears
 from compression.context import Context
+from compression.quantization.settings import FP8Settings
 
 
-def quantize_fp8(checkpoint: Path, out: Path, *, strategy: Literal["channel", "tensor"] = "channel", context: Context) -> dict[str, float]:
+def quantize_fp8(checkpoint: Path, out: Path, settings: FP8Settings, *, context: Context) -> dict[str, float]:
     """Round every linear layer of every block of a dense checkpoint to E4M3; write a compressed-tensors checkpoint to `out`.
 
-    strategy  one scale for each output channel, or one for the whole matrix
-    Needs no calibration data. Tensors stream through one at a time, on the context's device. Masks are carried along.
-    Embeddings and head stay as they are.
+    Tensors stream through one at a time, on the context's device. Masks are carried along. Embeddings and head stay as they are.
 
-    Returns `quantized_layers`.
-    Raises Incompatible for a quantized checkpoint or one whose blocks hold matrices that are no linear layers, UnusableModel
-    for weights that are not finite.
+    Args:
+        checkpoint: A dense checkpoint directory.
+        out: A new directory.
+        settings: Which weights share a scale.
+        context: Seed, device and callbacks.
+
+    Returns:
+        `quantized_layers`.
+
+    Raises:
+        Incompatible: The checkpoint is quantized, or its blocks hold matrices that are not linear layers.
+        UnusableModel: Weights are not finite.
     """
     source = open_checkpoint(checkpoint)
-    scheme = Scheme("float", strategy)
+    scheme = Scheme("float", settings.strategy)
 
     def rewrite(path: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
         return round_weight(weight, scheme, dtype=weight.dtype, name=f"{checkpoint}: {path}.weight").tensors()

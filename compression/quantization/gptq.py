@@ -9,98 +9,96 @@ from compression.calibration.second_order import inverse_factor, stacked
 from compression.calibration.walk import Block
 from compression.checkpoints.checkpoint import open_checkpoint
 from compression.context import Context
-from compression.errors import Incompatible
 from compression.quantization.grid import NO_SHRINK, SHRINKS, Grid, fit_grid, round_to_codes
 from compression.quantization.rounding import RoundedLayers, group_by_scheme
-from compression.quantization.settings import OnIndivisible, Overrides, gptq_config, plan_schemes
+from compression.quantization.settings import GPTQSettings, gptq_config, planned_schemes
 
 COLUMNS_PER_UPDATE = 64  # columns whose errors reach the rest of the matrix in one product
 
 
 def quantize_gptq(
-    checkpoint: Path,
-    out: Path,
-    windows: torch.Tensor,
-    *,
-    bits: int = 4,
-    group_size: int = 128,
-    symmetric: bool = True,
-    damp_percent: float = 0.01,
-    act_order: bool = True,
-    mse: bool = True,
-    layers: Overrides | None = None,
-    on_indivisible: OnIndivisible = "refuse",
-    work: Path | None = None,
-    context: Context,
+    checkpoint: Path, out: Path, settings: GPTQSettings, windows: torch.Tensor, *, work: Path | None = None, context: Context
 ) -> dict[str, float]:
     """Quantize every linear layer of every block of a dense checkpoint; write a GPTQ checkpoint to `out`.
 
-    windows       calibration token ids, int64 [count, length]
-    group_size    input channels that share a scale; -1 for a row
-    damp_percent  of the mean of the Hessian's diagonal, added to the diagonal
-    act_order     take columns by falling second moment of their input, with static groups: the grids are fitted before, so
-                  that groups stay runs of neighbouring channels
-    mse           shrink each group's range where that lowers the error of its output, instead of the plain min/max
-    layers, on_indivisible  bits and groups by pattern, and what becomes of widths that the group does not divide: `plan_schemes`
-    work          where the walk keeps its progress
     Embeddings and head stay as they are; weights that a mask prunes stay zero, and the others make up for them.
 
-    Returns `fallback_layers`: layers in which some columns (inputs that are always zero) or all (a Hessian that cannot be
-    inverted) were rounded to nearest instead, or that got a smaller group. `layers.json` tells the relative error of every layer's output.
-    Raises Incompatible for bits or a group size that do not fit.
+    Args:
+        checkpoint: A dense checkpoint directory.
+        out: A new directory. Its `layers.json` holds the relative error of every layer's output.
+        settings: Bits and groups, and how the codes are searched.
+        windows: Calibration token ids, int64 [count, length].
+        work: Where the walk keeps its progress; None keeps none.
+        context: Seed, device and callbacks.
+
+    Returns:
+        `fallback_layers`: layers in which some columns (inputs that are always zero) or all (a Hessian that cannot be inverted) were
+        rounded to nearest instead, or that got a smaller group.
+
+    Raises:
+        Incompatible: Bits or a group size do not fit the checkpoint.
     """
-    source = open_checkpoint(checkpoint)
-    if bits not in (2, 3, 4, 8):
-        raise Incompatible(f"GPTQ has 2, 3, 4 or 8 bits, not {bits}", key="bits")
-    planned = plan_schemes(source, bits=bits, group_size=group_size, layers=layers, on_indivisible=on_indivisible)
+    planned = planned_schemes(open_checkpoint(checkpoint), settings)
 
     def compress(block: Block) -> CompressedBlock:
         rounded = RoundedLayers(block)
         for shared in block.each_input():
             hessian = shared.second_moment
-            order = column_order(hessian) if act_order else None
-            factor = inverse_factor(hessian, damp_percent=damp_percent, order=order)
+            order = column_order(hessian) if settings.act_order else None
+            factor = inverse_factor(hessian, damp_percent=settings.damp_percent, order=order)
             dead = int((hessian.diagonal() == 0).sum())
-            for paths, codes in group_by_scheme(block, shared.layers, planned):
+            for paths, scheme in group_by_scheme(block, shared.layers, planned):
                 if factor is None:
                     rounded.fall_back(paths, "the Hessian cannot be inverted; rounded to nearest")
                 elif dead:
                     rounded.fall_back(paths, f"{dead} input channels are zero in all calibration data; rounded to nearest there")
-                if codes.shrunk:
-                    rounded.fall_back(paths, f"its width takes groups of {codes.group_size}, not {group_size}")
+                if scheme.shrunk:
+                    rounded.fall_back(paths, f"its width takes groups of {scheme.group_size}, not {settings.group_size}")
                 weight, mask = stacked(block, paths), block.mask(paths)
-                grid = fit_grid(weight, codes, symmetric=symmetric, hessian=hessian, shrinks=SHRINKS if mse else NO_SHRINK)
+                grid = fit_grid(
+                    weight, scheme, symmetric=settings.symmetric, hessian=hessian, shrinks=SHRINKS if settings.mse else NO_SHRINK
+                )
                 quantized = grid.quantize(weight, mask) if factor is None else gptq(weight, grid, factor, order=order, mask=mask)
                 rounded.add(paths, weight, quantized, grid, hessian)
         return rounded.outcome()
 
-    config = gptq_config(planned, bits=bits, group_size=group_size, symmetric=symmetric, layers=layers, damp_percent=damp_percent)
-    codes = {module: codes and [codes.bits, codes.group_size] for module, codes in planned.items()}
-    settings = {"method": "gptq", "codes": codes, "symmetric": symmetric, "damp_percent": damp_percent, "act_order": act_order, "mse": mse}
+    config = gptq_config(planned, settings, damp_percent=settings.damp_percent)
+    decides = {
+        "method": "gptq",
+        "codes": {module: scheme and [scheme.bits, scheme.group_size] for module, scheme in planned.items()},
+        **settings.model_dump(include={"symmetric", "damp_percent", "act_order", "mse"}),
+    }
     return compress_blocks(
-        checkpoint, out, windows, compress, settings=settings, config={"quantization_config": config}, work=work, context=context
+        checkpoint, out, windows, compress, settings=decides, config={"quantization_config": config}, work=work, context=context
     )
 
 
 def column_order(hessian: torch.Tensor) -> torch.Tensor:
-    """Input channels by falling second moment, int64 [in] (act-order)."""
+    """Sort input channels by falling second moment, int64 [in] (act-order)."""
     return hessian.diagonal().argsort(descending=True, stable=True)
 
 
 def gptq(
     weight: torch.Tensor, grid: Grid, factor: torch.Tensor, *, order: torch.Tensor | None = None, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Codes of `weight` on `grid`: uint8 [out, in], columns in storage order.
+    """Round weights column by column, each time moving the error to the columns still to come.
 
-    weight  [out, in]; rows of several layers that share an input may be stacked
-    factor  `inverse_factor` of the inputs' second moment, in the same `order`
-    mask    bool [out, in]: a weight that it does not keep becomes zero, and the others make up for that too
     Column j is rounded; its error over U_jj, times U_j,j+1…, is taken off the columns that follow: at once within
     `COLUMNS_PER_UPDATE`, in one product for the rest.
+
+    Args:
+        weight: [out, in]; rows of several layers that share an input may be stacked.
+        grid: The scales and zeros of every group of `weight`.
+        factor: `inverse_factor` of the inputs' second moment, in the same `order`.
+        order: The input channels in the order in which they are rounded, int64 [in]; None for storage order.
+        mask: bool [out, in]; a weight that it does not keep becomes zero, and the others make up for that too.
+
+    Returns:
+        Codes, uint8 [out, in], columns in storage order.
     """
 
     def columns(matrix: torch.Tensor) -> torch.Tensor:
-        """[out, in] -> [in, out] in the order in which columns are taken, each contiguous; never the caller's memory."""
+        """[out, in] -> [in, out] in the order of rounding, each row contiguous; never the caller's memory."""
         return matrix.T[order] if order is not None else matrix.T.clone(memory_format=torch.contiguous_format)
 
     rows, (scales, zeros) = columns(weight), map(columns, grid.columns())

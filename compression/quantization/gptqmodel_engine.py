@@ -18,8 +18,8 @@ from compression.checkpoints.shards import CheckpointWriter, read_tensors
 from compression.checkpoints.skeleton import linear_layers, skeleton
 from compression.context import Context
 from compression.errors import EdgepressError, MissingExtra, UnusableData
-from compression.quantization.gptqmodel_limits import EngineMethod, check_gptqmodel
-from compression.quantization.settings import gptq_config, plan_schemes
+from compression.quantization.gptqmodel_limits import EngineMethod, check_gptqmodel, engine_method
+from compression.quantization.settings import AWQSettings, GPTQSettings, gptq_config, planned_schemes
 
 SHORTEST_WINDOW = 10  # GPTQModel drops shorter calibration rows
 LAST_WORDS = 2000  # characters
@@ -27,33 +27,34 @@ QUANTIZED = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def quantize_with_gptqmodel(
-    checkpoint: Path,
-    out: Path,
-    windows: torch.Tensor,
-    *,
-    method: EngineMethod = "gptq",
-    bits: int = 4,
-    group_size: int = 128,
-    symmetric: bool = True,
-    damp_percent: float = 0.01,
-    act_order: bool = True,
-    context: Context,
+    checkpoint: Path, out: Path, settings: GPTQSettings | AWQSettings, windows: torch.Tensor, *, context: Context
 ) -> dict[str, float]:
     """Quantize every linear layer of every block of a dense checkpoint with GPTQModel; write a GPTQ or AWQ GEMM checkpoint to `out`.
 
-    windows  calibration token ids, int64 [count, length]
-    `symmetric`, `damp_percent` and `act_order` (with static groups: storage order) are GPTQ's; AWQ always has zero points.
     GPTQModel runs in a process of its own, with torch's threads of this one; GPTQ in float32 on the CPU. Embeddings, head, norms and
-    tokenizer files keep the form they have in `checkpoint`.
+    tokenizer files keep the form they have in `checkpoint`. GPTQModel clips as it does by itself: `mse` and `clip` have no effect here.
 
-    Returns `fallback_layers`: layers that GPTQModel rounded to nearest; `damped_layers`: those whose Hessian it could invert only with
-    more than `damp_percent`.
-    Raises MissingExtra without GPTQModel; Incompatible as `check_gptqmodel` does; UnusableData for windows it would drop; EdgepressError with its last words when it fails.
+    Args:
+        checkpoint: A dense checkpoint directory.
+        out: A new directory.
+        settings: Those of GPTQ or those of AWQ, which choose the method.
+        windows: Calibration token ids, int64 [count, length].
+        context: Device and callbacks.
+
+    Returns:
+        `fallback_layers`: layers that GPTQModel rounded to nearest; `damped_layers`: those whose Hessian it could invert only with more
+        than `damp_percent`.
+
+    Raises:
+        MissingExtra: GPTQModel is not installed.
+        Incompatible: As `check_gptqmodel` does.
+        UnusableData: GPTQModel would drop the windows.
+        EdgepressError: GPTQModel fails; the message ends with what it printed last.
     """
     source = open_checkpoint(checkpoint)
     if find_spec("gptqmodel") is None:
         raise MissingExtra("gptqmodel", "gptqmodel", "engine: gptqmodel")
-    check_gptqmodel(source, method=method, bits=bits, group_size=group_size)
+    check_gptqmodel(source, settings)
     linear_layers(skeleton(source), source)
     if windows.dtype != torch.int64 or windows.dim() != 2 or windows.shape[1] < SHORTEST_WINDOW:
         raise UnusableData(
@@ -62,29 +63,40 @@ def quantize_with_gptqmodel(
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gptqmodel-", dir=out.parent) as folder:
-        settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "offload_to_disk_path": f"{folder}/offload"}
-        if method == "gptq":
-            settings |= {"sym": symmetric, "damp_percent": damp_percent, "desc_act": act_order, "static_groups": act_order}
-            planned = plan_schemes(source, bits=bits, group_size=group_size)
-            config = gptq_config(planned, bits=bits, group_size=group_size, symmetric=symmetric, damp_percent=damp_percent)
+        options: dict[str, Any] = {"bits": settings.bits, "group_size": settings.group_size, "offload_to_disk_path": f"{folder}/offload"}
+        if isinstance(settings, GPTQSettings):
+            options |= {"sym": settings.symmetric, "damp_percent": settings.damp_percent}
+            options |= {"desc_act": settings.act_order, "static_groups": settings.act_order}
+            config = gptq_config(planned_schemes(source, settings), settings, damp_percent=settings.damp_percent)
         else:
-            settings |= {"sym": False, "fallback": None}  # what it cannot calibrate is an error
-            config = awq_config(group_size=group_size)
+            options |= {"sym": False, "fallback": None}  # what it cannot calibrate is an error
+            config = awq_config(group_size=settings.group_size)
+        method = engine_method(settings)
         job = {
-            "model": str(checkpoint.resolve()), "config": f"{method.upper()}Config", "settings": settings, "windows": windows.tolist(),
+            "model": str(checkpoint.resolve()), "config": f"{method.upper()}Config", "settings": options, "windows": windows.tolist(),
             "dtype": _dtype(source, method, context.device), "device": context.device, "threads": torch.get_num_threads(), "out": f"{folder}/saved",
         }  # fmt: skip
         log = _run(job, Path(folder) / "printed", source.num_layers, context)
         _rewrite(source, Path(folder) / "saved", out, config)
-    return told(log, damp_percent, context)
+    return summarize_log(log, settings.damp_percent if isinstance(settings, GPTQSettings) else None, context)
 
 
-def told(log: list[dict[str, Any]], damp_percent: float, context: Context) -> dict[str, float]:
-    """What GPTQModel did otherwise than asked, from its log: counted, and said as warnings."""
+def summarize_log(log: list[dict[str, Any]], damp_percent: float | None, context: Context) -> dict[str, float]:
+    """Count the layers that GPTQModel's log says it treated otherwise than requested, and warn of them.
+
+    Args:
+        log: An entry a layer, with keys "layer", "module", "loss" and "damp".
+        damp_percent: What was requested; None for AWQ, which damps nothing.
+        context: Receives the warnings.
+
+    Returns:
+        `fallback_layers` and `damped_layers`.
+    """
     layers = {f"block {entry['layer']} {entry['module']}": entry for entry in log}
     rounded = [layer for layer, entry in layers.items() if "fallback" in entry["loss"]]
-    # Its log has five decimals. AWQ damps nothing.
-    damped = [layer for layer, entry in layers.items() if entry["damp"] and float(entry["damp"]) > damp_percent + 1e-5]
+    damped = []
+    if damp_percent is not None:  # the log has five decimals
+        damped = [layer for layer, entry in layers.items() if entry["damp"] and float(entry["damp"]) > damp_percent + 1e-5]
     if rounded:
         context.warn(f"GPTQModel rounded to nearest: {', '.join(rounded)}")
     if damped:
@@ -93,14 +105,14 @@ def told(log: list[dict[str, Any]], damp_percent: float, context: Context) -> di
 
 
 def _dtype(source: Checkpoint, method: EngineMethod, device: str) -> str:
-    """The checkpoint's, but float32 for GPTQ on the CPU, and half precision for AWQ, which takes no other."""
+    """Return the dtype that GPTQModel computes in: the checkpoint's, but float32 for GPTQ on the CPU, and half precision for AWQ."""
     if method == "awq":
         return "float16" if source.dtype == "float32" else source.dtype
     return "float32" if torch.device(device).type == "cpu" else source.dtype
 
 
 def _run(job: dict[str, Any], printed: Path, blocks: int, context: Context) -> list[dict[str, Any]]:
-    """GPTQModel's log, an entry a layer. What it prints goes to the file `printed`, the logs it leaves where it runs beside it."""
+    """Return GPTQModel's log, an entry a layer. Its output goes to the file `printed`, and the logs that it leaves in its directory stay next to it."""
     child = Path(__file__).with_name("gptqmodel_child.py")
     reading, writing = os.pipe()
     answer: dict[str, Any] = {}
@@ -127,9 +139,9 @@ def _run(job: dict[str, Any], printed: Path, blocks: int, context: Context) -> l
 
 
 def _rewrite(source: Checkpoint, saved: Path, out: Path, config: dict[str, Any]) -> None:
-    """GPTQModel's checkpoint as one of ours: what is not quantized in the dtype it had, our config, the same tokenizer, nothing else.
+    """Write GPTQModel's checkpoint as one of ours: what is not quantized in its former dtype, our config, the same tokenizer, nothing else.
 
-    Raises EdgepressError where GPTQModel quantized other layers than asked.
+    Raises EdgepressError where GPTQModel quantized other layers than requested.
     """
     names = list(weight_map(saved))
     quantized = {name.removesuffix(".qweight") for name in names if name.endswith(".qweight")}

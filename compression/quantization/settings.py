@@ -1,12 +1,12 @@
-"""How many bits each layer gets and in which groups, and how `quantization_config` says so. Planning imports this module: no torch here.
+"""The settings of every quantization method, the bits and groups that they give each layer, and the checkpoints they plan. Imports no torch.
 
-A pattern names layers by their path in the model, `*` standing for any characters: `*.down_proj`, `model.layers.0.*`.
+A pattern names layers by their path in the model; `*` stands for any characters: `*.down_proj`, `model.layers.0.*`.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from compression.settings import Settings
 GROUP_SIZES = (256, 128, 64, 32, 16)
 
 OnIndivisible = Literal["refuse", "smaller_group"]
+GroupSize = Annotated[int, Field(ge=-1, description="Input channels that share a scale; 32 can be carried into GGUF, -1 is a row.")]
 
 
 class Override(Settings):
@@ -30,15 +31,128 @@ class Override(Settings):
 Overrides = Mapping[str, Override]
 
 
-def plan_schemes(
-    checkpoint: Checkpoint, *, bits: int, group_size: int, layers: Overrides | None = None, on_indivisible: OnIndivisible = "refuse"
-) -> dict[str, WeightScheme | None]:
-    """The codes of every linear layer of every block by its path in the model; None where it stays as it is.
+class SchemeSettings(Settings):
+    """What methods that write the GPTQ layout share: how many bits each layer gets, and in which groups."""
 
-    layers  by pattern; the first that fits a layer counts
-    on_indivisible  what becomes of a layer whose width the group size does not divide: "refuse", or "smaller_group", the largest of
-            `GROUP_SIZES` below it that does
-    Raises Incompatible (key "group_size", "bits" or "layers") naming the layer and what would fit.
+    former_names: ClassVar[Mapping[str, str]] = {"misfit": "on_indivisible"}
+
+    bits: Annotated[Literal[2, 3, 4, 8], Field(description="Bits of a weight.")] = 4
+    group_size: GroupSize = 128
+    symmetric: Annotated[bool, Field(description="Without zero points.")] = True
+    layers: dict[str, Override] = Field(
+        default_factory=dict,
+        description='Other bits or groups by pattern, the first that fits: {"*.down_proj": {bits: 8}}; bits 16 leaves layers as they are.',
+    )
+    on_indivisible: Annotated[
+        OnIndivisible,
+        Field(
+            description="What becomes of a layer that group_size does not divide: refuse, or the largest smaller group, counted as a fallback."
+        ),
+    ] = "refuse"
+
+
+class RTNSettings(SchemeSettings):
+    """Rounding to nearest (`compression.quantization.rtn`), which needs no calibration data.
+
+    In a recipe:
+
+        rounded:
+          uses: quantize.rtn
+          bits: 4
+          group_size: 32
+    """
+
+    mse: Annotated[bool, Field(description="Shrink each group's range where that lowers the error of its weights.")] = False
+
+
+class GPTQSettings(SchemeSettings):
+    """GPTQ (Frantar et al., arXiv 2210.17323; `compression.quantization.gptq`).
+
+    In a recipe:
+
+        int4:
+          uses: quantize.gptq
+          bits: 4
+          group_size: 32
+          layers: {"*.down_proj": {bits: 8}}
+
+    `act_order` uses static groups: the grids are fitted before the columns are reordered, so that a group stays a run of
+    neighbouring channels. Without `mse` a grid spans the minimum and maximum of its group.
+    """
+
+    damp_percent: Annotated[float, Field(gt=0, lt=1, description="Of the mean of the Hessian's diagonal, added to it.")] = 0.01
+    act_order: Annotated[bool, Field(description="Quantize important columns first; groups stay in storage order.")] = True
+    mse: Annotated[bool, Field(description="Shrink each group's range where that lowers the error of its output.")] = True
+
+
+class AWQSettings(Settings):
+    """AWQ (Lin et al., arXiv 2306.00978; `compression.quantization.awq`), with zero points.
+
+    In a recipe:
+
+        int4:
+          uses: quantize.awq
+          group_size: 32
+    """
+
+    bits: Annotated[Literal[4], Field(description="Bits of a weight; the layout holds 4.")] = 4
+    group_size: GroupSize = 128
+    clip: Annotated[bool, Field(description="Shrink each group's range where that lowers the error of its output.")] = True
+
+
+class SmoothQuantSettings(Settings):
+    """SmoothQuant (Xiao et al., arXiv 2211.10438; `compression.quantization.smoothquant`): int8 weights and activations.
+
+    In a recipe:
+
+        w8a8:
+          uses: quantize.smoothquant
+          alpha: 0.5
+    """
+
+    alpha: Annotated[
+        float | None, Field(ge=0, le=1, description="How much of the outliers moves into the weights; null moves nothing (the control).")
+    ] = 0.5
+
+
+class FP8Settings(Settings):
+    """E4M3 weights and activations (Micikevicius et al., arXiv 2209.05433; `compression.quantization.fp8`), without calibration data.
+
+    In a recipe:
+
+        fp8:
+          uses: quantize.fp8
+          strategy: channel
+    """
+
+    strategy: Annotated[
+        Literal["channel", "tensor"], Field(description="One weight scale for each output channel, or one for the whole matrix.")
+    ] = "channel"
+
+
+def plan_schemes(
+    checkpoint: Checkpoint,
+    *,
+    bits: int,
+    group_size: int,
+    layers: Overrides | None = None,
+    on_indivisible: OnIndivisible = "refuse",
+) -> dict[str, WeightScheme | None]:
+    """Decide what every linear layer of every block is rounded to.
+
+    Args:
+        checkpoint: A dense checkpoint, planned or real.
+        bits: Bits of a weight.
+        group_size: Input channels that share a scale; -1 for a row.
+        layers: Other bits and groups by pattern; the first pattern that fits a layer counts.
+        on_indivisible: What becomes of a layer whose width the group size does not divide: "refuse", or "smaller_group", the largest
+            of `GROUP_SIZES` below it that does.
+
+    Returns:
+        The scheme by the layer's path in the model; None where the layer stays as it is.
+
+    Raises:
+        Incompatible: Key "group_size", "bits" or "layers"; the message names the layer and what would fit.
     """
     shapes = checkpoint.linear_widths()
     planned: dict[str, WeightScheme | None] = {}
@@ -57,6 +171,7 @@ def plan_schemes(
 
 
 def _fit(checkpoint: Checkpoint, path: str, shape: tuple[int, int], wanted: WeightScheme, on_indivisible: OnIndivisible) -> WeightScheme:
+    """Return `wanted`, with a smaller group where it does not divide the width and that is allowed."""
     out_features, in_features = shape
     size = wanted.width(in_features)
     if size < 1 or in_features % size:
@@ -80,37 +195,47 @@ def _fit(checkpoint: Checkpoint, path: str, shape: tuple[int, int], wanted: Weig
     return wanted
 
 
-def gptq_config(
-    planned: Mapping[str, WeightScheme | None], *, bits: int, group_size: int, symmetric: bool, layers: Overrides | None = None, **more: Any
-) -> dict[str, Any]:
-    """`quantization_config` of a checkpoint in the GPTQ layout; layers that differ stand under `dynamic`, as GPTQModel reads it.
+def planned_schemes(checkpoint: Checkpoint, settings: SchemeSettings) -> dict[str, WeightScheme | None]:
+    """Return `plan_schemes` of settings."""
+    return plan_schemes(
+        checkpoint,
+        bits=settings.bits,
+        group_size=settings.group_size,
+        layers=settings.layers,
+        on_indivisible=settings.on_indivisible,
+    )
+
+
+def gptq_config(planned: Mapping[str, WeightScheme | None], settings: SchemeSettings, **more: Any) -> dict[str, Any]:
+    """Build `quantization_config` of a checkpoint in the GPTQ layout; layers that differ stand under `dynamic`, as GPTQModel reads it.
+
+    Args:
+        planned: What `plan_schemes` returned.
+        settings: What it planned for.
+        more: Further entries.
 
     `desc_act` is false: act-order with static groups leaves storage order.
     """
-    rules = {f"^{re.escape(module)}$": codes for module, codes in planned.items() if codes is not None and codes.shrunk}
-    rules |= {_regex(pattern): WeightScheme(o.bits or bits, o.group_size or group_size) for pattern, o in (layers or {}).items()}
+    rules = {f"^{re.escape(module)}$": scheme for module, scheme in planned.items() if scheme is not None and scheme.shrunk}
+    rules |= {
+        _regex(pattern): WeightScheme(override.bits or settings.bits, override.group_size or settings.group_size)
+        for pattern, override in settings.layers.items()
+    }
     dynamic: dict[str, dict[str, int]] = {}
-    for rule, codes in rules.items():
-        left = codes.bits == FLOAT_BITS
-        dynamic[f"-:{rule}" if left else f"+:{rule}"] = {} if left else {"bits": codes.bits, "group_size": codes.group_size}
+    for rule, scheme in rules.items():
+        if scheme.bits == FLOAT_BITS:
+            dynamic[f"-:{rule}"] = {}
+        else:
+            dynamic[f"+:{rule}"] = {"bits": scheme.bits, "group_size": scheme.group_size}
     return {
-        "quant_method": "gptq", "checkpoint_format": "gptq", "bits": bits, "group_size": group_size, "sym": symmetric,
+        "quant_method": "gptq", "checkpoint_format": "gptq", "bits": settings.bits, "group_size": settings.group_size, "sym": settings.symmetric,
         "desc_act": False, "lm_head": False, "pack_dtype": "int32", **({"dynamic": dynamic} if dynamic else {}), **more,
     }  # fmt: skip
 
 
-def plan_gptq(
-    checkpoint: Checkpoint,
-    *,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    layers: Overrides | None = None,
-    on_indivisible: OnIndivisible = "refuse",
-) -> Checkpoint:
-    """The checkpoint in the GPTQ layout that a dense one will become. Raises what `plan_schemes` does."""
-    planned = plan_schemes(checkpoint, bits=bits, group_size=group_size, layers=layers, on_indivisible=on_indivisible)
-    config = gptq_config(planned, bits=bits, group_size=group_size, symmetric=symmetric, layers=layers)
+def plan_gptq(checkpoint: Checkpoint, settings: SchemeSettings) -> Checkpoint:
+    """Return the checkpoint in the GPTQ layout that a dense one will become. Raises what `plan_schemes` does."""
+    config = gptq_config(planned_schemes(checkpoint, settings), settings)
     return replace(checkpoint, layout="gptq", config={**checkpoint.config, "quantization_config": config})
 
 

@@ -13,30 +13,35 @@ from compression.checkpoints.schemes import Scheme
 from compression.checkpoints.skeleton import layers_outside
 from compression.context import Context
 from compression.quantization.scaling import scale_pairs
+from compression.quantization.settings import SmoothQuantSettings
 
 SMALLEST = 1e-5  # of a channel's activation, weight and scale, as in the authors' code
 
 
 def quantize_smoothquant(
-    checkpoint: Path,
-    out: Path,
-    windows: torch.Tensor,
-    *,
-    alpha: float | None = 0.5,
-    work: Path | None = None,
-    context: Context,
+    checkpoint: Path, out: Path, settings: SmoothQuantSettings, windows: torch.Tensor, *, work: Path | None = None, context: Context
 ) -> dict[str, float]:
-    """Smooth every block of a dense checkpoint and round its linear layers to int8, one scale for each output channel; write a
-    compressed-tensors W8A8 checkpoint to `out`.
+    """Smooth every block of a dense checkpoint and round its linear layers to int8; write a compressed-tensors W8A8 checkpoint to `out`.
 
-    windows  calibration token ids, int64 [count, length]
-    alpha    how much of the difficulty moves into the weights, 0 … 1; None moves nothing: plain rounding, the control
-    work     where the walk keeps its progress
-    Scales are folded into what stands before a layer (`Family.scale_pairs`). Embeddings and head stay as they are.
+    Each output channel has a scale. The smoothing scales are folded into the operation before a layer (`Family.scale_pairs`).
+    Embeddings and head stay as they are.
 
-    Returns `scaled_pairs`: pairs through which scales were moved, over all blocks.
-    Raises Incompatible for a quantized checkpoint, UnusableModel for an architecture whose pairs are not declared (with an alpha) and for weights that are not finite.
+    Args:
+        checkpoint: A dense checkpoint directory.
+        out: A new directory.
+        settings: How much of the outliers moves into the weights.
+        windows: Calibration token ids, int64 [count, length].
+        work: Where the walk keeps its progress; None keeps none.
+        context: Seed, device and callbacks.
+
+    Returns:
+        `scaled_pairs`: pairs through which scales were moved, over all blocks.
+
+    Raises:
+        Incompatible: The checkpoint is quantized.
+        UnusableModel: The pairs of this architecture are not declared (with an alpha), or weights are not finite.
     """
+    alpha = settings.alpha
     source = open_checkpoint(checkpoint)
     family = None if alpha is None else source.family
     scheme = Scheme("int")
@@ -49,7 +54,7 @@ def quantize_smoothquant(
             name = f"{path}.weight"
             rounded = round_weight(layer.weight, scheme, dtype=block.dtypes[name], name=f"{checkpoint}: {block.name}.{name}")
             layer.weight.copy_(rounded.dequantize())
-            round_inputs(layer, scheme)  # the blocks behind see what will run
+            round_inputs(layer, scheme)  # the next blocks see what will run
             tensors |= {f"{path}.{suffix}": tensor for suffix, tensor in rounded.tensors().items()}
         return CompressedBlock(tensors, counts={"scaled_pairs": float(moved)})
 
@@ -61,22 +66,26 @@ def quantize_smoothquant(
 
 
 def smooth(block: Block, family: Family, alpha: float) -> int:
-    """Move scales through every pair of a block, which computes what it did; how many pairs that were."""
+    """Move scales through every pair of a block, which still computes the same function; return the number of pairs."""
     absmax = {path: shared.absmax for shared in block.inputs for path in shared.layers}
     pairs = list(scale_pairs(block, family))
     for pair in pairs:
-        driven = absmax[pair.consumers[0]]
-        assert driven is not None
-        pair.fold(smoothing_scales(driven, torch.cat([layer.weight for layer in pair.layers]), alpha))
+        inputs = absmax[pair.consumers[0]]
+        assert inputs is not None
+        pair.fold(smoothing_scales(inputs, torch.cat([layer.weight for layer in pair.layers]), alpha))
     return len(pairs)
 
 
 def smoothing_scales(absmax: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.Tensor:
-    """s_j = max|x_j|^alpha / max|w_j|^(1 − alpha), float32 [in] (equation 4): inputs are divided by it, weights multiplied.
+    """Compute s_j = max|x_j|^alpha / max|w_j|^(1 − alpha) (equation 4): inputs are divided by it, weights multiplied.
 
-    absmax  [in], the largest absolute value of each input channel over the calibration tokens
-    weight  [out, in]; rows of all layers that share the input
-    A channel that is never driven or never read keeps its scale.
+    Args:
+        absmax: The largest absolute value of each input channel over the calibration tokens, [in].
+        weight: [out, in]; rows of all layers that share the input.
+        alpha: How much of the outliers moves into the weights, 0 to 1.
+
+    Returns:
+        float32 [in]; 1 for a channel whose inputs or weights are all zero.
     """
     read = weight.float().abs().amax(0)
     scales = absmax.float().clamp_min(SMALLEST) ** alpha / read.clamp_min(SMALLEST) ** (1 - alpha)

@@ -21,6 +21,7 @@ from compression.evaluation.scorers import evaluate_quality
 from compression.evaluation.speed import measure_speed
 from compression.pruning import WidthSettings, prune_width
 from compression.quantization.gptq import quantize_gptq
+from compression.quantization.settings import GPTQSettings
 from compression.training.batches import TrainingRows
 from export.gguf import GgufSettings, export_gguf
 from export.runtimes import open_runtime
@@ -44,7 +45,7 @@ def compress(model: Path, data: DataSpec, training: DistillationSettings, out: P
     distill(pruned, model, distilled, rows, training, workdir=out / "work", context=context)
 
     # Round the linear layers to 4 bits, each group of 32 weights with its own scale.
-    quantize_gptq(distilled, gptq, calibration, bits=4, group_size=32, context=context)
+    quantize_gptq(distilled, gptq, GPTQSettings(bits=4, group_size=32), calibration, context=context)
 
     # Carry exactly those codes into a GGUF file: nothing is rounded a second time.
     export_gguf(gptq, gguf, GgufSettings(type="carry"), threads=THREADS, context=context)

@@ -2,18 +2,17 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from compression.checkpoints.checkpoint import Checkpoint
 from compression.checkpoints.schemes import Scheme
 from compression.context import Context
 from compression.data import DataSpec
+from compression.quantization import FP8Settings
 from tasks.stage import Inputs, Planned, Stage, Workplace
 
 
-class QuantizeFp8(Stage):
+class QuantizeFp8(Stage, FP8Settings):
     """Round weights to E4M3; activations are rounded to E4M3 token by token while the model runs."""
 
     uses: Literal["quantize.fp8"] = "quantize.fp8"
@@ -22,15 +21,11 @@ class QuantizeFp8(Stage):
     sparse: ClassVar[bool] = True
     compresses: ClassVar[bool] = True
 
-    strategy: Annotated[
-        Literal["channel", "tensor"], Field(description="One weight scale for each output channel, or one for the whole matrix.")
-    ] = "channel"
-
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
         config = Scheme("float", self.strategy).config()
         return dataclasses.replace(parent, layout="fp8", config={**parent.config, "quantization_config": config})
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.quantization.fp8 import quantize_fp8
+        from compression.quantization import quantize_fp8
 
-        return quantize_fp8(inputs.parent, place.out, strategy=self.strategy, context=context)
+        return quantize_fp8(inputs.parent, place.out, self, context=context)

@@ -1,26 +1,29 @@
 """`quantize.rtn`: rounding to nearest, the control that calibrated methods have to beat."""
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
-from pydantic import Field
-
+from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
-from tasks.kinds._codes import CodesStage
-from tasks.stage import Inputs, Workplace
+from compression.quantization import RTNSettings
+from compression.quantization.settings import plan_gptq
+from tasks.stage import Inputs, Planned, Stage, Workplace
 
 
-class QuantizeRtn(CodesStage):
+class QuantizeRtn(Stage, RTNSettings):
     """Round to nearest: no calibration, the control for GPTQ and AWQ. Writes the GPTQ layout."""
 
     uses: Literal["quantize.rtn"] = "quantize.rtn"
     version: ClassVar[int] = 1
     metrics: ClassVar[tuple[str, ...]] = ("fallback_layers",)
+    sparse: ClassVar[bool] = True
+    compresses: ClassVar[bool] = True
 
-    mse: Annotated[bool, Field(description="Shrink each group's range where that lowers the error of its weights.")] = False
+    def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
+        return plan_gptq(parent, self)
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.quantization.rtn import quantize_rtn
+        from compression.quantization import quantize_rtn
 
-        settings = self.model_dump(exclude={"uses", "layers"})
-        return quantize_rtn(inputs.parent, place.out, **settings, layers=self.layers, context=context)
+        return quantize_rtn(inputs.parent, place.out, self, context=context)

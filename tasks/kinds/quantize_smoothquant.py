@@ -2,31 +2,24 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from compression.checkpoints.checkpoint import Checkpoint
 from compression.checkpoints.schemes import Scheme
 from compression.context import Context
 from compression.data import DataSpec
-from tasks.stage import Inputs, Planned, Reads, Stage, Workplace
+from compression.quantization import SmoothQuantSettings
+from tasks.kinds._calibrated import CalibratedStage
+from tasks.stage import Inputs, Planned, Workplace
 
 
-class QuantizeSmoothquant(Stage):
+class QuantizeSmoothquant(CalibratedStage, SmoothQuantSettings):
     """SmoothQuant: W8A8, with the outliers of activations moved into the weights first."""
 
     uses: Literal["quantize.smoothquant"] = "quantize.smoothquant"
     version: ClassVar[int] = 2
     metrics: ClassVar[tuple[str, ...]] = ("scaled_pairs",)
-    sparse: ClassVar[bool] = True
     compresses: ClassVar[bool] = True
-    reads: ClassVar[Reads] = "calibration"
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
-
-    alpha: Annotated[
-        float | None, Field(ge=0, le=1, description="How much of the outliers moves into the weights; null moves nothing (the control).")
-    ] = 0.5
 
     def plan(self, parent: Checkpoint, others: Mapping[str, Planned], data: DataSpec) -> Planned:
         if self.alpha is not None:
@@ -34,9 +27,7 @@ class QuantizeSmoothquant(Stage):
         return dataclasses.replace(parent, layout="w8a8", config={**parent.config, "quantization_config": Scheme("int").config()})
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.checkpoints.loading import load_tokenizer
-        from compression.data import calibration_windows
-        from compression.quantization.smoothquant import quantize_smoothquant
+        from compression.quantization import quantize_smoothquant
 
-        windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed)
-        return quantize_smoothquant(inputs.parent, place.out, windows, alpha=self.alpha, work=place.work, context=context)
+        windows = self.windows(inputs, data, context)
+        return quantize_smoothquant(inputs.parent, place.out, self, windows, work=place.work, context=context)

@@ -27,6 +27,7 @@ from compression.evaluation.runtime import Runtime
 from compression.evaluation.scorers import evaluate_quality
 from compression.evaluation.transformers_runtime import TransformersRuntime
 from compression.quantization.gptq import quantize_gptq
+from compression.quantization.settings import GPTQSettings
 from export.gguf.pretokenizer import recognize
 from export.runtimes import open_runtime
 from tests.benchmarks import page
@@ -193,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="edgepress-bench-") as folder:
         bench = Bench(Path(folder), subject, options.threads)
         gptq = Path(folder) / "gptq"
-        quantize_gptq(subject.checkpoint, gptq, subject.draws[0], bits=4, group_size=32, symmetric=True, context=Context())
+        quantize_gptq(subject.checkpoint, gptq, GPTQSettings(bits=4, group_size=32, symmetric=True), subject.draws[0], context=Context())
         for type in options.types.split(","):
             bench.gguf(f"GGUF {type}", subject.checkpoint, ours=type, theirs=type)
         bench.gguf("GGUF q4_0 of GPTQ 4-bit g32", gptq, ours="carry", theirs="q4_0")

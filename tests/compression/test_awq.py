@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from compression.calibration.walk import walk
 from compression.checkpoints.checkpoint import open_checkpoint
@@ -15,6 +16,7 @@ from compression.errors import Incompatible
 from compression.quantization.awq import quantize_awq, search_scales
 from compression.quantization.grid import fit_grid
 from compression.quantization.scaling import scale_pairs
+from compression.quantization.settings import AWQSettings
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 
@@ -70,8 +72,8 @@ def test_the_search_finds_scales_that_pay_on_the_inputs_themselves() -> None:
 def test_a_checkpoint_loses_less_than_by_rounding_and_less_with_clip(tmp_path: Path, checkpoint: Path) -> None:
     source = outliers(tmp_path / "in", checkpoint)
     windows = tiny_windows(count=32)
-    assert quantize_awq(source, tmp_path / "awq", windows, group_size=32, context=Context())["scaled_pairs"] >= 4
-    quantize_awq(source, tmp_path / "unclipped", windows, group_size=32, clip=False, context=Context())
+    assert quantize_awq(source, tmp_path / "awq", AWQSettings(group_size=32), windows, context=Context())["scaled_pairs"] >= 4
+    quantize_awq(source, tmp_path / "unclipped", AWQSettings(group_size=32, clip=False), windows, context=Context())
     model = load_model(source)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
@@ -88,7 +90,7 @@ def test_a_checkpoint_loses_less_than_by_rounding_and_less_with_clip(tmp_path: P
 
 def test_what_is_written(tmp_path: Path, checkpoint: Path) -> None:
     for name in ("a", "b"):
-        quantize_awq(checkpoint, tmp_path / name, tiny_windows(), group_size=32, context=Context())
+        quantize_awq(checkpoint, tmp_path / name, AWQSettings(group_size=32), tiny_windows(), context=Context())
     after = open_checkpoint(tmp_path / "a")
     assert after.layout == "awq"
     assert after.config["quantization_config"] == {
@@ -102,8 +104,7 @@ def test_what_is_written(tmp_path: Path, checkpoint: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path, checkpoint: Path) -> None:
-    with pytest.raises(Incompatible, match="4 bits, not 3") as refused:
-        quantize_awq(checkpoint, tmp_path / "q", tiny_windows(), bits=3, group_size=32, context=Context())
-    assert refused.value.key == "bits"
+    with pytest.raises(ValidationError, match="bits"):
+        AWQSettings(bits=3)
     with pytest.raises(Incompatible, match="group sizes that divide"):
-        quantize_awq(checkpoint, tmp_path / "q", tiny_windows(), context=Context())
+        quantize_awq(checkpoint, tmp_path / "q", AWQSettings(), tiny_windows(), context=Context())

@@ -21,6 +21,7 @@ from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, UnusableData
 from compression.pruning import UnstructuredSettings, prune_unstructured
 from compression.quantization.gptq import quantize_gptq
+from compression.quantization.settings import GPTQSettings
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 FAMILIES = {
@@ -137,7 +138,7 @@ def test_buffers_of_blocks_stay(tmp_path: Path, model_type: str) -> None:
     for method in ("magnitude", "wanda", "sparsegpt"):
         prune_unstructured(source, tmp_path / method, UnstructuredSettings(method=method, sparsity=0.01), tiny_windows(), context=Context())  # type: ignore[arg-type]
         assert open_checkpoint(tmp_path / method).tensors == open_checkpoint(source).tensors
-    quantize_gptq(source, tmp_path / "gptq", tiny_windows(), bits=8, group_size=32, context=Context())
+    quantize_gptq(source, tmp_path / "gptq", GPTQSettings(bits=8, group_size=32), tiny_windows(), context=Context())
     assert divergence(source, tmp_path / "sparsegpt") < 2 * divergence(source, tmp_path / "magnitude")
     assert max(divergence(source, tmp_path / method) for method in ("wanda", "gptq")) < 0.005
     stay = set(open_checkpoint(source).tensors) - set(open_checkpoint(source).linear_tensors())
@@ -190,7 +191,7 @@ def test_windows_that_fit_no_model_are_refused(checkpoint: Path, windows: torch.
 
 
 def test_a_quantized_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
+    quantize_gptq(checkpoint, tmp_path / "q", GPTQSettings(group_size=32), tiny_windows(), context=Context())
     with pytest.raises(Incompatible, match="quantized already"):
         next(walk(open_checkpoint(tmp_path / "q"), tiny_windows(), context=Context()))
 

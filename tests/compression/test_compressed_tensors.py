@@ -20,6 +20,7 @@ from compression.checkpoints.schemes import Scheme
 from compression.context import Context
 from compression.errors import UnusableModel
 from compression.quantization.fp8 import quantize_fp8
+from compression.quantization.settings import FP8Settings, SmoothQuantSettings
 from compression.quantization.smoothquant import quantize_smoothquant
 from tests.tiny import tiny_checkpoint, tiny_windows
 
@@ -101,15 +102,15 @@ Write = Callable[[Path, Path], Any]
 
 
 def smoothquant(source: Path, out: Path) -> None:
-    quantize_smoothquant(source, out, tiny_windows(), context=Context())
+    quantize_smoothquant(source, out, SmoothQuantSettings(), tiny_windows(), context=Context())
 
 
 def fp8(source: Path, out: Path) -> None:
-    quantize_fp8(source, out, context=Context())
+    quantize_fp8(source, out, FP8Settings(), context=Context())
 
 
 def fp8_tensor(source: Path, out: Path) -> None:
-    quantize_fp8(source, out, strategy="tensor", context=Context())
+    quantize_fp8(source, out, FP8Settings(strategy="tensor"), context=Context())
 
 
 @pytest.mark.parametrize("write", [smoothquant, fp8, fp8_tensor])

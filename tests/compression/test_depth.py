@@ -22,6 +22,7 @@ from compression.pruning import DepthSettings, WidthSettings, prune_depth, prune
 from compression.pruning.depth import block_influence, redundant_blocks
 from compression.pruning.structure import blocks_left, depth_config
 from compression.quantization.gptq import quantize_gptq
+from compression.quantization.settings import GPTQSettings
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 
@@ -203,6 +204,6 @@ def test_an_unlisted_family_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_quantized_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:
-    quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(2), group_size=32, context=Context())
+    quantize_gptq(checkpoint, tmp_path / "q", GPTQSettings(group_size=32), tiny_windows(2), context=Context())
     with pytest.raises(Incompatible, match="takes a dense checkpoint"):
         prune_depth(tmp_path / "q", tmp_path / "out", DepthSettings(blocks=(0,)), context=Context())

@@ -13,13 +13,14 @@ from compression.checkpoints.masks import read_masks, write_masks
 from compression.context import Context
 from compression.errors import Incompatible, UnusableModel
 from compression.quantization.fp8 import quantize_fp8
+from compression.quantization.settings import FP8Settings
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 
 @pytest.mark.parametrize("strategy", ["channel", "tensor"])
 def test_what_is_written(tmp_path: Path, strategy: str) -> None:
     source = tiny_checkpoint(tmp_path / "in", dtype=torch.float32)
-    figures = [quantize_fp8(source, tmp_path / name, strategy=strategy, context=Context()) for name in ("a", "b")]
+    figures = [quantize_fp8(source, tmp_path / name, FP8Settings(strategy=strategy), context=Context()) for name in ("a", "b")]
     assert figures == [{"quantized_layers": 14.0}] * 2
     after = open_checkpoint(tmp_path / "a")
     assert after.layout == "fp8"
@@ -50,7 +51,7 @@ def test_a_scale_for_each_channel_loses_less(tmp_path: Path, checkpoint: Path) -
     save_file({n: p.contiguous() for n, p in model.state_dict().items() if n != "lm_head.weight"}, source / "model.safetensors")
     errors = {}
     for strategy in ("channel", "tensor"):
-        quantize_fp8(source, tmp_path / strategy, strategy=strategy, context=Context())
+        quantize_fp8(source, tmp_path / strategy, FP8Settings(strategy=strategy), context=Context())
         rounded = load_model(tmp_path / strategy)
         errors[strategy] = sum(
             float(((p - q) / p.abs().amax(1, keepdim=True)).square().mean())
@@ -63,7 +64,7 @@ def test_a_scale_for_each_channel_loses_less(tmp_path: Path, checkpoint: Path) -
 @pytest.mark.parametrize("family", ["stablelm", "gpt_neox", "opt", "phi3"])  # only phi3 is listed
 def test_any_decoder_of_linear_layers(tmp_path: Path, family: str) -> None:
     source = tiny_checkpoint(tmp_path / "in", family, tied=False, kv_heads=4, word_embed_proj_dim=32)
-    quantize_fp8(source, tmp_path / "q", context=Context())
+    quantize_fp8(source, tmp_path / "q", FP8Settings(), context=Context())
     ignored = open_checkpoint(tmp_path / "q").config["quantization_config"]["ignore"]
     assert ignored == (["lm_head", "model.decoder.project_in", "model.decoder.project_out"] if family == "opt" else ["lm_head"])
     with torch.no_grad():
@@ -77,7 +78,7 @@ def test_zeros_and_masks_stay(tmp_path: Path, checkpoint: Path) -> None:
     masks = {n: torch.rand(t.shape, generator=torch.Generator().manual_seed(0)) < 0.5 for n, t in tensors.items() if "_proj" in n}
     save_file({n: t * masks[n] if n in masks else t for n, t in tensors.items()}, source / "model.safetensors", metadata={"format": "pt"})
     write_masks(source, masks)
-    quantize_fp8(source, tmp_path / "q", context=Context())
+    quantize_fp8(source, tmp_path / "q", FP8Settings(), context=Context())
     model = load_model(tmp_path / "q")
     assert open_checkpoint(tmp_path / "q").sparse
     for name, mask in read_masks(tmp_path / "q").items():
@@ -85,16 +86,16 @@ def test_zeros_and_masks_stay(tmp_path: Path, checkpoint: Path) -> None:
 
 
 def test_what_cannot_be_rounded_is_refused(tmp_path: Path, checkpoint: Path) -> None:
-    quantize_fp8(checkpoint, tmp_path / "q", context=Context())
+    quantize_fp8(checkpoint, tmp_path / "q", FP8Settings(), context=Context())
     with pytest.raises(Incompatible, match=r"quantized already \(fp8\)"):
-        quantize_fp8(tmp_path / "q", tmp_path / "again", context=Context())
+        quantize_fp8(tmp_path / "q", tmp_path / "again", FP8Settings(), context=Context())
     source = tiny_checkpoint(tmp_path / "in")
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnusableModel, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
-        quantize_fp8(source, tmp_path / "out", context=Context())
+        quantize_fp8(source, tmp_path / "out", FP8Settings(), context=Context())
     assert not (tmp_path / "out" / "config.json").exists()
     experts = tiny_checkpoint(tmp_path / "experts", "mixtral", num_local_experts=2)  # transformers holds them in one tensor
     with pytest.raises(Incompatible, match=r"layers\.0\.mlp\.experts\.down_proj"):
-        quantize_fp8(experts, tmp_path / "out2", context=Context())
+        quantize_fp8(experts, tmp_path / "out2", FP8Settings(), context=Context())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from compression.calibration.second_order import inverse_factor
 from compression.checkpoints.checkpoint import open_checkpoint
@@ -14,6 +15,7 @@ from compression.context import Context
 from compression.errors import Incompatible
 from compression.quantization.gptq import column_order, gptq, quantize_gptq
 from compression.quantization.grid import Grid, fit_grid
+from compression.quantization.settings import GPTQSettings
 from tests.tiny import tiny_windows
 
 
@@ -94,7 +96,9 @@ def output_error(reference: Path, path: Path, windows: torch.Tensor) -> float:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_checkpoint_loses_less_than_by_rounding(tmp_path: Path, checkpoint: Path, bits: int, symmetric: bool) -> None:
     windows = tiny_windows(count=32)
-    metrics = quantize_gptq(checkpoint, tmp_path / "q", windows, bits=bits, group_size=32, symmetric=symmetric, context=Context())
+    metrics = quantize_gptq(
+        checkpoint, tmp_path / "q", GPTQSettings(bits=bits, group_size=32, symmetric=symmetric), windows, context=Context()
+    )
     assert metrics == {"fallback_layers": 0.0}
     model = load_model(checkpoint)
     for name, module in model.named_modules():
@@ -106,7 +110,7 @@ def test_a_checkpoint_loses_less_than_by_rounding(tmp_path: Path, checkpoint: Pa
 
 
 def test_what_is_written(tmp_path: Path, checkpoint: Path) -> None:
-    quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
+    quantize_gptq(checkpoint, tmp_path / "q", GPTQSettings(group_size=32), tiny_windows(), context=Context())
     after = open_checkpoint(tmp_path / "q")
     assert after.layout == "gptq"
     assert after.config["quantization_config"] == {
@@ -125,7 +129,7 @@ def test_what_is_written(tmp_path: Path, checkpoint: Path) -> None:
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path, checkpoint: Path) -> None:
     for name in ("a", "b"):
-        quantize_gptq(checkpoint, tmp_path / name, tiny_windows(), group_size=32, context=Context())
+        quantize_gptq(checkpoint, tmp_path / name, GPTQSettings(group_size=32), tiny_windows(), context=Context())
     files = sorted(file.name for file in (tmp_path / "a").iterdir())
     assert files == sorted(file.name for file in (tmp_path / "b").iterdir())
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
@@ -138,21 +142,23 @@ def test_dead_channels_and_singular_hessians_are_counted_and_said(tmp_path: Path
     save_model(model, source, like=checkpoint)
     warnings: list[str] = []
     context = Context(warn=warnings.append)
-    assert quantize_gptq(source, tmp_path / "dead", tiny_windows(), group_size=32, context=context) == {"fallback_layers": 3.0}
+    assert quantize_gptq(source, tmp_path / "dead", GPTQSettings(group_size=32), tiny_windows(), context=context) == {
+        "fallback_layers": 3.0
+    }
     assert len(warnings) == 1
     assert "model.layers.1.self_attn.q_proj" in warnings[0]
     warnings.clear()
     one_token = torch.full((1, 1), 5)
-    metrics = quantize_gptq(source, tmp_path / "singular", one_token, group_size=32, damp_percent=0.0, context=context)
+    undamped = GPTQSettings(group_size=32).model_copy(update={"damp_percent": 0.0})
+    metrics = quantize_gptq(source, tmp_path / "singular", undamped, one_token, context=context)
     assert metrics["fallback_layers"] == 14.0
     assert "cannot be inverted" in warnings[0]
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(Incompatible, match="64 wide; group sizes that divide every layer: 16, 32, 64") as refused:
-        quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(), group_size=128, context=Context())
+        quantize_gptq(checkpoint, tmp_path / "q", GPTQSettings(group_size=128), tiny_windows(), context=Context())
     assert refused.value.key == "group_size"
-    with pytest.raises(Incompatible, match="2, 3, 4 or 8 bits") as refused:
-        quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(), bits=5, group_size=32, context=Context())
-    assert refused.value.key == "bits"
+    with pytest.raises(ValidationError, match="2, 3, 4 or 8"):
+        GPTQSettings(bits=5)
     assert not (tmp_path / "q").exists()

@@ -19,8 +19,9 @@ from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, MissingExtra, UnusableData
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
-from compression.quantization.gptqmodel_engine import quantize_with_gptqmodel, told
+from compression.quantization.gptqmodel_engine import quantize_with_gptqmodel, summarize_log
 from compression.quantization.grid import fit_grid
+from compression.quantization.settings import AWQSettings, GPTQSettings, Override
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 needs_gptqmodel = pytest.mark.skipif(
@@ -60,7 +61,9 @@ def judge(path: Path) -> tuple[int, float]:
 def test_it_dequantizes_our_gptq_checkpoints_to_the_same_weights(
     tmp_path: Path, checkpoint: Path, bits: int, symmetric: bool, bound: float
 ) -> None:
-    quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(), bits=bits, group_size=32, symmetric=symmetric, context=Context())
+    quantize_gptq(
+        checkpoint, tmp_path / "q", GPTQSettings(bits=bits, group_size=32, symmetric=symmetric), tiny_windows(), context=Context()
+    )
     seen, kl = judge(tmp_path / "q")
     assert seen == LINEARS
     assert kl < bound
@@ -68,7 +71,7 @@ def test_it_dequantizes_our_gptq_checkpoints_to_the_same_weights(
 
 @needs_gptqmodel
 def test_it_dequantizes_our_awq_checkpoints_to_the_same_weights(tmp_path: Path, checkpoint: Path) -> None:
-    quantize_awq(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
+    quantize_awq(checkpoint, tmp_path / "q", AWQSettings(group_size=32), tiny_windows(), context=Context())
     seen, kl = judge(tmp_path / "q")
     assert seen == LINEARS
     assert kl < 5e-4
@@ -86,8 +89,9 @@ def test_the_engine_writes_a_checkpoint_like_ours(tmp_path: Path, method: str) -
     windows, done = tiny_windows(count=32), []
     here = sorted(Path.cwd().iterdir())
     before = (torch.get_rng_state(), np.random.get_state()[1], random.getstate())
+    settings = GPTQSettings(group_size=32) if method == "gptq" else AWQSettings(group_size=32)
     metrics = quantize_with_gptqmodel(
-        source, tmp_path / "q", windows, method=method, group_size=32, context=Context(progress=lambda *args: done.append(args[:2]))
+        source, tmp_path / "q", settings, windows, context=Context(progress=lambda *args: done.append(args[:2]))
     )
     assert metrics == {"fallback_layers": 0.0, "damped_layers": 0.0}
     assert done == [(1, 2), (2, 2)]
@@ -95,8 +99,10 @@ def test_the_engine_writes_a_checkpoint_like_ours(tmp_path: Path, method: str) -
     assert (before[1] == np.random.get_state()[1]).all()
     assert before[2] == random.getstate()
 
-    ours = quantize_gptq if method == "gptq" else quantize_awq
-    ours(source, tmp_path / "ours", windows, group_size=32, context=Context())
+    if isinstance(settings, GPTQSettings):
+        quantize_gptq(source, tmp_path / "ours", settings, windows, context=Context())
+    else:
+        quantize_awq(source, tmp_path / "ours", settings, windows, context=Context())
     written, reference = open_checkpoint(tmp_path / "q"), open_checkpoint(tmp_path / "ours")
     assert written.tensors == reference.tensors
     assert written.config == reference.config
@@ -124,7 +130,9 @@ def test_the_engine_writes_a_checkpoint_like_ours(tmp_path: Path, method: str) -
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path, checkpoint: Path) -> None:
     for name in ("a", "b"):
         torch.manual_seed(ord(name))
-        quantize_with_gptqmodel(checkpoint, tmp_path / name, tiny_windows(), bits=3, group_size=32, symmetric=False, context=Context())
+        quantize_with_gptqmodel(
+            checkpoint, tmp_path / name, GPTQSettings(bits=3, group_size=32, symmetric=False), tiny_windows(), context=Context()
+        )
     files = sorted(file.name for file in (tmp_path / "a").iterdir())
     assert files == sorted(file.name for file in (tmp_path / "b").iterdir())
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
@@ -135,7 +143,7 @@ def test_what_it_did_otherwise_is_counted_and_said(tmp_path: Path, checkpoint: P
     warnings: list[str] = []
     one_token = torch.full((2, 16), 5)
     metrics = quantize_with_gptqmodel(
-        checkpoint, tmp_path / "q", one_token, group_size=32, damp_percent=1e-9, context=Context(warn=warnings.append)
+        checkpoint, tmp_path / "q", GPTQSettings(group_size=32, damp_percent=1e-9), one_token, context=Context(warn=warnings.append)
     )
     assert metrics == {"fallback_layers": 0.0, "damped_layers": float(LINEARS)}
     assert len(warnings) == 1 and "from 1e-09 to invert the Hessian of block 0 self_attn." in warnings[0]
@@ -145,42 +153,44 @@ def test_layers_that_it_rounds_to_nearest_are_counted_and_said() -> None:
     warnings: list[str] = []
     losses = ("0.0000386160", "rtn fallback", "fallback(rtn): 0.0012345", "not applicable")
     log = [{"layer": 3, "module": f"linear{i}", "loss": loss, "damp": "0.01000" if i else None} for i, loss in enumerate(losses)]
-    assert told(log, 0.01, Context(warn=warnings.append)) == {"fallback_layers": 2.0, "damped_layers": 0.0}
+    assert summarize_log(log, 0.01, Context(warn=warnings.append)) == {"fallback_layers": 2.0, "damped_layers": 0.0}
     assert warnings == ["GPTQModel rounded to nearest: block 3 linear1, block 3 linear2"]
 
 
 @needs_gptqmodel
 def test_its_failure_is_told_with_its_last_words(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(EdgepressError, match=r"(?s)GPTQModel failed \(exit code 1\).*damp_percent"):
-        quantize_with_gptqmodel(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, damp_percent=2.0, context=Context())
+        settings = GPTQSettings(group_size=32).model_copy(update={"damp_percent": 2.0})
+        quantize_with_gptqmodel(checkpoint, tmp_path / "q", settings, tiny_windows(), context=Context())
     assert not (tmp_path / "q").exists()
 
 
 def test_it_is_asked_for_where_it_is_missing(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compression.quantization.gptqmodel_engine.find_spec", lambda _: None)
     with pytest.raises(MissingExtra, match=r"gptqmodel.*edgepress\[gptqmodel\]"):
-        quantize_with_gptqmodel(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
+        quantize_with_gptqmodel(checkpoint, tmp_path / "q", GPTQSettings(group_size=32), tiny_windows(), context=Context())
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compression.quantization.gptqmodel_engine.find_spec", lambda _: True)
-    for settings, key in (({"bits": 5}, "bits"), ({"bits": 3, "method": "awq"}, "bits"), ({"group_size": 48}, "group_size")):
+    patterns = GPTQSettings(group_size=32, layers={"*.down_proj": Override(bits=8)})
+    for unfit, key in ((GPTQSettings(group_size=48), "group_size"), (AWQSettings(group_size=48), "group_size"), (patterns, "layers")):
         with pytest.raises(Incompatible) as refused:
-            quantize_with_gptqmodel(checkpoint, tmp_path / "q", tiny_windows(), **{"group_size": 32, **settings}, context=Context())
+            quantize_with_gptqmodel(checkpoint, tmp_path / "q", unfit, tiny_windows(), context=Context())
         assert refused.value.key == key
     with pytest.raises(UnusableData, match="10 tokens or more"):
-        quantize_with_gptqmodel(checkpoint, tmp_path / "q", tiny_windows(length=8), group_size=32, context=Context())
+        quantize_with_gptqmodel(checkpoint, tmp_path / "q", GPTQSettings(group_size=32), tiny_windows(length=8), context=Context())
     with pytest.raises(Incompatible, match="k_proj has 32; engine: edgepress"):
-        quantize_with_gptqmodel(checkpoint, tmp_path / "q", tiny_windows(), method="awq", group_size=32, context=Context())
+        quantize_with_gptqmodel(checkpoint, tmp_path / "q", AWQSettings(group_size=32), tiny_windows(), context=Context())
     phi, gemma = (tiny_checkpoint(tmp_path / family, family, kv_heads=4) for family in ("phi3", "gemma3_text"))
-    for source, method in ((phi, "gptq"), (gemma, "awq")):
+    for source, settings in ((phi, GPTQSettings(group_size=32)), (gemma, AWQSettings(group_size=32))):
         with pytest.raises(Incompatible, match="GPTQModel does not take") as refused:
-            quantize_with_gptqmodel(source, tmp_path / "q", tiny_windows(), method=method, group_size=32, context=Context())
+            quantize_with_gptqmodel(source, tmp_path / "q", settings, tiny_windows(), context=Context())
         assert refused.value.key == "engine"
     write_masks(tmp_path / "phi3", {"model.layers.0.self_attn.o_proj.weight": torch.ones(64, 64, dtype=torch.bool)})
     with pytest.raises(Incompatible, match="carries masks"):
-        quantize_with_gptqmodel(phi, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
-    quantize_gptq(checkpoint, tmp_path / "quantized", tiny_windows(), group_size=32, context=Context())
+        quantize_with_gptqmodel(phi, tmp_path / "q", GPTQSettings(group_size=32), tiny_windows(), context=Context())
+    quantize_gptq(checkpoint, tmp_path / "quantized", GPTQSettings(group_size=32), tiny_windows(), context=Context())
     with pytest.raises(Incompatible, match="quantized already"):
-        quantize_with_gptqmodel(tmp_path / "quantized", tmp_path / "q", tiny_windows(), group_size=32, context=Context())
+        quantize_with_gptqmodel(tmp_path / "quantized", tmp_path / "q", GPTQSettings(group_size=32), tiny_windows(), context=Context())
     assert not (tmp_path / "q").exists()

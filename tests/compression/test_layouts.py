@@ -17,7 +17,7 @@ from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.grid import Grid, diagonal_blocks, fit_grid
 from compression.quantization.rounding import quantized_linear
-from compression.quantization.settings import plan_schemes
+from compression.quantization.settings import AWQSettings, GPTQSettings, plan_schemes
 from tests.tiny import tiny_windows
 
 
@@ -152,9 +152,9 @@ def genai_layers(path: Path, method: str):
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_genai_reads_the_same_codes(tmp_path: Path, checkpoint: Path, method: str) -> None:
     if method == "gptq":
-        quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, symmetric=False, context=Context())
+        quantize_gptq(checkpoint, tmp_path / "q", GPTQSettings(group_size=32, symmetric=False), tiny_windows(), context=Context())
     else:
-        quantize_awq(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
+        quantize_awq(checkpoint, tmp_path / "q", AWQSettings(group_size=32), tiny_windows(), context=Context())
     ours = dict(read_quantized_linears(tmp_path / "q"))
     seen = 0
     for name, codes, scales, zeros in genai_layers(tmp_path / "q", method):

@@ -17,6 +17,7 @@ from compression.context import Context
 from compression.errors import EdgepressError, UnusableModel
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
+from compression.quantization.settings import AWQSettings, GPTQSettings
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 
@@ -28,8 +29,8 @@ def nibble(words: torch.Tensor, row: int, column: int, place: int) -> int:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_quantized_checkpoint_opens_as_the_model_its_tensors_spell(tmp_path: Path, method: str, tied: bool) -> None:
     source = tiny_checkpoint(tmp_path / "in", "qwen2", tied=tied, layers=1, dtype=torch.float16)
-    quantize = quantize_gptq if method == "gptq" else quantize_awq
-    quantize(source, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
+    quantize, settings = (quantize_gptq, GPTQSettings) if method == "gptq" else (quantize_awq, AWQSettings)
+    quantize(source, tmp_path / "q", settings(group_size=32), tiny_windows(), context=Context())
     stored = load_file(tmp_path / "q" / "model.safetensors")
     model = load_model(tmp_path / "q")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -54,14 +55,14 @@ def test_a_quantized_checkpoint_opens_as_the_model_its_tensors_spell(tmp_path: P
 
 def test_dtype_none_keeps_the_checkpoints(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "in", dtype=torch.bfloat16)
-    quantize_gptq(source, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
+    quantize_gptq(source, tmp_path / "q", GPTQSettings(group_size=32), tiny_windows(), context=Context())
     for path in (source, tmp_path / "q"):
         assert {parameter.dtype for parameter in load_model(path, dtype=None).parameters()} == {torch.bfloat16}
 
 
 def test_groups_in_another_order_and_zeros_as_they_are(tmp_path: Path, checkpoint: Path) -> None:
     """GPTQ as others write it: act-order without static groups (g_idx not in storage order), format gptq_v2."""
-    quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, context=Context())
+    quantize_gptq(checkpoint, tmp_path / "q", GPTQSettings(group_size=32), tiny_windows(), context=Context())
     file = tmp_path / "q" / "model.safetensors"
     tensors = load_file(file)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0)).to(torch.int32) // 32
@@ -96,7 +97,7 @@ def change_config(path: Path, **entries: object) -> None:
     ],
 )
 def test_layouts_that_are_not_read_are_refused(tmp_path: Path, checkpoint: Path, entries: dict[str, object], says: str) -> None:
-    quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(2), group_size=32, context=Context())
+    quantize_gptq(checkpoint, tmp_path / "q", GPTQSettings(group_size=32), tiny_windows(2), context=Context())
     change_config(tmp_path / "q", **entries)
     with pytest.raises(UnusableModel, match=says):
         load_model(tmp_path / "q")
@@ -106,7 +107,7 @@ def test_layouts_that_are_not_read_are_refused(tmp_path: Path, checkpoint: Path,
     ("gone", "says"), [("model.layers.0.mlp.up_proj.scales", "up_proj lacks"), ("model.norm.weight", "lacks model.norm")]
 )
 def test_a_quantized_checkpoint_with_missing_tensors_is_refused(tmp_path: Path, checkpoint: Path, gone: str, says: str) -> None:
-    quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(2), group_size=32, context=Context())
+    quantize_gptq(checkpoint, tmp_path / "q", GPTQSettings(group_size=32), tiny_windows(2), context=Context())
     file = tmp_path / "q" / "model.safetensors"
     tensors = load_file(file)
     del tensors[gone]

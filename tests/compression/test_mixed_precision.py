@@ -15,7 +15,7 @@ from compression.context import Context
 from compression.errors import Incompatible
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.rtn import quantize_rtn
-from compression.quantization.settings import Override, gptq_config, plan_gptq, plan_schemes
+from compression.quantization.settings import GPTQSettings, Override, RTNSettings, gptq_config, plan_gptq, plan_schemes
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 LAYERS = {
@@ -37,9 +37,9 @@ def expected(module: str) -> WeightScheme | None:
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_layers_get_the_bits_of_the_first_pattern_that_fits(tmp_path: Path, checkpoint: Path, method: str) -> None:
     if method == "rtn":
-        quantize_rtn(checkpoint, tmp_path / "q", group_size=32, layers=LAYERS, context=Context())
+        quantize_rtn(checkpoint, tmp_path / "q", RTNSettings(group_size=32, layers=LAYERS), context=Context())
     else:
-        quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(), group_size=32, layers=LAYERS, context=Context())
+        quantize_gptq(checkpoint, tmp_path / "q", GPTQSettings(group_size=32, layers=LAYERS), tiny_windows(), context=Context())
     result, dense, model = open_checkpoint(tmp_path / "q"), load_model(checkpoint), load_model(tmp_path / "q")
     found = dict(read_quantized_linears(tmp_path / "q"))
     for name in open_checkpoint(checkpoint).linear_tensors():
@@ -54,7 +54,7 @@ def test_layers_get_the_bits_of_the_first_pattern_that_fits(tmp_path: Path, chec
             worst = (model.get_parameter(name) - dense.get_parameter(name)).abs().max() / dense.get_parameter(name).abs().max()
             assert worst < (0.01 if codes.bits == 8 else 0.5)
     assert schemes_of(result) == {WeightScheme(8, 32), WeightScheme(3, 64), WeightScheme(4, 32), WeightScheme(4, -1)}
-    planned = plan_gptq(open_checkpoint(checkpoint), bits=4, group_size=32, symmetric=True, layers=LAYERS)
+    planned = plan_gptq(open_checkpoint(checkpoint), GPTQSettings(bits=4, group_size=32, symmetric=True, layers=LAYERS))
     stored = sum(info.numel * {"I32": 32, "F16": 16, "F32": 32}[info.dtype] for name, info in result.tensors.items()
                  if any(part in name for part in ("_proj.qweight", "_proj.qzeros", "_proj.scales", "_proj.weight")))  # fmt: skip
     assert linear_bits(planned, float_bits=32) == stored
@@ -65,9 +65,9 @@ def test_a_width_that_the_group_does_not_divide(tmp_path: Path) -> None:
     with pytest.raises(Incompatible, match=r"mlp.down_proj, which is 96 wide.*on_indivisible: smaller_group"):
         plan_schemes(open_checkpoint(source), bits=4, group_size=64)
     warnings: list[str] = []
-    settings = {"bits": 4, "group_size": 64, "on_indivisible": "smaller_group", "context": Context(warn=warnings.append)}
-    assert quantize_rtn(source, tmp_path / "rtn", **settings) == {"fallback_layers": 2.0}
-    assert quantize_gptq(source, tmp_path / "gptq", tiny_windows(), **settings)["fallback_layers"] == 2.0
+    values, context = {"group_size": 64, "on_indivisible": "smaller_group"}, Context(warn=warnings.append)
+    assert quantize_rtn(source, tmp_path / "rtn", RTNSettings(**values), context=context) == {"fallback_layers": 2.0}
+    assert quantize_gptq(source, tmp_path / "gptq", GPTQSettings(**values), tiny_windows(), context=context)["fallback_layers"] == 2.0
     assert len(warnings) == 4
     for made in ("rtn", "gptq"):
         found = {module: layer.group_size for module, layer in read_quantized_linears(tmp_path / made)}
@@ -78,5 +78,5 @@ def test_a_width_that_the_group_does_not_divide(tmp_path: Path) -> None:
 def test_a_pattern_fits_what_a_shell_would_say(pattern: str, module: str) -> None:
     from fnmatch import fnmatchcase
 
-    config = gptq_config({}, bits=4, group_size=32, symmetric=True, layers={pattern: Override(bits=8)})
+    config = gptq_config({}, GPTQSettings(bits=4, group_size=32, symmetric=True, layers={pattern: Override(bits=8)}))
     assert (layer_scheme(config, module) == WeightScheme(8, 32)) == fnmatchcase(module, pattern)

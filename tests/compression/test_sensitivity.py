@@ -10,6 +10,7 @@ from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.quantization.rtn import quantize_rtn
 from compression.quantization.sensitivity import Sensitivity, sensitivity, spend
+from compression.quantization.settings import RTNSettings
 from tests.tiny import tiny_windows
 
 
@@ -23,7 +24,7 @@ def test_errors_are_those_of_outputs(tmp_path: Path, checkpoint: Path) -> None:
         model(windows)
     found = sensitivity(checkpoint, windows, group_size=32, widths=(3, 8), context=Context())
     for bits in (3, 8):
-        quantize_rtn(checkpoint, tmp_path / str(bits), bits=bits, group_size=32, context=Context())
+        quantize_rtn(checkpoint, tmp_path / str(bits), RTNSettings(bits=bits, group_size=32), context=Context())
         rounded = load_model(tmp_path / str(bits))
         for name, layer in found.items():
             before, after = (m.get_parameter(f"{name}.weight").detach().double() for m in (model, rounded))

@@ -13,6 +13,7 @@ from compression.pruning import UnstructuredSettings, prune_unstructured
 from compression.quantization.fp8 import quantize_fp8
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.rtn import quantize_rtn
+from compression.quantization.settings import FP8Settings, GPTQSettings, RTNSettings
 from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_checkpoint, tiny_windows
 from tests.trainings import run_lottery, run_rigl
@@ -51,9 +52,9 @@ def test_every_method_refuses_what_it_would_leave(tmp_path: Path) -> None:
     windows, out, context = tiny_windows(4), tmp_path / "out", Context()
     trained = {"sparsity": 0.5, "settings": TrainingSettings(steps=1), "workdir": tmp_path / "work", "context": context}
     for method in (
-        lambda: quantize_rtn(source, out, group_size=32, context=context),
-        lambda: quantize_fp8(source, out, context=context),
-        lambda: quantize_gptq(source, out, windows, group_size=32, context=context),
+        lambda: quantize_rtn(source, out, RTNSettings(group_size=32), context=context),
+        lambda: quantize_fp8(source, out, FP8Settings(), context=context),
+        lambda: quantize_gptq(source, out, GPTQSettings(group_size=32), windows, context=context),
         lambda: prune_unstructured(source, out, UnstructuredSettings(method="magnitude", sparsity=0.5), context=context),
         lambda: run_rigl(source, out, windows, **trained),
         lambda: run_lottery(source, out, windows, **trained),

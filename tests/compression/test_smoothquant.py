@@ -14,6 +14,7 @@ from compression.checkpoints.loading import load_model
 from compression.checkpoints.masks import read_masks, write_masks
 from compression.context import Context
 from compression.errors import UnusableModel
+from compression.quantization.settings import SmoothQuantSettings
 from compression.quantization.smoothquant import quantize_smoothquant, smooth, smoothing_scales
 from tests.tiny import tiny_checkpoint, tiny_windows
 
@@ -87,7 +88,7 @@ def test_outliers_cost_less_than_by_plain_rounding(tmp_path: Path, family: str, 
     source = outliers(tiny_checkpoint(tmp_path / "in", family, kv_heads=4, dtype=dtype))
     expected, loss = logits(source), {}
     for alpha in (None, 0.5):
-        figures = quantize_smoothquant(source, tmp_path / str(alpha), tiny_windows(), alpha=alpha, context=Context())
+        figures = quantize_smoothquant(source, tmp_path / str(alpha), SmoothQuantSettings(alpha=alpha), tiny_windows(), context=Context())
         assert figures == {"scaled_pairs": 0.0 if alpha is None else 8.0}
         loss[alpha] = float((logits(tmp_path / str(alpha)) - expected).square().mean())
     assert loss[0.5] < 0.6 * loss[None], loss
@@ -96,7 +97,7 @@ def test_outliers_cost_less_than_by_plain_rounding(tmp_path: Path, family: str, 
 def test_what_is_written(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "in", dtype=torch.bfloat16)
     for name in ("a", "b"):
-        quantize_smoothquant(source, tmp_path / name, tiny_windows(), context=Context())
+        quantize_smoothquant(source, tmp_path / name, SmoothQuantSettings(), tiny_windows(), context=Context())
     after = open_checkpoint(tmp_path / "a")
     assert after.layout == "w8a8" and not after.sparse
     config = after.config["quantization_config"]
@@ -110,8 +111,8 @@ def test_what_is_written(tmp_path: Path) -> None:
 def test_an_unlisted_family_takes_plain_rounding_only(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "in", "opt", word_embed_proj_dim=32)  # has linear layers outside its blocks
     with pytest.raises(UnusableModel, match="'opt' has no row"):
-        quantize_smoothquant(source, tmp_path / "q", tiny_windows(), context=Context())
-    quantize_smoothquant(source, tmp_path / "q", tiny_windows(), alpha=None, context=Context())
+        quantize_smoothquant(source, tmp_path / "q", SmoothQuantSettings(), tiny_windows(), context=Context())
+    quantize_smoothquant(source, tmp_path / "q", SmoothQuantSettings(alpha=None), tiny_windows(), context=Context())
     ignored = open_checkpoint(tmp_path / "q").config["quantization_config"]["ignore"]
     assert ignored == ["lm_head", "model.decoder.project_in", "model.decoder.project_out"]
     expected = logits(source)
@@ -124,7 +125,7 @@ def test_zeros_and_masks_stay(tmp_path: Path) -> None:
     masks = {n: torch.rand(t.shape, generator=torch.Generator().manual_seed(0)) < 0.5 for n, t in tensors.items() if "_proj" in n}
     save_file({n: t * masks[n] if n in masks else t for n, t in tensors.items()}, source / "model.safetensors", metadata={"format": "pt"})
     write_masks(source, masks)
-    quantize_smoothquant(source, tmp_path / "q", tiny_windows(), context=Context())
+    quantize_smoothquant(source, tmp_path / "q", SmoothQuantSettings(), tiny_windows(), context=Context())
     model, kept = load_model(tmp_path / "q"), read_masks(tmp_path / "q")
     assert kept.keys() == masks.keys()
     for name, mask in kept.items():
@@ -137,4 +138,4 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.inf
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnusableModel, match=r"model\.layers\.1\.mlp\.\w+\.weight holds values that are not finite"):
-        quantize_smoothquant(source, tmp_path / "q", tiny_windows(), context=Context())
+        quantize_smoothquant(source, tmp_path / "q", SmoothQuantSettings(), tiny_windows(), context=Context())

@@ -8,6 +8,7 @@ from compression.context import Context
 from compression.evaluation.sparsity import sparsity
 from compression.pruning import UnstructuredSettings, prune_unstructured
 from compression.quantization.rtn import quantize_rtn
+from compression.quantization.settings import RTNSettings
 
 
 def test_zeros_of_the_blocks_are_counted_and_those_of_embeddings_are_not(checkpoint: Path, tmp_path: Path) -> None:
@@ -23,7 +24,7 @@ def test_zeros_of_the_blocks_are_counted_and_those_of_embeddings_are_not(checkpo
 
 def test_a_quantized_model_is_as_sparse_as_its_masks_say(checkpoint: Path, tmp_path: Path) -> None:
     prune_unstructured(checkpoint, tmp_path / "sparse", UnstructuredSettings(method="magnitude", sparsity=0.25), context=Context())
-    quantize_rtn(tmp_path / "sparse", tmp_path / "both", group_size=32, context=Context())
-    quantize_rtn(checkpoint, tmp_path / "dense", group_size=32, context=Context())
+    quantize_rtn(tmp_path / "sparse", tmp_path / "both", RTNSettings(group_size=32), context=Context())
+    quantize_rtn(checkpoint, tmp_path / "dense", RTNSettings(group_size=32), context=Context())
     assert sparsity(tmp_path / "sparse") == sparsity(tmp_path / "both") == pytest.approx(0.25, abs=1e-3)
     assert sparsity(tmp_path / "dense") is None

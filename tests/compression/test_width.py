@@ -23,6 +23,7 @@ from compression.pruning.criteria import activation_scores, taylor_scores, unit_
 from compression.pruning.structure import pruned_heads, pruned_width, width_config
 from compression.pruning.units import strongest
 from compression.quantization.gptq import quantize_gptq
+from compression.quantization.settings import GPTQSettings
 from tests.tiny import tiny_checkpoint, tiny_windows
 
 EVERY_FAMILY = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -336,6 +337,6 @@ def test_query_heads_leave_only_where_they_share(tmp_path: Path) -> None:
 
 
 def test_a_quantized_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:
-    quantize_gptq(checkpoint, tmp_path / "q", tiny_windows(2), group_size=32, context=Context())
+    quantize_gptq(checkpoint, tmp_path / "q", GPTQSettings(group_size=32), tiny_windows(2), context=Context())
     with pytest.raises(Incompatible, match="takes a dense checkpoint"):
         prune_width(tmp_path / "q", tmp_path / "out", WidthSettings(keep=0.5), context=Context())

@@ -17,6 +17,7 @@ from compression.context import Context
 from compression.errors import Incompatible
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
+from compression.quantization.settings import AWQSettings, GPTQSettings
 from export.genai import GenaiSettings, check_genai, export_genai
 from export.genai.check import GENAI_FAMILIES, GENAI_LACKS
 from export.runtimes.genai_runtime import GenaiRuntime
@@ -30,8 +31,8 @@ CONTEXT = Context()
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("quantized")
     dense = tiny_checkpoint(root / "dense")
-    quantize_gptq(dense, root / "gptq", tiny_windows(), group_size=32, context=CONTEXT)
-    quantize_awq(dense, root / "awq", tiny_windows(), group_size=32, context=CONTEXT)
+    quantize_gptq(dense, root / "gptq", GPTQSettings(group_size=32), tiny_windows(), context=CONTEXT)
+    quantize_awq(dense, root / "awq", AWQSettings(group_size=32), tiny_windows(), context=CONTEXT)
     return {layout: root / layout for layout in ("gptq", "awq")}
 
 

@@ -18,7 +18,7 @@ from compression.checkpoints.layouts import QuantizedLinear, awq_tensors, gptq_t
 from compression.checkpoints.quantization_config import ROW, awq_config
 from compression.context import Context
 from compression.errors import Incompatible
-from compression.quantization.settings import gptq_config
+from compression.quantization.settings import GPTQSettings, gptq_config
 from export.gguf import GgufSettings, export_gguf
 from export.gguf.carry import pack
 from tests.export.test_gguf import divergence, types_in
@@ -99,7 +99,11 @@ def quantized_checkpoint(
         weights |= {f"{name.removesuffix('.weight')}.{part}": tensor.contiguous() for part, tensor in tensors.items()}
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     config = json.loads((path / "config.json").read_text())
-    settings = gptq_config({}, bits=bits, group_size=group_size, symmetric=True) if layout == "gptq" else awq_config(group_size=group_size)
+    settings = (
+        gptq_config({}, GPTQSettings(bits=bits, group_size=group_size, symmetric=True))
+        if layout == "gptq"
+        else awq_config(group_size=group_size)
+    )
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     return path
 

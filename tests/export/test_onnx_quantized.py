@@ -23,6 +23,7 @@ from compression.errors import Incompatible, UnusableModel
 from compression.evaluation.scorers import divergence
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
+from compression.quantization.settings import AWQSettings, GPTQSettings, SmoothQuantSettings
 from compression.quantization.smoothquant import quantize_smoothquant
 from export.onnx import OnnxSettings, check_onnx, export_onnx, writer
 from export.onnx.calibrate import Histogram, input_limits
@@ -174,7 +175,7 @@ def test_refuses_data_that_drives_nothing(source: Path, traced: Path) -> None:
 @pytest.mark.usefixtures("once")
 @pytest.mark.parametrize("dtype", ["int8", "int8-static"])
 def test_carries_the_codes_of_w8a8(source: Path, dtype: str, tmp_path: Path) -> None:
-    quantize_smoothquant(source, quantized := tmp_path / "w8a8", WINDOWS, context=Context())
+    quantize_smoothquant(source, quantized := tmp_path / "w8a8", SmoothQuantSettings(), WINDOWS, context=Context())
     export_onnx(
         quantized,
         out := tmp_path / "out",
@@ -195,8 +196,8 @@ def test_carries_the_codes_of_w8a8(source: Path, dtype: str, tmp_path: Path) -> 
 @pytest.mark.usefixtures("once")
 @pytest.mark.parametrize("layout", ["gptq", "awq"])
 def test_carries_4_bit_codes(source: Path, layout: str, tmp_path: Path) -> None:
-    quantize = {"gptq": quantize_gptq, "awq": quantize_awq}[layout]
-    quantize(source, quantized := tmp_path / layout, tiny_windows(), group_size=32, context=Context())
+    quantize, settings = {"gptq": (quantize_gptq, GPTQSettings), "awq": (quantize_awq, AWQSettings)}[layout]
+    quantize(source, quantized := tmp_path / layout, settings(group_size=32), tiny_windows(), context=Context())
     export_onnx(quantized, out := tmp_path / "out", OnnxSettings(target="onnxruntime", dtype="int4", accuracy_level=1), context=Context())
     assert operators(out)["MatMulNBits"] == 14
     found = constants(out)
@@ -232,11 +233,11 @@ def test_embedding_and_tied_head_as_int8_share_their_codes(source: Path, dtype: 
 
 
 def test_refuses_types_that_a_layout_does_not_mean(source: Path, tmp_path: Path) -> None:
-    quantize_smoothquant(source, tmp_path / "w8a8", tiny_windows(2, 16), context=Context())
+    quantize_smoothquant(source, tmp_path / "w8a8", SmoothQuantSettings(), tiny_windows(2, 16), context=Context())
     with pytest.raises(Incompatible, match="int8 or int8-static") as error:
         check_onnx(open_checkpoint(tmp_path / "w8a8"), OnnxSettings(dtype="float32"))
     assert error.value.key == "dtype"
-    quantize_gptq(source, tmp_path / "gptq", tiny_windows(2, 16), bits=3, group_size=32, context=Context())
+    quantize_gptq(source, tmp_path / "gptq", GPTQSettings(bits=3, group_size=32), tiny_windows(2, 16), context=Context())
     with pytest.raises(Incompatible, match="3 bits") as error:
         check_onnx(open_checkpoint(tmp_path / "gptq"), OnnxSettings(target="onnxruntime", dtype="int4"))
     assert error.value.key == "dtype"
@@ -251,6 +252,6 @@ def test_an_untied_head_is_rounded_alone(tmp_path: Path) -> None:
 
 
 def test_the_trace_of_w8a8_holds_no_rounding_of_its_own(source: Path, tmp_path: Path) -> None:
-    quantize_smoothquant(source, tmp_path / "w8a8", tiny_windows(2, 16), context=Context())
+    quantize_smoothquant(source, tmp_path / "w8a8", SmoothQuantSettings(), tiny_windows(2, 16), context=Context())
     graph = trace_generation(load_model(tmp_path / "w8a8", inputs_rounded=False))
     assert not {"Round", "Clip", "Abs"} & {node.op_type for node in graph.graph}

@@ -9,7 +9,7 @@ from compression.checkpoints.quantization_config import awq_config
 from compression.checkpoints.schemes import Scheme
 from compression.data import DataSpec
 from compression.errors import Incompatible
-from compression.quantization.settings import plan_gptq
+from compression.quantization.settings import GPTQSettings, plan_gptq
 from tasks.kinds.export_genai import ExportGenai
 from tasks.kinds.export_onnx import ExportOnnx
 from tasks.stage import Artifact
@@ -25,7 +25,7 @@ def planned(checkpoint: Path) -> dict[Layout, Checkpoint]:
     def as_layout(layout: Layout, quantization: dict) -> Checkpoint:
         return Checkpoint(dense.path, dense.config | {"quantization_config": quantization}, layout)
 
-    gptq = plan_gptq(dense, bits=4, group_size=32, symmetric=True)
+    gptq = plan_gptq(dense, GPTQSettings(bits=4, group_size=32, symmetric=True))
     return {
         "dense": dense,
         "gptq": gptq,

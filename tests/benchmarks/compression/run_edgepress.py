@@ -11,6 +11,7 @@ from compression.pruning import UnstructuredSettings, prune_unstructured
 from compression.quantization.awq import quantize_awq
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.rtn import quantize_rtn
+from compression.quantization.settings import AWQSettings, GPTQSettings, RTNSettings
 
 job = read_job()
 torch.set_num_threads(job["threads"])
@@ -22,10 +23,10 @@ grid = {"bits": job["bits"], "group_size": job["group_size"]}
 with answered(job, "torch", "transformers"):
     match job["method"]:
         case "gptq":
-            quantize_gptq(checkpoint, out, windows, **grid, symmetric=job["symmetric"], context=context)
+            quantize_gptq(checkpoint, out, GPTQSettings(**grid, symmetric=job["symmetric"]), windows, context=context)
         case "awq":
-            quantize_awq(checkpoint, out, windows, **grid, context=context)
+            quantize_awq(checkpoint, out, AWQSettings(**grid), windows, context=context)
         case "rtn":
-            quantize_rtn(checkpoint, out, **grid, symmetric=job["symmetric"], context=context)
+            quantize_rtn(checkpoint, out, RTNSettings(**grid, symmetric=job["symmetric"]), context=context)
         case method:
             prune_unstructured(checkpoint, out, UnstructuredSettings(method=method, sparsity=job["sparsity"]), windows, context=context)

@@ -9,18 +9,16 @@ from compression.context import Context
 from compression.data import DataSpec
 from compression.pruning import DepthSettings
 from compression.pruning.structure import blocks_left, depth_config
-from tasks.stage import Inputs, Planned, Reads, Stage, Workplace
+from tasks.kinds._calibrated import CalibratedStage
+from tasks.stage import Inputs, Planned, Reads, Workplace
 
 
-class PruneDepth(DepthSettings, Stage):
+class PruneDepth(CalibratedStage, DepthSettings):
     """Remove whole blocks: give one of `drop`, `keep` and `blocks`."""
 
     uses: Literal["prune.depth"] = "prune.depth"
     version: ClassVar[int] = 1
     metrics: ClassVar[tuple[str, ...]] = ("kept_ratio", "num_hidden_layers", "parameters_ratio")
-    reads: ClassVar[Reads] = "calibration"
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
-    sparse: ClassVar[bool] = True
 
     def data_read(self) -> Reads:
         return "nothing" if self.blocks else "calibration"
@@ -32,10 +30,7 @@ class PruneDepth(DepthSettings, Stage):
         return dataclasses.replace(parent, config=depth_config(parent, kept))
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.checkpoints.loading import load_tokenizer
-        from compression.data import calibration_windows
         from compression.pruning import prune_depth
 
-        reads = self.data_read() == "calibration"
-        windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed) if reads else None
+        windows = self.windows_if_read(inputs, data, context)
         return prune_depth(inputs.parent, place.out, self, windows, context=context)

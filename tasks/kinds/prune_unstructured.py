@@ -9,18 +9,16 @@ from compression.context import Context
 from compression.data import DataSpec
 from compression.pruning import UnstructuredSettings
 from compression.pruning.check import check_unstructured
-from tasks.stage import Inputs, Planned, Reads, Stage, Workplace
+from tasks.kinds._calibrated import CalibratedStage
+from tasks.stage import Inputs, Planned, Reads, Workplace
 
 
-class PruneUnstructured(UnstructuredSettings, Stage):
+class PruneUnstructured(CalibratedStage, UnstructuredSettings):
     """Set a share of the weights of every linear layer to zero; masks.safetensors keeps them zero in the stages that follow."""
 
     uses: Literal["prune.unstructured"] = "prune.unstructured"
     version: ClassVar[int] = 2
     metrics: ClassVar[tuple[str, ...]] = ("sparsity", "fallback_layers")
-    reads: ClassVar[Reads] = "calibration"
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
-    sparse: ClassVar[bool] = True
     compresses: ClassVar[bool] = True
 
     def data_read(self) -> Reads:
@@ -31,10 +29,7 @@ class PruneUnstructured(UnstructuredSettings, Stage):
         return dataclasses.replace(parent, sparse=True)
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.checkpoints.loading import load_tokenizer
-        from compression.data import calibration_windows
         from compression.pruning import prune_unstructured
 
-        reads = self.data_read() == "calibration"
-        windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed) if reads else None
+        windows = self.windows_if_read(inputs, data, context)
         return prune_unstructured(inputs.parent, place.out, self, windows, work=place.work, context=context)

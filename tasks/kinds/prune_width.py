@@ -10,18 +10,16 @@ from compression.data import DataSpec
 from compression.errors import Incompatible
 from compression.pruning import WidthSettings
 from compression.pruning.structure import width_config
-from tasks.stage import Inputs, Planned, Reads, Stage, Workplace
+from tasks.kinds._calibrated import CalibratedStage
+from tasks.stage import Inputs, Planned, Reads, Workplace
 
 
-class PruneWidth(WidthSettings, Stage):
+class PruneWidth(CalibratedStage, WidthSettings):
     """Remove MLP neurons and attention heads, the same number in every layer: give `keep`, `keep_heads` or both."""
 
     uses: Literal["prune.width"] = "prune.width"
     version: ClassVar[int] = 1
     metrics: ClassVar[tuple[str, ...]] = ("kept_ratio", "kept_heads_ratio", "parameters_ratio", "intermediate_size", "num_attention_heads")
-    reads: ClassVar[Reads] = "calibration"
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
-    sparse: ClassVar[bool] = True
 
     def data_read(self) -> Reads:
         return "calibration" if self.criterion in ("activation", "taylor") else "nothing"
@@ -32,10 +30,7 @@ class PruneWidth(WidthSettings, Stage):
         return dataclasses.replace(parent, config=width_config(parent, self))
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.checkpoints.loading import load_tokenizer
-        from compression.data import calibration_windows
         from compression.pruning import prune_width
 
-        reads = self.data_read() == "calibration"
-        windows = calibration_windows(data, load_tokenizer(inputs.parent), context.seed) if reads else None
+        windows = self.windows_if_read(inputs, data, context)
         return prune_width(inputs.parent, place.out, self, windows, context=context)

@@ -15,30 +15,39 @@ from tasks.runners.executor import EventHandler, Job
 from tasks.runners.machine import IsCancelled
 
 PROCESS = 512 << 20
-"""Bytes of a child that has torch loaded and nothing to work on."""
+"""Bytes of a child that has loaded torch and does nothing."""
 
 
 class Budget:
-    """Cores and bytes of memory that jobs take and give back; a job that claims more than there is waits until it has all.
+    """Cores and bytes of memory that jobs acquire and release; a job that claims more than there is waits until it has everything.
 
-    Jobs that wait form a queue, in the order of the plan's stages, and of a stage as they came. Only the first takes what is free: no small job
-    slips past one that needs the whole machine, which would never have it.
+    Jobs that wait form a queue, in the order of the plan's stages, and within a stage as they came. Only the first acquires what is free: otherwise
+    small jobs would overtake one that needs the entire machine for ever.
 
-    Limits only how many run side by side, never a job's threads, which decide its bytes.
+    The budget limits how many jobs run at once, never a job's threads, which decide its bytes.
     """
 
     def __init__(self, cores: int | None = None, memory: int | None = None):
-        """None: all of the machine (of the container, for memory)."""
+        """Limit cores and bytes of memory; None: those of the machine (of the container, for memory)."""
         self.cores = cores or os.cpu_count() or 1
         self.memory = memory or machine_memory()
         self._free = {"cores": self.cores, "memory": self.memory}
         self._changed = threading.Condition()
-        self._queue: list[tuple[int, int]] = []  # of each job that waits: its stage's place in the plan, and a number that grows
+        self._queue: list[tuple[int, int]] = []  # of each job that waits: its stage's place in the plan, and a growing number
         self._numbers = itertools.count()
 
     @contextmanager
-    def taken(self, job: Job, on_event: EventHandler, is_cancelled: IsCancelled) -> Iterator[None]:
-        """Hold what a job claims. Raises Cancelled when `is_cancelled` says so (it is asked twice a second, and whenever `wake` is called)."""
+    def acquire(self, job: Job, on_event: EventHandler, is_cancelled: IsCancelled) -> Iterator[None]:
+        """Reserve what a job claims while the block runs.
+
+        Args:
+            job: The job.
+            on_event: Gets a note where the job claims more memory than there is.
+            is_cancelled: Called twice a second while the job waits, and at every `wake`.
+
+        Raises:
+            Cancelled: `is_cancelled` returned True.
+        """
         memory = job.memory + PROCESS
         if memory > self.memory:
             on_event(
@@ -71,13 +80,13 @@ class Budget:
                 self._changed.notify_all()
 
     def wake(self) -> None:
-        """Let everybody who waits ask again whether to give up."""
+        """Have all jobs that wait check at once whether they are cancelled."""
         with self._changed:
             self._changed.notify_all()
 
 
 def machine_memory() -> int:
-    """Bytes of memory of this machine, or of the container (cgroup v2) where that is less."""
+    """Return the bytes of memory of this machine, or of the container (cgroup v2) where that is less."""
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
     total = psutil.virtual_memory().total

@@ -1,4 +1,4 @@
-"""Who runs the jobs of a flow, as its recipe says. Imports no torch."""
+"""The choice of an executor, by the recipe. Imports no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,11 @@ from tasks.runners.settings import ExecutionSettings
 
 
 def open_executor(settings: ExecutionSettings, paths: Sequence[Path]) -> Executor:
-    """The children of a flow, as its recipe says. Nothing is started or asked before `preload`.
+    """Return the executor that the recipe chooses. It starts and contacts nothing before `preload`.
 
-    paths  of this machine that every worker must see in the same place: the store, the base model
+    Args:
+        settings: The recipe's `execution:`.
+        paths: What every worker must see in the same place: the store, the base model.
     """
     local = LocalExecutor(Budget(settings.cores, None if settings.memory_gib is None else int(settings.memory_gib * 2**30)))
     if settings.address is not None:

@@ -14,7 +14,7 @@ from tasks.errors import Cancelled, JobFailed
 from tasks.runners.executor import Job
 from tasks.runners.host import Host
 from tasks.runners.local import LocalExecutor
-from tasks.runners.remote import RemoteExecutor, asked, problem
+from tasks.runners.remote import RemoteExecutor, find_problem, request_job
 
 try:
     from distributed import Client, Future, KilledWorker, WorkerPlugin, get_worker
@@ -67,19 +67,21 @@ class DaskExecutor(RemoteExecutor):
             )
         folder = self._paths[0] / "work" / f"dask-{uuid.uuid4().hex[:8]}"
         try:
-            with asked(folder, self._paths) as attempt:
-                found = self._client.run(problem, str(folder), attempt, on_error="return")
+            with request_job(folder, self._paths) as attempt:
+                found = self._client.run(find_problem, str(folder), attempt, on_error="return")
         finally:
             rmtree(folder, ignore_errors=True)
         wrong = {worker: trouble for worker, trouble in found.items() if trouble is not None}
         if wrong:
             raise Incompatible(
-                "\n".join(f"execution.address: Dask worker {worker}: {_words(trouble)}" for worker, trouble in wrong.items()),
+                "\n".join(f"execution.address: Dask worker {worker}: {_error_text(trouble)}" for worker, trouble in wrong.items()),
                 key="execution",
             )
         self._client.register_plugin(HostPlugin(), name=PLUGIN)
 
-    def bring(self, job: Job, folder: Path, attempt: str, forward: Callable[[], None], note: Callable[[str], None]) -> dict[str, Any]:
+    def run_remotely(
+        self, job: Job, folder: Path, attempt: str, forward: Callable[[], None], note: Callable[[str], None]
+    ) -> dict[str, Any]:
         assert self._client is not None
         on_gpu = job.device.partition(":")[0] == "cuda"
         if on_gpu and not any(
@@ -122,17 +124,17 @@ class DaskExecutor(RemoteExecutor):
                 elif looked - seen <= 5:
                     note(f"waits: the Dask cluster at {self._address} has no worker now")
                 elif looked - seen > NO_WORKER:
-                    raise JobFailed(f"no worker is left in the Dask cluster at {self._address}", transient=False)
+                    raise JobFailed(f"no worker remains in the Dask cluster at {self._address}", transient=False)
 
     def close(self) -> None:
         super().close()
         with self._left:
-            self._left.wait_for(lambda: not self._waiting, timeout=10)  # whoever waits for a job asks through the client
+            self._left.wait_for(lambda: not self._waiting, timeout=10)  # threads that wait for a job still use the client
         if self._client is not None:
             self._client.close()
 
 
-def _words(trouble: Any) -> str:
+def _error_text(trouble: Any) -> str:
     if isinstance(trouble, ModuleNotFoundError):
         return f"it has no module {trouble.name}: edgepress must be installed there as here"
     return str(trouble)

@@ -1,4 +1,4 @@
-"""What work is made of: a job, what it brings, how it fails, and the protocol of whoever runs it. Imports no torch.
+"""A job, its result, and the protocol of an executor, which runs jobs. Imports no torch.
 
 The implementations are in tasks/runners: on this machine, on a Dask cluster, on the workers of a Prefect pool.
 """
@@ -11,22 +11,27 @@ from typing import Any, Protocol
 from compression.evaluation.findings import Items
 
 EventHandler = Callable[[dict[str, Any]], None]
-"""Hears of a job: {"progress": [done, total, what]}, {"metrics": {}, "step": n}, {"warning": text} from the job itself; {"note": text} about
-where and how it is executed; {"restarted": text} when it starts anew because its worker was lost: what it reported before no longer counts."""
+"""Called with each event of a job: {"progress": [done, total, what]}, {"metrics": {}, "step": n}, {"warning": text} from the job itself; {"note": text}
+about where and how it runs; {"restarted": text} when it starts again because its worker was lost: its earlier events no longer count."""
 
 
 @dataclass(frozen=True)
 class Job:
     """One call of `module:function(**arguments, threads=, context=)` in a child.
 
-    call, arguments, threads, seed, device  what the child is told; the rest says how it is executed
-    timeout    seconds it may work; one that takes longer has failed, and is not tried again
-    alone      timing: nothing else of edgepress may run on the machine meanwhile, and it is the flow's own machine
-    name       of the stage, for people
-    memory     bytes it claims of a budget; from shapes alone, so rough
-    devices    GPUs it claims, where `device` is one
-    order      place of its stage in the plan: of jobs that wait for cores and memory the first goes first
-    variables  for the infrastructure of a Prefect work pool: what a GPU or a memory request is there
+    Attributes:
+        call: `module:function`.
+        arguments: JSON.
+        threads: Threads of torch.
+        seed: The seed of the context.
+        device: The device of the context. These five reach the child; the others say how the job runs.
+        timeout: Seconds it may work; a job that takes longer fails, and is not retried.
+        exclusive: A timing: nothing else of edgepress may run on the machine meanwhile, and it runs on the flow's machine.
+        name: The stage's, for people.
+        memory: Bytes it claims of a budget; a rough estimate from shapes.
+        devices: GPUs it claims, where `device` is one.
+        variables: For the infrastructure of a Prefect work pool, such as a GPU or a memory request.
+        order: The position of its stage in the plan: jobs that wait for cores and memory start in this order.
     """
 
     call: str
@@ -45,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a child brought: what its function found, and the seconds it worked (waiting and start-up left out)."""
+    """What the function of a job returned, and the seconds that it worked (without waiting and start-up)."""
 
     metrics: dict[str, float]
     seconds: float
@@ -54,26 +59,34 @@ class JobResult:
 
     @staticmethod
     def read(document: Mapping[str, Any]) -> "JobResult":
-        """As it stands in JSON: `result.json`."""
+        """Read `result.json`."""
         items = {metric: Items.read(found) for metric, found in document["items"].items()}
         return JobResult(document["metrics"], document["seconds"], items, document["details"])
 
 
 class Executor(Protocol):
-    """All children of one flow."""
+    """Runs the jobs of one flow."""
 
     def preload(self) -> None:
-        """Make ready while the caller goes on; raises EdgepressError for what cannot work. From the main thread, before any job."""
+        """Prepare while the caller continues. Call it from the main thread, before any job. Raises EdgepressError for what cannot work."""
 
     def run(self, job: Job, folder: Path, on_event: EventHandler) -> JobResult:
-        """Run a job to its end and return what it brought; events reach `on_event` as they come. What it leaves is in `folder`.
+        """Run a job to its end and return its result.
 
-        Raises EdgepressError (a cause the user can mend), JobFailed (a crash, a kill, a timeout).
+        Args:
+            job: The job.
+            folder: Gets its files (tasks/runners/folder.py).
+            on_event: Gets its events as they come.
+
+        Raises:
+            EdgepressError: It failed for a cause that the user can mend.
+            JobFailed: It crashed, was killed, or ran past its timeout.
+            Cancelled: The executor was closed.
         """
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called: what waits for anything else on the flow's behalf gives up then."""
+        """Whether `close` was called; then everything that waits for the flow gives up."""
 
     def close(self) -> None:
-        """End whatever runs, wherever; nothing can be started afterwards. May be called twice."""
+        """End all jobs; nothing can be started afterwards. May be called twice."""

@@ -1,4 +1,4 @@
-"""A process beside a worker that runs jobs for it: `python -P -m tasks.runners.host`. Imports no torch; its fork server does, once.
+"""A process that runs jobs for a worker: `python -P -m tasks.runners.host`. Imports no torch; its fork server does, once.
 
 Workers are often daemons (Dask's are), which may have no children of their own in Python's multiprocessing. It reads one request a line,
 {"id", "folder", "attempt"}, answers each with a line when it is done, and ends, with all it runs, when its input does: when its worker dies.
@@ -22,7 +22,7 @@ from tasks.runners.remote import serve
 
 
 class Host:
-    """The worker's end of such a process, which is started by the first job and again when it was lost."""
+    """The worker's side of such a process, which the first job starts, and the next job starts again when it was lost."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -30,14 +30,14 @@ class Host:
         self._open: dict[str, Future[dict[str, Any]]] = {}
 
     def ask(self, folder: str, attempt: str) -> dict[str, Any]:
-        """Have a folder served; waits for the answer (tasks/runners/remote.py)."""
+        """Have the process serve a folder; wait for the answer (tasks/runners/remote.py)."""
         name, answer = uuid.uuid4().hex, Future[dict[str, Any]]()
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
             assert self._process is not None and self._process.stdin is not None
             self._open[name] = answer
-            with suppress(BrokenPipeError):  # it was killed this instant: `_listen` tells so
+            with suppress(BrokenPipeError):  # it was killed this instant: `_listen` reports it
                 self._process.stdin.write(json.dumps({"id": name, "folder": folder, "attempt": attempt}) + "\n")
                 self._process.stdin.flush()
         return answer.result()
@@ -57,11 +57,11 @@ class Host:
         threading.Thread(target=self._listen, args=(self._process, self._open), daemon=True).start()
 
     def _listen(self, process: "subprocess.Popen[str]", waiting: dict[str, Future[dict[str, Any]]]) -> None:
-        """Pass the answers of a process on; when it ended, whoever still waits is told so."""
+        """Pass on the answers of a process; when it ends, answer all that still wait with its loss."""
         for line in process.stdout or ():
             answer = json.loads(line)
             waiting.pop(answer.pop("id")).set_result(answer)
-        process.wait()  # from here on nobody asks it any more, and nobody who did is overlooked
+        process.wait()  # from here on `ask` starts another process, so `waiting` gets no more entries
         lost = {"message": "the process that runs jobs for this worker was killed", "transient": True, "log": ""}
         with self._lock:
             for future in waiting.values():
@@ -75,10 +75,10 @@ def main() -> None:
     executor = LocalExecutor(Budget())
     executor.preload()
 
-    def answer(asked: dict[str, str]) -> None:
-        found = serve(Path(asked["folder"]), asked["attempt"], executor)
+    def answer(request: dict[str, str]) -> None:
+        response = serve(Path(request["folder"]), request["attempt"], executor)
         with writing:
-            answers.write(json.dumps({"id": asked["id"], **found}) + "\n")
+            answers.write(json.dumps({"id": request["id"], **response}) + "\n")
 
     for line in sys.stdin:
         threading.Thread(target=answer, args=(json.loads(line),), daemon=True).start()

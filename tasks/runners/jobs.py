@@ -1,4 +1,4 @@
-"""What a child can be asked to do besides measuring (tasks/measurement/jobs.py): normalise a base, run a stage, bench a model. Works with torch."""
+"""The jobs of a child besides measuring (tasks/measurement/jobs.py): normalise a base, run a stage, bench a model. Imports torch inside functions."""
 
 import shutil
 from dataclasses import asdict
@@ -49,7 +49,7 @@ def compute_stage(
     others = {role: Path(path) for role, path in inputs.get("others", {}).items()}
     sources = Inputs(Path(inputs["parent"]), others, Origin(**inputs["origin"]) if inputs.get("origin") else None)
     workplace = Workplace(**{name: Path(path) for name, path in place.items()})
-    shutil.rmtree(workplace.out, ignore_errors=True)  # a lost child may have left a half
+    shutil.rmtree(workplace.out, ignore_errors=True)  # a lost child may have left an incomplete one
     workplace.out.mkdir(parents=True)
     definition, spec = kind.model_validate(stage), DataSpec.model_validate(data)
     if definition.data_read() in ("calibration", "training"):
@@ -69,7 +69,7 @@ def compute_stage(
 
 
 def bench(*, target: str, prompt: int, new_tokens: int, repeats: int, threads: int, context: Context) -> dict[str, float]:
-    """The figures of `measure_speed` for a prompt of a given length. What it says does not matter: every vocabulary has ids up to 255."""
+    """Return the metrics of `measure_speed` for a prompt of a given length. Its tokens are arbitrary: every vocabulary has ids up to 255."""
     from compression.evaluation.speed import measure_speed as measure
     from export.runtimes import import_runtime, open_runtime, runtime_name
 

@@ -18,7 +18,7 @@ from compression.files import write_json
 from tasks.errors import Cancelled, JobFailed
 from tasks.runners.budget import Budget
 from tasks.runners.executor import EventHandler, Job, JobResult
-from tasks.runners.folder import EventReader, cleared
+from tasks.runners.folder import EventReader, prepare_folder
 from tasks.runners.machine import IsCancelled, acquire_devices, machine_lock
 from tasks.runners.memory_pressure import MemoryWatch
 from tasks.runners.worker import DISK_FULL, NO_SPACE, PRELOAD, forked
@@ -28,7 +28,7 @@ PATIENCE = 3.0
 
 
 class LocalExecutor:
-    """Children of this process, limited by a budget."""
+    """Runs jobs in children of this process, within a budget."""
 
     def __init__(self, budget: Budget):
         self._budget = budget
@@ -37,14 +37,14 @@ class LocalExecutor:
         self.closed = False
 
     def preload(self) -> None:
-        """Start the fork server, which imports torch while the caller goes on."""
+        """Start the fork server, which imports torch while the caller continues."""
         os.environ["PYTHONSAFEPATH"] = "1"  # a user's own tasks.py or flows/ in the current directory must not shadow ours
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")  # of killed children's semaphores
         multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
-        _sockets_that_fit()
+        _shorten_socket_paths()
         multiprocessing.resource_tracker.ensure_running()  # it unblocks SIGINT, so it comes first
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which the server inherits: Ctrl-C is for the flow to hear
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which the server inherits: Ctrl-C is for the flow
         try:
             multiprocessing.forkserver.ensure_running()
         finally:
@@ -52,24 +52,31 @@ class LocalExecutor:
 
     def run(self, job: Job, folder: Path, on_event: EventHandler) -> JobResult:
         """See `Executor.run`."""
-        cleared(folder)
+        prepare_folder(folder)
         return self.work(job, folder, on_event)
 
     def work(
         self, job: Job, folder: Path, on_event: EventHandler, is_cancelled: IsCancelled = lambda: False, directory: str | None = None
     ) -> JobResult:
-        """Run a job in a folder that was cleared.
+        """Run a job in a prepared folder.
 
-        is_cancelled   asked all the while; when it says so the child is ended, and Cancelled raised
-        directory  where relative paths of the job begin; None: the directory of this process
+        Args:
+            job: The job.
+            folder: Its folder (tasks/runners/folder.py).
+            on_event: Gets its events.
+            is_cancelled: Called again and again; True ends the child.
+            directory: The base of relative paths in the job; None: the directory of this process.
+
+        Raises:
+            Cancelled: `is_cancelled` returned True, or the executor was closed.
         """
 
         def stopped() -> bool:
             return self.closed or is_cancelled()
 
         with (
-            acquire_devices(job.device, job.devices, stopped) as devices, self._budget.taken(job, on_event, stopped),
-            machine_lock(exclusive=job.exclusive, is_cancelled=_saying_so(stopped, job, on_event)),
+            acquire_devices(job.device, job.devices, stopped) as devices, self._budget.acquire(job, on_event, stopped),
+            machine_lock(exclusive=job.exclusive, is_cancelled=_announce_waiting(stopped, job, on_event)),
         ):  # fmt: skip
             spec = {
                 "call": job.call, "arguments": job.arguments, "threads": job.threads, "seed": job.seed, "device": job.device,
@@ -83,7 +90,7 @@ class LocalExecutor:
                 try:
                     process.start()
                 except (EOFError, OSError) as error:  # the next start brings up another one
-                    raise JobFailed(f"the fork server ended while it began this stage ({error})", transient=True) from None
+                    raise JobFailed(f"the fork server ended while it started this stage ({error})", transient=True) from None
                 self._running.add(process)
             memory = MemoryWatch(_pid(process))
             try:
@@ -97,7 +104,7 @@ class LocalExecutor:
         return _outcome(folder, process.exitcode, job.timeout if timed_out else None, memory)
 
     def close(self) -> None:
-        """Kill whatever runs; nothing can be started afterwards."""
+        """Kill all children; nothing can be started afterwards."""
         with self._starting:
             self.closed = True
             for process in list(self._running):
@@ -105,28 +112,28 @@ class LocalExecutor:
         self._budget.wake()
 
 
-def _sockets_that_fit() -> None:
-    """Where TMPDIR is too deep for the path of a socket, which holds 107 bytes, have multiprocessing keep its own in /tmp, as Python 3.14 does itself."""
+def _shorten_socket_paths() -> None:
+    """Have multiprocessing keep its sockets in /tmp where TMPDIR is too deep for their paths (107 bytes), as Python 3.14 does itself."""
     usual = tempfile.gettempdir()
     if len(os.fsencode(usual)) + len("/pymp-12345678/listener-12345678") > 107:
         tempfile.tempdir = "/tmp"
     try:
-        multiprocessing.util.get_temp_dir()  # made once for the life of the process
+        multiprocessing.util.get_temp_dir()  # created once for the life of the process
     finally:
         tempfile.tempdir = usual
 
 
-def _saying_so(stopped: IsCancelled, job: Job, on_event: EventHandler) -> IsCancelled:
-    """`stopped`, as it is asked while other runs have the machine: says once that it waits for them, when it has for a while."""
+def _announce_waiting(stopped: IsCancelled, job: Job, on_event: EventHandler) -> IsCancelled:
+    """Return `stopped`, which also notes once that the job waits for other runs, after it has waited a while."""
     since = time.monotonic()
-    said = False
+    announced = False
 
     def is_cancelled() -> bool:
-        nonlocal said
-        if not said and time.monotonic() - since > PATIENCE:
-            said = True
-            wanted = "is timed alone" if job.exclusive else "works beside nothing that is timed"
-            on_event({"note": f"waits for other runs of edgepress on this machine: it {wanted}"})
+        nonlocal announced
+        if not announced and time.monotonic() - since > PATIENCE:
+            announced = True
+            reason = "it is timed alone" if job.exclusive else "one of them is timed alone"
+            on_event({"note": f"waits for other runs of edgepress on this machine: {reason}"})
         return stopped()
 
     return is_cancelled
@@ -135,7 +142,7 @@ def _saying_so(stopped: IsCancelled, job: Job, on_event: EventHandler) -> IsCanc
 def _watch(
     process: BaseProcess, events: EventReader, memory: MemoryWatch, on_event: EventHandler, timeout: float | None, stopped: IsCancelled
 ) -> bool:
-    """Forward events until the child ends; returns whether it ran past the timeout (and is to be killed). Raises Cancelled."""
+    """Forward events until the child ends; returns whether it ran past its timeout (the caller then kills it). Raises Cancelled."""
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
         memory.look()

@@ -1,4 +1,4 @@
-"""What the edgepress processes of one machine share by locks that die with their owner: the machine itself, and its GPUs.
+"""Locks that the edgepress processes of one machine share: of the machine itself, and of its GPUs. They die with their owner.
 
 The lock files are in the temporary directory; containers of one host, each of which has one of its own, share a folder that EDGEPRESS_LOCKS names.
 """
@@ -26,10 +26,17 @@ _DRIVERS = ("nvidiactl", "nvmap", "dxg", "kfd")  # NVIDIA's, also on Jetson and 
 
 @contextmanager
 def machine_lock(*, exclusive: bool, is_cancelled: IsCancelled = lambda: False) -> Iterator[None]:
-    """Hold this machine, shared with other work or alone, among all edgepress processes of all users. Dies with its owner.
+    """Hold the lock of this machine, shared or exclusive, among all edgepress processes of all users.
 
-    Who wants it alone waits at the door, so that nobody else comes in meanwhile: work that goes on sharing it would never let go.
-    is_cancelled  asked while others hold it; raises Cancelled when it says so
+    A process that wants it exclusively holds the lock of the door while it waits, so that no other comes in: otherwise shared work could follow
+    shared work for ever.
+
+    Args:
+        exclusive: Whether nothing else may run meanwhile.
+        is_cancelled: Called again and again while others hold it.
+
+    Raises:
+        Cancelled: `is_cancelled` returned True.
     """
     with open_lock(_lock_file("edgepress-machine.lock")) as machine:
         with open_lock(_lock_file("edgepress-machine-door.lock")) as door:
@@ -39,9 +46,9 @@ def machine_lock(*, exclusive: bool, is_cancelled: IsCancelled = lambda: False) 
 
 
 def visible_devices(device: str) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES can name on this machine, asked without torch; empty for a device that is not shared out (cpu, mps).
+    """Return the names that CUDA_VISIBLE_DEVICES can hold on this machine; none for a device that is not divided (cpu, mps). Imports no torch.
 
-    As CUDA does, what follows the first name that is none (-1, nothing) is not seen.
+    As in CUDA, names behind the first invalid one (-1, an empty one) do not count.
     """
     if device.partition(":")[0] != "cuda":
         return []
@@ -53,13 +60,13 @@ def visible_devices(device: str) -> list[str]:
 
 
 def default_device() -> str:
-    """What `device: auto` means on this machine: cuda where NVIDIA's driver shows a GPU that torch can use, else cpu."""
+    """Return what `device: auto` means on this machine: cuda where NVIDIA's driver shows a GPU that torch can use, else cpu."""
     usable = (_DEV / "nvidiactl").exists() and visible_devices("cuda") and not why_no_cuda()
     return "cuda" if usable else "cpu"
 
 
 def why_no_cuda() -> str:
-    """Why torch cannot use `cuda` on this machine, asked without importing it; empty where nothing speaks against it."""
+    """Return why torch cannot use `cuda` on this machine, or an empty text. Imports no torch."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None and not visible_devices("cuda"):
         return f"CUDA_VISIBLE_DEVICES={named!r} leaves no GPU"
@@ -71,7 +78,7 @@ def why_no_cuda() -> str:
 
 
 def _torch_has_cuda() -> bool:
-    """Whether the installed torch was built for GPUs: what its build wrote down, whatever the name of its version says. Does not import torch."""
+    """Whether the installed torch was built for GPUs, by what its build wrote down: the name of its version may not say so. Imports no torch."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return False
@@ -81,43 +88,50 @@ def _torch_has_cuda() -> bool:
 
 @contextmanager
 def acquire_devices(device: str, count: int, is_cancelled: IsCancelled = lambda: False) -> Iterator[list[str]]:
-    """Hold `count` GPUs among all edgepress processes of this machine; yields their names. Nothing to hold: none.
+    """Lock GPUs among all edgepress processes of this machine; yield their names, none where the device is not divided.
 
-    A job that wants more than there are gets all, and says itself what it lacks. Several are taken by one at a time, so that no two wait
-    for each other. Raises Cancelled when `is_cancelled` says so.
+    Only one process at a time acquires several, so that no two wait for each other.
+
+    Args:
+        device: The device of a job.
+        count: How many. A job that wants more than there are gets all, and reports itself what it lacks.
+        is_cancelled: Called again and again while others hold them.
+
+    Raises:
+        Cancelled: `is_cancelled` returned True.
     """
     names = visible_devices(device)
     if not names:
         yield []
         return
-    with ExitStack() as held:
-        taken: list[str] = []
+    with ExitStack() as locks:
+        acquired: list[str] = []
         with open_lock(_lock_file("edgepress-devices-door.lock")) as door:
             _wait(door, is_cancelled)
-            while len(taken) < min(count, len(names)):
+            while len(acquired) < min(count, len(names)):
                 if is_cancelled():
                     raise Cancelled()
-                free = next((name for name in names if name not in taken and _held(name, held)), None)
+                free = next((name for name in names if name not in acquired and _try_lock_device(name, locks)), None)
                 if free is None:
                     time.sleep(0.2)
                 else:
-                    taken.append(free)
-        yield sorted(taken, key=names.index)  # whichever came free first
+                    acquired.append(free)
+        yield sorted(acquired, key=names.index)  # whichever came free first
 
 
-def _held(name: str, held: ExitStack) -> bool:
-    """Take the lock of a GPU if it is free, until `held` ends."""
+def _try_lock_device(name: str, locks: ExitStack) -> bool:
+    """Acquire the lock of a GPU if it is free, until `locks` ends."""
     with ExitStack() as attempt:
         handle = attempt.enter_context(open_lock(_lock_file(f"edgepress-device-{name.replace('/', '-')}.lock")))
         if try_acquire(handle):
-            held.push(attempt.pop_all())
+            locks.push(attempt.pop_all())
             return True
     return False
 
 
 @contextmanager
 def one_at_a_time(name: str) -> Iterator[None]:
-    """Wait for the lock file `name` and hold it alone, among all threads and edgepress processes of all users. For what is short."""
+    """Hold the lock file `name` among all threads and edgepress processes of all users, for a short block."""
     with file_lock(_lock_file(name)):
         yield
 
@@ -126,11 +140,11 @@ def _lock_file(name: str) -> Path:
     """A lock file of the machine. Raises EdgepressError where EDGEPRESS_LOCKS names no directory."""
     folder = Path(os.environ.get("EDGEPRESS_LOCKS") or tempfile.gettempdir())
     if not folder.is_dir():
-        raise EdgepressError(f"EDGEPRESS_LOCKS={folder} is no directory; it is to be one that the containers of this host share, or unset")
+        raise EdgepressError(f"EDGEPRESS_LOCKS={folder} is not a directory; name one that the containers of this host share, or unset it")
     return folder / name
 
 
 def _wait(handle: int, is_cancelled: IsCancelled, *, shared: bool = False) -> None:
-    """Wait for a lock. Raises Cancelled when `is_cancelled` says so."""
+    """Wait for a lock. Raises Cancelled where `is_cancelled` returns True."""
     if not acquire(handle, shared=shared, is_cancelled=is_cancelled):
         raise Cancelled()

@@ -1,4 +1,4 @@
-"""Whether the kernel killed a process because memory ran out. Nobody tells its parent; the kernel's own counters do. Imports no torch."""
+"""Whether the kernel killed a process because memory ran out. Only the kernel's counters show it, not the exit status. Imports no torch."""
 
 import re
 from collections.abc import Callable
@@ -10,7 +10,7 @@ _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def out_of_memory_kills(pid: int | str = "self") -> int | None:
-    """How many processes the kernel has killed for want of memory: in the cgroup of a process, or on this machine where that keeps no count.
+    """Return how many processes the kernel has killed for want of memory: in the cgroup of a process, or on this machine where that keeps no count.
 
     Linux counts them in `memory.events` (cgroup v2), `memory.oom_control` (v1) and `/proc/vmstat`. None where nothing does.
     """
@@ -42,8 +42,7 @@ def _counters_of(pid: int | str) -> list[Path]:
 class MemoryWatch:
     """Watches a process from its start, so that its death by SIGKILL can be explained.
 
-    pid     the process; `look` at it now and then, for its peak is gone with it
-    killed  the counter, None where there is none
+    Call `look` again and again: the kernel forgets a process's peak with the process.
     """
 
     def __init__(self, pid: int, killed: Callable[[], int | None] = out_of_memory_kills):
@@ -51,7 +50,7 @@ class MemoryWatch:
         self.peak = 0  # bytes
 
     def look(self) -> None:
-        """Take down how much memory the process held at most."""
+        """Note the largest memory that the process has had."""
         try:
             found = re.search(r"^VmHWM:\s+(\d+) kB$", self._status.read_text(), re.MULTILINE)
         except OSError:  # it has ended, or there is no /proc
@@ -60,11 +59,11 @@ class MemoryWatch:
             self.peak = max(self.peak, int(found[1]) * 1024)
 
     def why(self) -> str:
-        """What killed the process with SIGKILL, as far as this machine knows."""
-        held = f"; it held {self.peak / 2**30:.2f} GiB when last seen, of {machine_memory() / 2**30:.2f} GiB" if self.peak else ""
+        """Return what killed the process with SIGKILL, as far as this machine knows."""
+        peak = f"; it held {self.peak / 2**30:.2f} GiB when last seen, of {machine_memory() / 2**30:.2f} GiB" if self.peak else ""
         after = self._killed()
         if self._before is None or after is None:
-            return f"killed by SIGKILL (this system keeps no count of out-of-memory kills, so memory may have run out or not{held})"
+            return f"killed by SIGKILL (this system keeps no count of out-of-memory kills, so memory may have run out or not{peak})"
         if after > self._before:
-            return f"killed by the kernel because memory ran out (SIGKILL{held}; `execution: {{memory_gib: …}}` limits what runs beside it)"
-        return f"killed by SIGKILL (from outside: the kernel's count of out-of-memory kills did not move{held})"
+            return f"killed by the kernel because memory ran out (SIGKILL{peak}; `execution: {{memory_gib: …}}` limits what runs at once)"
+        return f"killed by SIGKILL (from outside: the kernel's count of out-of-memory kills did not move{peak})"

@@ -15,7 +15,7 @@ from compression.locks import is_locked
 from tasks.errors import Cancelled, JobFailed
 from tasks.runners.executor import Job
 from tasks.runners.local import LocalExecutor
-from tasks.runners.remote import RemoteExecutor, WorkerLost, answered, heartbeat_lock
+from tasks.runners.remote import RemoteExecutor, WorkerLost, heartbeat_lock, response_file
 from tasks.store.owner import owner_tag
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 _SAFE = {"PYTHONSAFEPATH": "1"}  # a user's own tasks.py where a worker was started must not shadow ours
 STARTING = 30.0
-"""Seconds from Running, which is said before the flow's first line, until the job's process must hold its lock."""
+"""Seconds from Running, which precedes the flow's first line, until the job's process must hold its lock."""
 
 
 class PrefectExecutor(RemoteExecutor):
-    """Children on the workers of a pool: each job is a flow run of a deployment there, which is made here.
+    """Runs jobs on the workers of a pool: each is a flow run of a deployment there, which this creates.
 
-    To be made before the flow has a server of its own, which no worker asks and PREFECT_API_URL names from then on.
+    Create it before the flow has a server of its own: PREFECT_API_URL names that from then on, and no worker uses it.
     """
 
     def __init__(self, local: LocalExecutor, paths: Sequence[Path], pool: str):
@@ -73,14 +73,16 @@ class PrefectExecutor(RemoteExecutor):
                 description="Jobs of edgepress runs with `runner: prefect`; made and changed by them.",
             )  # fmt: skip
 
-    def bring(self, job: Job, folder: Path, attempt: str, forward: Callable[[], None], note: Callable[[str], None]) -> dict[str, Any]:
+    def run_remotely(
+        self, job: Job, folder: Path, attempt: str, forward: Callable[[], None], note: Callable[[str], None]
+    ) -> dict[str, Any]:
         from httpx import HTTPError
         from prefect import states
         from prefect.client.orchestration import get_client
 
-        answer = answered(folder, attempt)
+        answer = response_file(folder, attempt)
         with get_client(sync_client=True) as client:
-            run = self._begun(client, job, folder, attempt)
+            run = self._start_flow_run(client, job, folder, attempt)
             watch = _Watch(client, run, self._pool, heartbeat_lock(folder, attempt), answer, note)
             try:
                 while not answer.exists():
@@ -98,12 +100,12 @@ class PrefectExecutor(RemoteExecutor):
                     client.set_flow_run_state(run, ended, force=True)
                 raise
         found: dict[str, Any] = json.loads(answer.read_text())
-        for left in (answer, heartbeat_lock(folder, attempt)):
-            left.unlink(missing_ok=True)
+        for leftover in (answer, heartbeat_lock(folder, attempt)):
+            leftover.unlink(missing_ok=True)
         return found
 
-    def _begun(self, client: "SyncPrefectClient", job: Job, folder: Path, attempt: str) -> UUID:
-        """Ask the pool for a flow run. Raises Incompatible where it does not take the stage's variables, JobFailed where nobody answers."""
+    def _start_flow_run(self, client: "SyncPrefectClient", job: Job, folder: Path, attempt: str) -> UUID:
+        """Start a flow run on the pool. Raises Incompatible where it refuses the stage's variables, JobFailed where the server does not answer."""
         from httpx import TransportError
         from prefect.exceptions import PrefectHTTPStatusError
 
@@ -130,7 +132,7 @@ class PrefectExecutor(RemoteExecutor):
 
 @dataclass
 class _Watch:
-    """Looks whether a job that gave no answer yet can still give one."""
+    """Checks whether a job without an answer can still give one."""
 
     client: "SyncPrefectClient"
     run: UUID
@@ -138,19 +140,19 @@ class _Watch:
     lock: Path
     answer: Path
     note: Callable[[str], None]
-    held: bool = False  # the job's process was seen alive
+    seen_alive: bool = False  # the job's process
     looked: float = field(default_factory=monotonic)
     since: dict[str, float] = field(default_factory=dict)  # when each type of state was seen first
-    told: bool = False
+    notified: bool = False
 
     def look(self) -> None:
-        """Raises WorkerLost where the job's process or its worker died, JobFailed where the worker could not begin."""
+        """Raises WorkerLost where the job's process or its worker died, JobFailed where the worker could not start it."""
         from httpx import HTTPError
 
         alive = is_locked(self.lock)
-        if self.held and not alive and not self.answer.exists():
+        if self.seen_alive and not alive and not self.answer.exists():
             raise WorkerLost("the process that worked on it for a Prefect worker was killed")
-        self.held = self.held or alive
+        self.seen_alive = self.seen_alive or alive
         if monotonic() - self.looked < 2:
             return
         self.looked = monotonic()
@@ -165,15 +167,15 @@ class _Watch:
         if state.is_final() and waited < 4:
             return  # its answer may take a moment to be seen here
         if state.is_failed():
-            raise JobFailed(f"a worker of the pool {self.pool} could not begin: {state.message}", transient=False)
+            raise JobFailed(f"a worker of the pool {self.pool} could not start: {state.message}", transient=False)
         if state.is_final():
             raise WorkerLost(f"a worker of the pool {self.pool} ended it: {state.name}, {state.message}")
-        if state.is_running() and not self.held and waited > STARTING:
-            raise WorkerLost(f"a worker of the pool {self.pool} said that it runs, and nothing of it is alive")
+        if state.is_running() and not self.seen_alive and waited > STARTING:
+            raise WorkerLost(f"a worker of the pool {self.pool} reported that it runs, and none of its processes is alive")
         if state.is_pending() and waited > STARTING and self._worker_is_gone():
-            raise WorkerLost(f"the worker of the pool {self.pool} that took it is gone")
-        if state.is_scheduled() and waited > STARTING and not self.told and not self._online():
-            self.told = True
+            raise WorkerLost(f"the worker of the pool {self.pool} that accepted it is gone")
+        if state.is_scheduled() and waited > STARTING and not self.notified and not self._online():
+            self.notified = True
             self.note(f"waits: no worker of the pool {self.pool} is online (prefect worker start --pool {self.pool})")
 
     def _online(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the fork server loads besides torch, so that no child has to: the kinds of stages, those of plug-ins too."""
+"""Imports for the fork server besides torch, so that no child needs them: all kinds of stages, also of plug-ins."""
 
 from tasks.stage import stage_kinds
 

@@ -1,9 +1,9 @@
 """Jobs that travel to other processes, on this or another machine, through the shared folder of each. Imports no torch.
 
-    asked.json  what a flow asks of a worker. The flow holds a lock on it while it wants the job; a worker that finds the lock free, because
-                the flow was killed, stopped, or asked anew (then it is another file), ends what it does for it.
+    request.json  what a flow requests of a worker. The flow holds a lock on it while it needs the job. A worker that finds the lock free, because
+                  the flow was killed, stopped, or requested the job again (then it is another file), ends the job.
 
-So a worker needs nothing but the folder in the same place, with file locks that hold between machines (NFS 4, or one machine).
+So a worker needs nothing but the folder in the same place, with file locks that work between machines (NFS 4, or one machine).
 """
 
 import json
@@ -24,25 +24,25 @@ from compression.files import write_json
 from compression.locks import acquire, open_lock, try_acquire
 from tasks.errors import Cancelled, JobFailed
 from tasks.runners.executor import EventHandler, Job, JobResult
-from tasks.runners.folder import EventReader, cleared
+from tasks.runners.folder import EventReader, prepare_folder
 from tasks.runners.local import LocalExecutor
 from tasks.stage import stage_kinds
 from tasks.store.identity import library_versions
 
-ASKED = "asked.json"
+REQUEST = "request.json"
 STARTS = 3
-"""How often a job whose worker was lost is started, before this counts as its own failure (and as one of the stage's `retries`)."""
+"""How often a job whose worker was lost starts before the loss counts as the job's failure (and as one of the stage's `retries`)."""
 
 
 class WorkerLost(JobFailed):
-    """A worker that died in the middle of a job: nobody's failure, so the job is started again elsewhere."""
+    """A worker died in the middle of a job. That is not the job's failure, so it starts again elsewhere."""
 
     def __init__(self, message: str):
         super().__init__(message, transient=True)
 
 
 class RemoteExecutor(ABC):
-    """Children on workers elsewhere. What is timed stays here, so that all tokens/s of a run are of one machine."""
+    """Runs jobs on workers elsewhere. Timings stay on this machine, so that all tokens/s of a run come from the same one."""
 
     def __init__(self, local: LocalExecutor, paths: Sequence[Path]):
         self._local = local
@@ -50,7 +50,7 @@ class RemoteExecutor(ABC):
         self.closed = False
 
     def preload(self) -> None:
-        """Reach the workers, and make ready for what is timed here."""
+        """Connect to the workers, and prepare this machine for timings."""
         self._local.preload()
         self.connect()
 
@@ -58,12 +58,14 @@ class RemoteExecutor(ABC):
         """See `Executor.run`."""
         if job.exclusive:
             return self._local.run(job, folder, on_event)
-        cleared(folder)
+        prepare_folder(folder)
         events = EventReader(folder)
         for start in range(1, STARTS + 1):
-            with asked(folder, self._paths, job) as attempt:
+            with request_job(folder, self._paths, job) as attempt:
                 try:
-                    answer = self.bring(job, folder, attempt, lambda: events.forward(on_event), lambda text: on_event({"note": text}))
+                    answer = self.run_remotely(
+                        job, folder, attempt, lambda: events.forward(on_event), lambda text: on_event({"note": text})
+                    )
                     if "stopped" not in answer:
                         break
                     if self.closed:
@@ -78,59 +80,77 @@ class RemoteExecutor(ABC):
         return _read(answer)
 
     def close(self) -> None:
-        """Nobody wants anything any more: workers end their jobs within a second or two of it."""
+        """Withdraw all requests: workers end their jobs within a second or two."""
         self.closed = True
         self._local.close()
 
     @abstractmethod
     def connect(self) -> None:
-        """Raises EdgepressError where no worker is reached, or one does not fit."""
+        """Connect to the workers. Raises EdgepressError where none answers, or one does not fit."""
 
     @abstractmethod
-    def bring(self, job: Job, folder: Path, attempt: str, forward: Callable[[], None], note: Callable[[str], None]) -> dict[str, Any]:
-        """Have a worker `serve` the folder, calling `forward` now and then; returns its answer. `note` tells what a person should know.
+    def run_remotely(
+        self, job: Job, folder: Path, attempt: str, forward: Callable[[], None], note: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """Have a worker `serve` the folder; return its answer.
 
-        Raises WorkerLost, Cancelled once it is closed, JobFailed where no worker is left.
+        Args:
+            job: The job.
+            folder: The job's folder.
+            attempt: The name of this attempt.
+            forward: Passes on the job's events; call it every moment.
+            note: Gets what a person should know.
+
+        Raises:
+            WorkerLost: The worker died.
+            Cancelled: The executor was closed.
+            JobFailed: No worker remains.
         """
 
 
 @cache
 def environment() -> dict[str, str]:
-    """Versions of everything here that decides a stage's bytes or a measurement."""
+    """Return the versions of everything on this machine that decides a stage's bytes or a measurement."""
     decide = {library for kind in stage_kinds().values() for library in kind.libraries}
     return library_versions(("edgepress", *sorted(decide)))
 
 
 @contextmanager
-def asked(folder: Path, paths: Sequence[Path], job: Job | None = None) -> Iterator[str]:
-    """Want a job done while the block runs; yields the name of this attempt. Without a job, only whether workers fit is asked."""
+def request_job(folder: Path, paths: Sequence[Path], job: Job | None = None) -> Iterator[str]:
+    """Request a job of a worker while the block runs; yield the name of this attempt.
+
+    Args:
+        folder: The job's folder.
+        paths: What the worker must see in the same place.
+        job: The job; None: only check whether workers fit (`find_problem`).
+    """
     attempt = uuid.uuid4().hex
     document = {
         "attempt": attempt, "host": socket.gethostname(), "directory": str(Path.cwd()), "paths": [str(path) for path in paths],
         "environment": environment(), "job": asdict(job) if job else None,
     }  # fmt: skip
-    write_json(folder / ASKED, document)
-    with open_lock(folder / ASKED) as handle:
+    write_json(folder / REQUEST, document)
+    with open_lock(folder / REQUEST) as handle:
         acquire(handle)
         yield attempt
 
 
 class Request:
-    """What a flow asks, as a worker sees it."""
+    """A flow's request, as a worker sees it."""
 
     def __init__(self, file: IO[str], document: dict[str, Any]):
         self._file = file
-        self._looked = time.monotonic()
-        self._wanted = True
+        self._checked = time.monotonic()
+        self._open = True
         self.job = Job(**document["job"]) if document["job"] else None
         self.directory = str(document["directory"])
 
     def is_cancelled(self) -> bool:
-        """Whether the flow wants it no more. Looks once a second."""
-        if self._wanted and time.monotonic() - self._looked > 1:
-            self._looked = time.monotonic()
-            self._wanted = not _free(self._file)
-        return not self._wanted
+        """Return whether the flow has withdrawn its request. Checks once a second."""
+        if self._open and time.monotonic() - self._checked > 1:
+            self._checked = time.monotonic()
+            self._open = not _free(self._file)
+        return not self._open
 
 
 def _free(file: IO[str]) -> bool:
@@ -141,9 +161,14 @@ def _free(file: IO[str]) -> bool:
 
 
 @contextmanager
-def request(folder: Path, attempt: str) -> Iterator[Request]:
-    """What a flow asks of this machine. Raises Incompatible, naming the host, where this machine cannot do it; Cancelled where the flow is gone."""
-    host, here = socket.gethostname(), folder / ASKED
+def accept_request(folder: Path, attempt: str) -> Iterator[Request]:
+    """Read a flow's request of this machine.
+
+    Raises:
+        Incompatible: This machine cannot serve it; the message names the host.
+        Cancelled: The flow is gone.
+    """
+    host, here = socket.gethostname(), folder / REQUEST
     try:
         file = here.open("r+")
     except OSError as error:
@@ -169,17 +194,17 @@ def request(folder: Path, attempt: str) -> Iterator[Request]:
         yield Request(file, document)
 
 
-def problem(folder: str, attempt: str) -> str | None:
-    """Why this machine cannot serve the flow that asks, if it cannot."""
+def find_problem(folder: str, attempt: str) -> str | None:
+    """Return why this machine cannot serve a request; None where it can."""
     try:
-        with request(Path(folder), attempt):
+        with accept_request(Path(folder), attempt):
             return None
     except (Incompatible, Cancelled) as error:
         return str(error)
 
 
 def serve(folder: Path, attempt: str, executor: LocalExecutor) -> dict[str, Any]:
-    """Do what is asked in a folder, on this machine; returns the answer, whatever came of it, as JSON."""
+    """Run the job that a folder requests on this machine; return the answer as JSON, also where the job fails."""
     notes: list[str] = []
 
     def on_event(event: dict[str, Any]) -> None:  # the flow reads the child's events itself
@@ -188,37 +213,37 @@ def serve(folder: Path, attempt: str, executor: LocalExecutor) -> dict[str, Any]
 
     answer: dict[str, Any]
     try:
-        with request(folder, attempt) as wanted:
-            assert wanted.job is not None
-            answer = {"done": asdict(executor.work(wanted.job, folder, on_event, wanted.is_cancelled, wanted.directory))}
+        with accept_request(folder, attempt) as request:
+            assert request.job is not None
+            answer = {"done": asdict(executor.work(request.job, folder, on_event, request.is_cancelled, request.directory))}
     except Cancelled:
         answer = {"stopped": True}
     except EdgepressError as error:
         answer = {"mistake": {"message": str(error), "key": error.key}}
     except JobFailed as error:
         answer = {"failed": {"message": str(error), "transient": error.transient, "log": str(error.log or "")}}
-    except Exception as error:  # noqa: BLE001  (a full disk, whatever it was: the flow would wait for ever)
+    except Exception as error:  # noqa: BLE001  (whatever failed, as a full disk: without an answer the flow would wait for ever)
         answer = {"failed": {"message": f"{type(error).__name__}: {error}", "transient": False, "log": ""}}
     return {**answer, "host": socket.gethostname(), "notes": notes}
 
 
-def answered(folder: Path, attempt: str) -> Path:
-    """Where a worker that can tell nobody directly leaves its answer."""
+def response_file(folder: Path, attempt: str) -> Path:
+    """Return the file for the answer of a worker that has no connection to the flow."""
     return folder / f"answer-{attempt}.json"
 
 
 def heartbeat_lock(folder: Path, attempt: str) -> Path:
-    """Held by the process that serves an attempt, where nothing else tells that it lives."""
+    """Return the file that the process serving an attempt locks, where nothing else shows that it lives."""
     return folder / f"host-{attempt}.lock"
 
 
-def device_asked(folder: Path) -> str:
-    """The device of the job that is asked for in a folder."""
-    return str(json.loads((folder / ASKED).read_text())["job"]["device"])
+def requested_device(folder: Path) -> str:
+    """Return the device of the job that a folder requests."""
+    return str(json.loads((folder / REQUEST).read_text())["job"]["device"])
 
 
 def _read(answer: dict[str, Any]) -> JobResult:
-    """What a worker answered. Raises as `Executor.run` does."""
+    """The result in a worker's answer. Raises as `Executor.run` does."""
     if "done" in answer:
         return JobResult.read(answer["done"])
     if "mistake" in answer:

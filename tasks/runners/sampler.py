@@ -1,4 +1,4 @@
-"""What a stage takes of its machine while it works: sampled in the child, and in its own children, wherever that runs. Imports no torch."""
+"""Samples of cores, memory, disk and GPUs that a stage uses: of its child and that child's children. Imports no torch."""
 
 import threading
 import time
@@ -8,14 +8,12 @@ from typing import Any
 
 import psutil
 
-_FIRST, _EVERY = 1.0, 5.0  # seconds
-
 
 @contextmanager
-def sampled(tell: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """While the block runs, tell every few seconds what this process and its descendants take, as {"system": figures, "time": Unix time}."""
+def sampling(on_sample: Callable[[dict[str, Any]], None], first: float = 1.0, interval: float = 5.0) -> Iterator[None]:
+    """While the block runs, pass on every few seconds what this process and its descendants use, as {"system": figures, "time": Unix time}."""
     ended = threading.Event()
-    sampler = threading.Thread(target=_sample, args=[tell, ended], daemon=True, name="sampler")
+    sampler = threading.Thread(target=_sample, args=[on_sample, ended, first, interval], daemon=True, name="sampler")
     sampler.start()
     try:
         yield
@@ -24,33 +22,32 @@ def sampled(tell: Callable[[dict[str, Any]], None]) -> Iterator[None]:
         sampler.join()
 
 
-def _sample(tell: Callable[[dict[str, Any]], None], ended: threading.Event) -> None:
-    before = _taken()
-    pause = _FIRST
+def _sample(on_sample: Callable[[dict[str, Any]], None], ended: threading.Event, pause: float, interval: float) -> None:
+    before = _totals()
     while not ended.wait(pause):
-        now = _taken()
-        tell({"system": figures(before, now), "time": time.time()})
-        before, pause = now, _EVERY
+        now = _totals()
+        on_sample({"system": figures(before, now), "time": time.time()})
+        before, pause = now, interval
 
 
-def _taken() -> dict[str, float]:
-    """Totals of the process and its descendants until now; `at` is the clock. A process that ends meanwhile counts no more."""
-    own = psutil.Process()
-    taken = {"at": time.monotonic(), "cpu": 0.0, "rss": 0.0, "read": 0.0, "written": 0.0}
-    for process in [own, *own.children(recursive=True)]:
+def _totals() -> dict[str, float]:
+    """Totals of the process and its descendants until now; `at` is the clock. A process that ends meanwhile no longer counts."""
+    process_itself = psutil.Process()
+    totals = {"at": time.monotonic(), "cpu": 0.0, "rss": 0.0, "read": 0.0, "written": 0.0}
+    for process in [process_itself, *process_itself.children(recursive=True)]:
         with suppress(psutil.Error), process.oneshot():
             times, memory = process.cpu_times(), process.memory_info()
-            taken["cpu"] += times.user + times.system
-            taken["rss"] += memory.rss
+            totals["cpu"] += times.user + times.system
+            totals["rss"] += memory.rss
             if hasattr(process, "io_counters"):  # macOS has none
                 counters = process.io_counters()
-                taken["read"] += counters.read_bytes
-                taken["written"] += counters.write_bytes
-    return taken
+                totals["read"] += counters.read_bytes
+                totals["written"] += counters.write_bytes
+    return totals
 
 
 def figures(before: dict[str, float], now: dict[str, float]) -> dict[str, float]:
-    """Between two looks: cores in use as a percentage (200 is two cores), resident memory in MB, MB a second from and to the disk; of GPUs what NVML tells."""
+    """Return the use between two totals: cores in percent (200 is two cores), resident memory in MB, disk in MB/s; of GPUs what NVML reports."""
     seconds = max(now["at"] - before["at"], 1e-3)
     return {
         "cpu_percent": 100 * max(0.0, now["cpu"] - before["cpu"]) / seconds,
@@ -63,7 +60,7 @@ def figures(before: dict[str, float], now: dict[str, float]) -> dict[str, float]
 
 
 def _gpus() -> dict[str, float]:
-    """Utilization and memory of every GPU, where NVML is there, and each that it tells."""
+    """Utilization and memory of every GPU, as far as NVML reports them."""
     try:
         import pynvml
     except ImportError:
@@ -74,7 +71,7 @@ def _gpus() -> dict[str, float]:
         for index in range(pynvml.nvmlDeviceGetCount()):
             with suppress(pynvml.NVMLError):  # a GPU that was lost, or is another's
                 handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-                with suppress(pynvml.NVMLError):  # a part of a GPU (MIG) tells no utilization
+                with suppress(pynvml.NVMLError):  # a part of a GPU (MIG) reports no utilization
                     found[f"gpu_{index}_percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
                 found[f"gpu_{index}_memory_mb"] = pynvml.nvmlDeviceGetMemoryInfo(handle).used / 1e6
     return found

@@ -1,4 +1,4 @@
-"""`execution:` of a recipe: who runs the jobs, and how much may run at once. Imports no torch."""
+"""`execution:` of a recipe: where jobs run, and how much may run at once. Imports no torch."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -12,7 +12,7 @@ _BELONGS_TO = {"address": "dask", "pool": "prefect"}
 
 
 class ExecutionSettings(Settings):
-    """How the whole graph is executed; outside every identity."""
+    """How a recipe's stages are executed; outside every identity."""
 
     model_config = ConfigDict(validate_default=True)
 
@@ -47,5 +47,5 @@ class ExecutionSettings(Settings):
     @classmethod
     def _is_an_address(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"(tcp|tls|ucx|ws|wss)://\S+:\d+", value):
-            raise PydanticCustomError("wrong_address", f"{value!r} is no address of a Dask scheduler (tcp://host:8786)")
+            raise PydanticCustomError("wrong_address", f"{value!r} is not the address of a Dask scheduler (tcp://host:8786)")
         return value

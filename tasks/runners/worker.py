@@ -1,7 +1,7 @@
 """The child that does the work of one job: `python -P -m tasks.runners.worker job.json`.
 
-The same entry serves the fork server, torchrun, containers and a person at a shell. A job file says what to do and where; what
-else is in its folder, tasks/runners/folder.py tells.
+The same entry serves the fork server, torchrun, containers and a person at a shell. A job file holds the call; tasks/runners/folder.py lists the
+other files of its folder.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from compression.evaluation.findings import Findings
 from compression.files import write_json
 from compression.locks import file_lock
 from compression.redaction import redacted
-from tasks.runners.sampler import sampled
+from tasks.runners.sampler import sampling
 
 STAGE = "tasks.runners.jobs:compute_stage"
 PRELOAD = (
@@ -45,7 +45,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(job_file: str) -> int:
-    """Run the job; returns the exit status. Every way to fail leaves error.json with the reason, but being killed, and DISK_FULL."""
+    """Run the job; return the exit status. Every failure leaves error.json with the reason, except a kill and DISK_FULL."""
     try:
         return _main(job_file)
     except OSError as error:
@@ -63,14 +63,14 @@ def _main(job_file: str) -> int:
         events.write(("\n" if events.tell() else "") + json.dumps({"started": f"{socket.gethostname()}/{os.getpid()}"}) + "\n")
         started = time.monotonic()
         try:
-            told = Events(events)
-            watched = sampled(told.write) if job["call"] == STAGE else contextlib.nullcontext()  # not beside a measurement of speed
+            reporter = Events(events)
+            watched = sampling(reporter.write) if job["call"] == STAGE else contextlib.nullcontext()  # not during a measurement of speed
             with watched:
-                findings = _perform(job, told)
+                findings = _perform(job, reporter)
         except EdgepressError as error:
             write_json(folder / "error.json", {"kind": "user", "type": type(error).__name__, "message": str(error), "key": error.key})
             return 2
-        except BaseException as error:  # noqa: BLE001  (the parent is told, whatever it was)
+        except BaseException as error:  # noqa: BLE001  (the parent reads what it was)
             reason = NO_SPACE if isinstance(error, OSError) and error.errno == errno.ENOSPC else redacted(str(error))
             details = {"kind": "crash", "type": type(error).__name__, "message": reason, "traceback": redacted(traceback.format_exc())}
             write_json(folder / "error.json", details)
@@ -112,6 +112,7 @@ class Events:
         self.last = 0.0
 
     def context(self, seed: int, device: str) -> Context:
+        """Return a context that reports here."""
         return Context(seed=seed, device=device, progress=self.progress, metrics=self.metrics, warn=self.warn)
 
     def progress(self, done: int, total: int, what: str) -> None:
@@ -130,7 +131,7 @@ class Events:
 
 
 def _perform(job: dict[str, Any], events: Events) -> Findings:
-    """What the job's function brings: Findings, or metrics alone."""
+    """Call the job's function, which returns Findings or metrics alone."""
     import torch
 
     os.chdir(job["directory"])
@@ -142,8 +143,8 @@ def _perform(job: dict[str, Any], events: Events) -> Findings:
     logging.captureWarnings(True)
     module, _, name = job["call"].partition(":")
     function = getattr(importlib.import_module(module), name)
-    brought = function(**job["arguments"], threads=job["threads"], context=events.context(job["seed"], job["device"]))
-    return brought if isinstance(brought, Findings) else Findings(brought)
+    returned = function(**job["arguments"], threads=job["threads"], context=events.context(job["seed"], job["device"]))
+    return returned if isinstance(returned, Findings) else Findings(returned)
 
 
 @contextlib.contextmanager

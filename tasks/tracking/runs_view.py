@@ -1,7 +1,7 @@
 """The table of runs in MLflow's UI as edgepress opens it. Imports no torch and no MLflow.
 
-MLflow keeps the state of a table that people share (its columns, order, filter and groups) as a tag of the experiment, and an address
-names the tag. It stands in the table's menu of saved views too, so everybody who opens the experiment finds it.
+MLflow keeps the state of a shared table (its columns, order, filter and groups) as a tag of the experiment, and an address names the tag. The
+table's menu of saved views lists it too.
 """
 
 import json
@@ -14,8 +14,10 @@ _CREATED = 1764374400000  # Unix time in ms; fixed, so that the same view is the
 
 
 def view_state() -> str:
-    """The tag's value: the columns, and the runs of each pipeline as an open group. MLflow's tree of runs would be closed: which of its branches are
-    open is no part of a shared view."""
+    """Return the tag's value: the columns, and the runs of each pipeline as an open group.
+
+    MLflow's tree of runs would be closed: a shared view does not say which of its branches are open.
+    """
     state = {
         "selectedColumns": [*(f"metrics.`{metric}`" for metric in COLUMNS), "tags.`edgepress.uses`", "tags.`edgepress.state`"],
         "groupBy": {"aggregateFunction": "max", "groupByKeys": [{"mode": "tag", "groupByData": RUN}]},
@@ -25,5 +27,5 @@ def view_state() -> str:
 
 
 def runs_address(server: str, experiment: str) -> str:
-    """Where the table is, at the address of an MLflow server."""
+    """Return the address of the table at an MLflow server."""
     return f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={KEY}"

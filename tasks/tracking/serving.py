@@ -1,4 +1,4 @@
-"""An artifact as a model that MLflow opens (`mlflow.pyfunc`, `mlflow models serve`), in the runtime it was made for.
+"""An artifact as a model that MLflow opens (`mlflow.pyfunc`, `mlflow models serve`), in the artifact's own runtime.
 
 MLflow finds this module by its name, so edgepress must be installed where the model is opened. Imports no runtime until then.
 """
@@ -27,7 +27,7 @@ PARAMETERS: dict[str, tuple[str, Any]] = {  # MLflow's type and the default
 
 
 class EdgeModel:
-    """Continues prompts, one after the other."""
+    """Continues prompts, one after another."""
 
     def __init__(self, artifact: Path):
         self._runtime = open_runtime(artifact, threads=os.cpu_count() or 1)
@@ -35,10 +35,18 @@ class EdgeModel:
         self._turn = threading.Lock()  # a runtime has one state
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
-        """model_input: a table with the column `prompt`; returns one with the column `text`, the continuations. Of `params` see PARAMETERS;
-        None is the default.
+        """Continue prompts.
 
-        Raises EdgepressError for parameters out of bounds, and Incompatible for a prompt that leaves no room in the model's context.
+        Args:
+            model_input: A table with the column `prompt`.
+            params: Values of PARAMETERS; None stands for the default.
+
+        Returns:
+            A table with the column `text`: the continuations.
+
+        Raises:
+            EdgepressError: A parameter is out of bounds.
+            Incompatible: A prompt leaves no room in the model's context.
         """
         import pandas
 
@@ -61,7 +69,7 @@ class EdgeModel:
 
 
 def _chosen(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A value for each of PARAMETERS. Raises EdgepressError for one of another kind, or out of bounds; the sampler judges the rest."""
+    """A value for each of PARAMETERS. Raises EdgepressError for a wrong type or a value out of bounds; the sampler checks the rest."""
     chosen = {name: default if params.get(name) is None else params[name] for name, (_, default) in PARAMETERS.items()}
     for name, least in (("max_new_tokens", 1), ("seed", 0)):
         if not isinstance(chosen[name], Integral) or chosen[name] < least:
@@ -73,5 +81,5 @@ def _chosen(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load_pyfunc(path: str) -> EdgeModel:
-    """What MLflow calls with the model's directory."""
+    """Open a model; MLflow calls this with its directory."""
     return EdgeModel(Path(path) / FOLDER)

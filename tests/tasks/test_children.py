@@ -67,7 +67,7 @@ def pids_written(folder: Path) -> list[int]:
     return [int(pid) for pid in (folder / "pids").read_text().split()]
 
 
-def test_metrics_events_and_prints_come_back(children: Executor, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_metrics_events_and_prints_return(children: Executor, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     events: list[dict[str, Any]] = []
     metrics = children.run(job("succeed", folder=str(tmp_path)), tmp_path, events.append).metrics
     assert metrics == {"threads": 1, "asked": 1, "seed": 5, "leader": 1}
@@ -76,7 +76,7 @@ def test_metrics_events_and_prints_come_back(children: Executor, tmp_path: Path,
     assert capfd.readouterr().out == ""
 
 
-def test_a_mistake_of_the_user_keeps_its_message_and_key(children: Executor, tmp_path: Path) -> None:
+def test_user_error_keeps_message_and_key(children: Executor, tmp_path: Path) -> None:
     with pytest.raises(EdgepressError, match="7 does not divide 64") as caught:
         children.run(job("mistake"), tmp_path, silent)
     assert caught.value.key == "group_size"
@@ -93,16 +93,14 @@ def test_a_mistake_of_the_user_keeps_its_message_and_key(children: Executor, tmp
         ("leave", "exit status 7", True),
     ],
 )
-def test_a_lost_process_is_told_from_a_wrong_one(children: Executor, tmp_path: Path, name: str, message: str, transient: bool) -> None:
+def test_lost_process_is_transient(children: Executor, tmp_path: Path, name: str, message: str, transient: bool) -> None:
     with pytest.raises(JobFailed, match=message) as caught:
         children.run(job(name), tmp_path, silent)
     assert caught.value.transient is transient
     assert "killed by exit status" not in str(caught.value)
 
 
-def test_a_fork_server_that_is_killed_while_it_begins_a_job_can_be_tried_again(
-    children: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_fork_server_is_transient(children: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     children.run(job("succeed", folder=str(tmp_path)), tmp_path, silent)  # it has loaded what it preloads
     (server,) = (p for p in psutil.Process().children() if any("multiprocessing.forkserver" in word for word in words_of(p)))
     server.suspend()
@@ -120,7 +118,8 @@ def test_a_fork_server_that_is_killed_while_it_begins_a_job_can_be_tried_again(
     assert children.run(job("succeed", folder=str(tmp_path)), tmp_path, silent).metrics["asked"] == 1
 
 
-def test_a_temporary_directory_too_deep_for_a_socket(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_deep_temporary_directory_works(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 100)
     deep.mkdir()
     code = (
@@ -132,13 +131,13 @@ def test_a_temporary_directory_too_deep_for_a_socket(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(deep)
 
 
-def test_the_result_of_a_run_before_is_never_taken_for_this_one(children: Executor, tmp_path: Path) -> None:
+def test_earlier_result_is_ignored(children: Executor, tmp_path: Path) -> None:
     children.run(job("succeed", folder=str(tmp_path)), tmp_path, silent)
     with pytest.raises(JobFailed, match="SIGKILL"):
         children.run(job("killed"), tmp_path, silent)
 
 
-def test_a_timeout_ends_the_whole_group(children: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timeout_ends_process_group(children: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passed = [0.0]
     monkeypatch.setattr(local, "time", SimpleNamespace(monotonic=lambda: passed[0]))
     caught: list[BaseException] = []
@@ -159,7 +158,7 @@ def test_a_timeout_ends_the_whole_group(children: Executor, tmp_path: Path, monk
     assert gone(*pids)
 
 
-def test_a_timeout_that_strikes_before_the_child_has_its_group(children: Executor, tmp_path: Path) -> None:
+def test_timeout_before_process_group_exists(children: Executor, tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(JobFailed, match="timeout") as caught:
         children.run(job("linger", timeout=1e-6, folder=str(tmp_path)), tmp_path, silent)
@@ -167,7 +166,7 @@ def test_a_timeout_that_strikes_before_the_child_has_its_group(children: Executo
     assert time.monotonic() - started < 500  # the child sleeps for ten minutes
 
 
-def test_close_ends_what_runs_and_starts_nothing_more(children: Executor, tmp_path: Path) -> None:
+def test_close_ends_all_jobs(children: Executor, tmp_path: Path) -> None:
     caught: list[BaseException] = []
 
     def run() -> None:
@@ -188,9 +187,7 @@ def test_close_ends_what_runs_and_starts_nothing_more(children: Executor, tmp_pa
     assert not (tmp_path / "later" / "result.json").exists()
 
 
-def test_close_frees_a_thread_that_waits_for_the_machine_and_says_so(
-    children: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_close_ends_wait_for_machine(children: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.runners.local.PATIENCE", 0.2)
     holder = hold_machine(tmp_path)
     try:
@@ -228,7 +225,7 @@ def hold_machine(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_the_machine_lock_excludes_other_processes_and_dies_with_its_owner(tmp_path: Path) -> None:
+def test_machine_lock_dies_with_its_owner(tmp_path: Path) -> None:
     holder = hold_machine(tmp_path)
     entered, followed = threading.Event(), threading.Event()
 
@@ -251,16 +248,17 @@ def test_the_machine_lock_excludes_other_processes_and_dies_with_its_owner(tmp_p
     assert entered.is_set() and followed.is_set()
 
 
-def test_the_machine_lock_is_where_containers_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_lock_lies_in_shared_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEPRESS_LOCKS", str(tmp_path))
     with machine_lock(exclusive=True):
         assert (tmp_path / "edgepress-machine.lock").exists()
     monkeypatch.setenv("EDGEPRESS_LOCKS", str(tmp_path / "unmounted"))
-    with pytest.raises(EdgepressError, match="EDGEPRESS_LOCKS=.*unmounted is no directory"), machine_lock(exclusive=True):
+    with pytest.raises(EdgepressError, match="EDGEPRESS_LOCKS=.*unmounted"), machine_lock(exclusive=True):
         pass
 
 
-def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_children_die_with_killed_parent(tmp_path: Path) -> None:
     script = tmp_path / "flow.py"
     script.write_text(
         f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\nimport sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
@@ -278,7 +276,8 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     assert gone(child, grandchild, server)
 
 
-def test_the_fork_server_leaves_ctrl_c_to_the_flow(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_fork_server_ignores_ctrl_c(tmp_path: Path) -> None:
     """A terminal sends it to all of its processes, also to the server while it imports torch."""
     code = (
         f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\nimport signal, sys\n"

@@ -1,4 +1,4 @@
-"""MLflow's sqlite file: whole or not there, whoever makes it and however it dies."""
+"""MLflow's sqlite file: complete or absent, also where its creator is killed or raced."""
 
 import signal
 import sqlite3
@@ -31,7 +31,8 @@ def start(uri: str, code: str = MAKE) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code, uri], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_killed_in_the_middle_it_is_made_anew(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_killed_creation_starts_anew(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     first = start(uri, STRUCK + MAKE)
     first.communicate()
@@ -47,7 +48,7 @@ def test_killed_in_the_middle_it_is_made_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "uri", ["http://127.0.0.1:1", "postgresql://nowhere/mlflow", "sqlite://", "sqlite:///:memory:", "sqlite:///{there}"]
 )
-def test_other_addresses_and_what_is_there_are_left_alone(uri: str, tmp_path: Path) -> None:
+def test_existing_file_and_servers_are_untouched(uri: str, tmp_path: Path) -> None:
     there = tmp_path / "there.db"
     there.write_text("as it is")
     make_database(uri.format(there=there))

@@ -30,7 +30,7 @@ from tasks.runners.host import Host
 from tasks.runners.local import LocalExecutor
 from tasks.runners.machine import acquire_devices, default_device, visible_devices, why_no_cuda
 from tasks.runners.prefect_pool import PrefectExecutor, _Watch
-from tasks.runners.remote import WorkerLost, asked, environment, problem, serve
+from tasks.runners.remote import WorkerLost, environment, find_problem, request_job, serve
 from tasks.store.store import Store
 from tests.flows.recipes import recipe
 from tests.tasks.test_children import job, pids_written, silent
@@ -58,7 +58,7 @@ def claim(memory: int = 0, threads: int = 1, *, exclusive: bool = False) -> Job:
     return Job("a:b", {}, threads, memory=memory, exclusive=exclusive)
 
 
-def taken_by_another(take: Callable[[], AbstractContextManager[Any]]) -> threading.Event:
+def acquired_by_another(take: Callable[[], AbstractContextManager[Any]]) -> threading.Event:
     """Take a budget or device in a thread; returns what tells that it was taken (and given back)."""
     taken = threading.Event()
 
@@ -70,42 +70,44 @@ def taken_by_another(take: Callable[[], AbstractContextManager[Any]]) -> threadi
     return taken
 
 
-def test_a_budget_limits_cores_and_memory() -> None:
+def test_budget_limits_cores_and_memory() -> None:
     budget = Budget(cores=4, memory=8 << 30)
-    with budget.taken(claim(5 << 30), silent, never):
-        assert taken_by_another(lambda: budget.taken(claim(1 << 30), silent, never)).wait(PATIENCE)
-        large = taken_by_another(lambda: budget.taken(claim(3 << 30), silent, never))  # 5 + 3 GiB, and what the processes need themselves
-        wide = taken_by_another(lambda: budget.taken(claim(threads=4), silent, never))
-        timed = taken_by_another(lambda: budget.taken(claim(exclusive=True), silent, never))
+    with budget.acquire(claim(5 << 30), silent, never):
+        assert acquired_by_another(lambda: budget.acquire(claim(1 << 30), silent, never)).wait(PATIENCE)
+        large = acquired_by_another(
+            lambda: budget.acquire(claim(3 << 30), silent, never)
+        )  # 5 + 3 GiB, and what the processes need themselves
+        wide = acquired_by_another(lambda: budget.acquire(claim(threads=4), silent, never))
+        timed = acquired_by_another(lambda: budget.acquire(claim(exclusive=True), silent, never))
         time.sleep(0.7)
         assert not (large.is_set() or wide.is_set() or timed.is_set())
     assert large.wait(PATIENCE) and wide.wait(PATIENCE) and timed.wait(PATIENCE)
 
 
-def test_a_stage_larger_than_the_budget_runs_alone_and_says_so() -> None:
+def test_oversized_stage_runs_alone_with_note() -> None:
     events: list[dict[str, Any]] = []
     budget = Budget(cores=4, memory=2 << 30)
-    with budget.taken(claim(9 << 30), events.append, never):
-        small = taken_by_another(lambda: budget.taken(claim(), silent, never))
+    with budget.acquire(claim(9 << 30), events.append, never):
+        small = acquired_by_another(lambda: budget.acquire(claim(), silent, never))
         assert not small.wait(0.7)
     assert small.wait(PATIENCE)
     assert [event["note"] for event in events] == ["needs about 9.5 GiB of memory, and there are 2.0 GiB: it runs alone"]
 
 
-def test_nobody_passes_the_first_who_waits() -> None:
+def test_waiting_jobs_keep_their_order() -> None:
     budget, order = Budget(cores=4), []
     cores = ThreadPoolExecutor(8)
 
     def run(name: str, job: Job, waiting: int) -> None:
         def work() -> None:
-            with budget.taken(job, silent, never):
+            with budget.acquire(job, silent, never):
                 order.append(name)
 
         cores.submit(work)
         while len(budget._queue) < waiting:
             time.sleep(0.01)
 
-    with cores, budget.taken(claim(threads=2), silent, never):
+    with cores, budget.acquire(claim(threads=2), silent, never):
         run("timed", replace(claim(exclusive=True), order=1), 1)
         run("late", replace(claim(threads=4), order=3), 2)
         run("small", replace(claim(), order=2), 3)  # which would fit beside what runs
@@ -114,18 +116,18 @@ def test_nobody_passes_the_first_who_waits() -> None:
     assert order == ["early", "timed", "small", "late"]
 
 
-def test_who_gives_up_lets_the_next_go() -> None:
+def test_cancelled_job_frees_the_queue() -> None:
     budget, gives_up = Budget(cores=2), threading.Event()
-    with budget.taken(claim(), silent, never), ThreadPoolExecutor(1) as thread:
+    with budget.acquire(claim(), silent, never), ThreadPoolExecutor(1) as thread:
 
         def stopped() -> None:
-            with pytest.raises(Cancelled), budget.taken(claim(exclusive=True), silent, gives_up.is_set):
+            with pytest.raises(Cancelled), budget.acquire(claim(exclusive=True), silent, gives_up.is_set):
                 pass
 
         first = thread.submit(stopped)
         while not budget._queue:
             time.sleep(0.01)
-        second = taken_by_another(lambda: budget.taken(claim(), silent, never))
+        second = acquired_by_another(lambda: budget.acquire(claim(), silent, never))
         assert not second.wait(0.2)
         gives_up.set()
         budget.wake()
@@ -133,9 +135,9 @@ def test_who_gives_up_lets_the_next_go() -> None:
         assert second.wait(20)
 
 
-def test_who_waits_for_a_budget_can_give_up() -> None:
+def test_waiting_job_can_be_cancelled() -> None:
     budget = Budget(cores=1)
-    with budget.taken(claim(), silent, never), pytest.raises(Cancelled), budget.taken(claim(), silent, lambda: True):
+    with budget.acquire(claim(), silent, never), pytest.raises(Cancelled), budget.acquire(claim(), silent, lambda: True):
         pass
 
 
@@ -169,13 +171,13 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
         ({"files": "dxg"}, "cpu", ""),  # WSL: whose GPU it is cannot be seen
     ],
 )
-def test_cuda_is_taken_where_it_can_be_used(gpus: Callable[..., None], machine: dict[str, Any], device: str, reason: str) -> None:
+def test_default_device_is_usable_cuda(gpus: Callable[..., None], machine: dict[str, Any], device: str, reason: str) -> None:
     gpus(**machine)
     assert default_device() == device
     assert why_no_cuda().startswith(reason) and bool(why_no_cuda()) == bool(reason)
 
 
-def test_what_torch_was_built_for_is_what_torch_says(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_build_matches_torch(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     gpus()
     monkeypatch.setattr("tasks.runners.machine.find_spec", find_spec)
     assert (why_no_cuda() == "") == (torch.version.cuda is not None or torch.version.hip is not None)
@@ -193,17 +195,17 @@ def test_what_torch_was_built_for_is_what_torch_says(gpus: Callable[..., None], 
         (None, ["0", "1"]),
     ],
 )
-def test_the_gpus_that_cuda_sees_end_at_the_first_name_that_is_none(gpus: Callable[..., None], named: str | None, seen: list[str]) -> None:
+def test_visible_gpus_end_at_invalid_name(gpus: Callable[..., None], named: str | None, seen: list[str]) -> None:
     gpus(visible=named)
     assert visible_devices("cuda:0") == seen
 
 
-def test_each_gpu_is_held_by_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_is_locked_by_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-ab")
     assert visible_devices("cpu") == visible_devices("mps") == []
     with acquire_devices("cuda", 1) as first, acquire_devices("cuda:0", 1) as second:
         assert (first, second) == (["2"], ["GPU-ab"])
-        third = taken_by_another(lambda: acquire_devices("cuda", 1))
+        third = acquired_by_another(lambda: acquire_devices("cuda", 1))
         assert not third.wait(0.5)
     assert third.wait(PATIENCE)
     with acquire_devices("cuda", 3) as every:
@@ -212,7 +214,7 @@ def test_each_gpu_is_held_by_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
         assert none == []
 
 
-def test_the_plans_estimate_is_what_a_stage_claims(tmp_path: Path, checkpoint: Path) -> None:
+def test_stage_claims_planned_memory(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "r.yaml").write_text(recipe(checkpoint))
     plan = make_plan(load_recipe(tmp_path / "r.yaml"), Store(tmp_path / "store"))
     memory = {task.name: task.memory for task in plan.stages}
@@ -222,40 +224,41 @@ def test_the_plans_estimate_is_what_a_stage_claims(tmp_path: Path, checkpoint: P
 # --- what travels ---
 
 
-def test_a_job_is_done_from_what_stands_in_its_folder(children: LocalExecutor, tmp_path: Path) -> None:
-    with asked(tmp_path / "job", [tmp_path], job("succeed", folder=str(tmp_path))) as attempt:
+def test_serve_reads_jobs_folder(children: LocalExecutor, tmp_path: Path) -> None:
+    with request_job(tmp_path / "job", [tmp_path], job("succeed", folder=str(tmp_path))) as attempt:
         answer = serve(tmp_path / "job", attempt, children)
     assert answer["done"]["metrics"]["seed"] == 5
-    with asked(tmp_path / "job", [tmp_path], job("mistake")) as attempt:
+    with request_job(tmp_path / "job", [tmp_path], job("mistake")) as attempt:
         assert serve(tmp_path / "job", attempt, children)["mistake"] == {"message": "7 does not divide 64", "key": "group_size"}
 
 
-def test_nothing_is_done_that_nobody_waits_for(children: LocalExecutor, tmp_path: Path) -> None:
-    with asked(tmp_path / "job", [tmp_path], job("succeed", folder=str(tmp_path))) as first:
+def test_withdrawn_request_is_not_served(children: LocalExecutor, tmp_path: Path) -> None:
+    with request_job(tmp_path / "job", [tmp_path], job("succeed", folder=str(tmp_path))) as first:
         pass
     assert serve(tmp_path / "job", first, children)["stopped"]  # the flow was killed before a worker came to it
-    with asked(tmp_path / "job", [tmp_path], job("succeed", folder=str(tmp_path))):
-        assert serve(tmp_path / "job", first, children)["stopped"]  # asked anew: this attempt counts no more
+    with request_job(tmp_path / "job", [tmp_path], job("succeed", folder=str(tmp_path))):
+        assert serve(tmp_path / "job", first, children)["stopped"]  # requested again: this attempt no longer counts
     assert not (tmp_path / "job" / "result.json").exists()
 
 
-def test_whatever_goes_wrong_on_a_worker_is_answered(children: LocalExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_failure_is_answered(children: LocalExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("tasks.runners.local.write_json", full)
-    with asked(tmp_path / "job", [tmp_path], job("succeed", folder=str(tmp_path))) as attempt:
+    with request_job(tmp_path / "job", [tmp_path], job("succeed", folder=str(tmp_path))) as attempt:
         failed = serve(tmp_path / "job", attempt, children)["failed"]
     assert failed["message"] == "OSError: [Errno 28] No space left on device" and not failed["transient"]
 
 
-def test_a_host_that_was_killed_is_told_and_another_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_killed_host_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEPRESS_LOCKS", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # the host's children find `tests`
     host = Host()
 
     def ask(name: str) -> "Future[dict[str, Any]]":
-        with asked(tmp_path / name, [tmp_path], job(name, folder=str(tmp_path))) as attempt, ThreadPoolExecutor(1) as pool:
+        with request_job(tmp_path / name, [tmp_path], job(name, folder=str(tmp_path))) as attempt, ThreadPoolExecutor(1) as pool:
             future = pool.submit(host.ask, str(tmp_path / name), attempt)
             if name == "linger":
                 child = pids_written(tmp_path)[0]
@@ -269,18 +272,18 @@ def test_a_host_that_was_killed_is_told_and_another_takes_its_place(tmp_path: Pa
     host.close()
 
 
-def test_a_worker_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfit_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = socket.gethostname()
-    assert f"the worker on {host} cannot use {tmp_path / 'none' / 'asked.json'}" in str(problem(str(tmp_path / "none"), "a"))
-    with asked(tmp_path, [tmp_path, Path("/nowhere")]) as attempt:
-        assert f"the worker on {host} does not see /nowhere" in str(problem(str(tmp_path), attempt))
-    with asked(tmp_path, [tmp_path]) as attempt:
-        assert problem(str(tmp_path), attempt) is None
+    assert f"the worker on {host} cannot use {tmp_path / 'none' / 'request.json'}" in str(find_problem(str(tmp_path / "none"), "a"))
+    with request_job(tmp_path, [tmp_path, Path("/nowhere")]) as attempt:
+        assert f"the worker on {host} does not see /nowhere" in str(find_problem(str(tmp_path), attempt))
+    with request_job(tmp_path, [tmp_path]) as attempt:
+        assert find_problem(str(tmp_path), attempt) is None
         monkeypatch.setattr("tasks.runners.remote.environment", lambda: {"edgepress": "9", **environment(), "torch": "1.0"})
-        assert "has torch 1.0, not" in str(problem(str(tmp_path), attempt))
+        assert "has torch 1.0, not" in str(find_problem(str(tmp_path), attempt))
 
 
-def test_events_go_on_where_another_child_begins(tmp_path: Path) -> None:
+def test_events_continue_with_next_child(tmp_path: Path) -> None:
     heard: list[dict[str, Any]] = []
     reader, file = EventReader(tmp_path), tmp_path / "events.jsonl"
     reader.forward(heard.append)
@@ -302,12 +305,12 @@ def test_events_go_on_where_another_child_begins(tmp_path: Path) -> None:
         ("runner: prefect", 1, "`runner: prefect` needs a work pool, as `pool: NAME`"),
         ("runner: prefect\n  pool: edge\n  address: tcp://h:1", 4, "this belongs to `runner: dask`, and the runner is prefect"),
         ("pool: edge", 2, "this belongs to `runner: prefect`, and the runner is local"),
-        ("runner: dask\n  address: localhost", 3, "'localhost' is no address of a Dask scheduler"),
+        ("runner: dask\n  address: localhost", 3, "'localhost'"),
         ("runner: spark", 2, "Input should be 'local', 'dask' or 'prefect'"),
         ("memory_gib: 0", 2, "greater than 0"),
     ],
 )
-def test_a_wrong_combination_is_told_with_its_line(tmp_path: Path, settings: str, line: int, message: str) -> None:
+def test_wrong_combination_names_its_line(tmp_path: Path, settings: str, line: int, message: str) -> None:
     text = f"execution:\n  {settings}\n" + recipe("embedded", "  rtn: {uses: quantize.rtn}\n")
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(EdgepressError) as caught:
@@ -315,7 +318,7 @@ def test_a_wrong_combination_is_told_with_its_line(tmp_path: Path, settings: str
     assert f"r.yaml:{line}: execution" in str(caught.value) and message in str(caught.value)
 
 
-def test_neither_runner_nor_job_variables_belong_to_an_identity(tmp_path: Path, checkpoint: Path) -> None:
+def test_identity_excludes_runner_and_job_variables(tmp_path: Path, checkpoint: Path) -> None:
     def identities(*overrides: str) -> list[str]:
         (tmp_path / "r.yaml").write_text(recipe(checkpoint))
         return [task.identity for task in make_plan(load_recipe(tmp_path / "r.yaml", overrides), Store(tmp_path / "store")).stages]
@@ -324,13 +327,13 @@ def test_neither_runner_nor_job_variables_belong_to_an_identity(tmp_path: Path, 
     assert identities() == identities("execution.runner=dask", "execution.address=tcp://host:8786", "execution.memory_gib=1", variables)
 
 
-def test_prefect_needs_a_server_that_workers_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefect_needs_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with pytest.raises(Incompatible, match="PREFECT_API_URL must name the server"):
         PrefectExecutor(LocalExecutor(Budget(1)), [tmp_path], "edge")
 
 
-def test_a_prefect_server_that_is_away_ends_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_prefect_server_ends_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: object) -> None:
         raise httpx.ConnectError("All connection attempts failed")
 
@@ -341,5 +344,5 @@ def test_a_prefect_server_that_is_away_ends_no_job(tmp_path: Path, monkeypatch: 
     watch.look()
     client.read_workers_for_work_pool = lambda _: []
     watch.looked = 0.0
-    with pytest.raises(WorkerLost, match="the worker of the pool edge that took it is gone"):
+    with pytest.raises(WorkerLost, match="the worker of the pool edge"):
         watch.look()

@@ -20,6 +20,8 @@ from tests.tasks.cluster import DaskCluster
 from tests.tasks.test_children import REPOSITORY, alive, gone, job, pids_written, silent
 from tests.waiting import PATIENCE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaskCluster]:
@@ -35,7 +37,7 @@ def children(cluster: DaskCluster, tmp_path: Path) -> Iterator[DaskExecutor]:
     made.close()
 
 
-def test_a_job_comes_back_from_a_worker_as_from_here(children: DaskExecutor, tmp_path: Path) -> None:
+def test_worker_returns_local_result(children: DaskExecutor, tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     done = children.run(job("succeed", folder=str(tmp_path)), tmp_path / "job", events.append)
     assert done.metrics == {"threads": 1, "asked": 1, "seed": 5, "leader": 1}
@@ -43,7 +45,7 @@ def test_a_job_comes_back_from_a_worker_as_from_here(children: DaskExecutor, tmp
     assert "belongs into the log" in (tmp_path / "job" / "log.txt").read_text()
 
 
-def test_what_fails_there_fails_here_and_the_worker_lives_on(children: DaskExecutor, tmp_path: Path) -> None:
+def test_remote_failure_spares_worker(children: DaskExecutor, tmp_path: Path) -> None:
     with pytest.raises(EdgepressError, match="7 does not divide 64") as mistake:
         children.run(job("mistake"), tmp_path / "a", silent)
     assert mistake.value.key == "group_size"
@@ -75,7 +77,7 @@ def test_close_ends_the_child_on_the_worker(children: DaskExecutor, tmp_path: Pa
     assert gone(*pids)
 
 
-def test_the_child_on_the_worker_ends_when_its_flow_is_killed(cluster: DaskCluster, tmp_path: Path) -> None:
+def test_workers_child_ends_with_killed_flow(cluster: DaskCluster, tmp_path: Path) -> None:
     script = tmp_path / "flow.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\nfrom pathlib import Path\nfrom tests.tasks.test_children import job\n"
@@ -90,7 +92,7 @@ def test_the_child_on_the_worker_ends_when_its_flow_is_killed(cluster: DaskClust
     assert gone(*pids)
 
 
-def test_a_job_whose_worker_is_killed_is_done_by_another(cluster: DaskCluster, tmp_path: Path) -> None:
+def test_lost_job_restarts_on_another_worker(cluster: DaskCluster, tmp_path: Path) -> None:
     children = DaskExecutor(LocalExecutor(Budget(2)), [tmp_path], cluster.address)
     children.connect()
     events: list[dict[str, Any]] = []
@@ -110,7 +112,7 @@ def test_a_job_whose_worker_is_killed_is_done_by_another(cluster: DaskCluster, t
     assert [list(event) for event in events] == [["warning"], ["restarted"], ["warning"]]
 
 
-def test_what_cannot_work_is_told_before_any_job(cluster: DaskCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_cluster_fails_before_jobs(cluster: DaskCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(*paths: Path, address: str = cluster.address) -> None:
         children = DaskExecutor(LocalExecutor(Budget(2)), [tmp_path, *paths], address)
         try:

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from tasks.runners import sampler
-from tasks.runners.sampler import figures, sampled
+from tasks.runners.sampler import figures, sampling
 
 
-def test_figures_are_rates_between_two_looks() -> None:
+def test_figures_are_rates() -> None:
     before = {"at": 10.0, "cpu": 3.0, "rss": 1e6, "read": 0.0, "written": 5e6}
     now = {"at": 12.0, "cpu": 6.0, "rss": 3e6, "read": 4e6, "written": 5e6}
     found = figures(before, now)
@@ -20,19 +19,17 @@ def test_figures_are_rates_between_two_looks() -> None:
     assert gone["cpu_percent"] == gone["disk_read_mb_per_second"] == 0
 
 
-def test_a_busy_block_is_seen_to_be_busy_and_nothing_is_told_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "_FIRST", 0.3)
-    monkeypatch.setattr(sampler, "_EVERY", 0.1)
-    told: list[dict[str, Any]] = []
+def test_busy_block_is_sampled_until_its_end() -> None:
+    samples: list[dict[str, Any]] = []
     before = time.time()
-    with sampled(told.append):
-        while not told:  # busy until it is seen
+    with sampling(samples.append, first=0.3, interval=0.1):
+        while not samples:  # busy until it is seen
             pass
-    count = len(told)
+    count = len(samples)
     time.sleep(0.3)
-    assert 1 <= count == len(told)
-    assert max(event["system"]["cpu_percent"] for event in told) > 0 and all(event["system"]["memory_mb"] > 10 for event in told)
-    assert before <= told[-1]["time"] <= time.time()
+    assert 1 <= count == len(samples)
+    assert max(event["system"]["cpu_percent"] for event in samples) > 0 and all(event["system"]["memory_mb"] > 10 for event in samples)
+    assert before <= samples[-1]["time"] <= time.time()
 
 
 class NVMLError(Exception):
@@ -42,12 +39,12 @@ class NVMLError(Exception):
 def of_gpu(figure: str) -> Any:
     """What a GPU of NVML tells: number 1 is lost, and number 2 a part that tells no utilization."""
 
-    def told(handle: int) -> Any:
+    def samples(handle: int) -> Any:
         if handle == 2 and figure == "gpu":
             raise NVMLError("Not Supported")
         return SimpleNamespace(**{figure: 50_000_000 if figure == "used" else 50})
 
-    return told
+    return samples
 
 
 def handle_of(index: int) -> int:
@@ -57,7 +54,7 @@ def handle_of(index: int) -> int:
 
 
 @pytest.mark.parametrize("count", [3, None])
-def test_what_a_gpu_does_not_tell_ends_nothing_else(count: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_without_figures_is_tolerated(count: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def counted() -> int:
         if count is None:
             raise NVMLError("Unknown Error")

@@ -1,4 +1,4 @@
-"""How sparse each block gets: blocks with more outliers stay denser (OWL, Yin et al., arXiv 2310.05175)."""
+"""The sparsity of each block: blocks with more outliers stay denser (OWL, Yin et al., arXiv 2310.05175)."""
 
 from collections.abc import Iterable, Mapping
 
@@ -9,7 +9,7 @@ SPREAD = 0.08  # blocks lie within a range of twice this; the paper's λ
 
 
 def outlier_ratio(scores: Iterable[torch.Tensor]) -> float:
-    """The share of a layer's scores, each 0 or more, that exceed `OUTLIER` times the layer's mean, over all layers of a block."""
+    """Return the share of a block's scores (0 or more, a tensor a layer) that exceed `OUTLIER` times the mean of their layer."""
     outliers, weights = 0, 0
     for score in scores:
         outliers += int((score > OUTLIER * score.mean()).sum())
@@ -18,11 +18,14 @@ def outlier_ratio(scores: Iterable[torch.Tensor]) -> float:
 
 
 def allocate(ratios: Mapping[str, float], weights: Mapping[str, int], sparsity: float) -> dict[str, float]:
-    """The sparsity of each block: `sparsity` on the average over weights, and the lower the more outliers a block has.
+    """Return the sparsity of each block, lower the more outliers it has.
 
-    ratios   of outliers, by block (`outlier_ratio`)
-    weights  how many a block has
     Sparsities fall linearly with the ratio over a range of 2 `SPREAD`, less where `sparsity` is too near 0 or 1 for that.
+
+    Args:
+        ratios: The ratio of outliers (`outlier_ratio`) by block.
+        weights: The number of weights by block.
+        sparsity: The mean over all weights.
     """
     spread = min(SPREAD, sparsity / 2, (1 - sparsity) / 2)
     width = max(ratios.values()) - min(ratios.values())

@@ -1,5 +1,6 @@
-"""How much each neuron or head matters. A unit is what leaves whole: a neuron of the MLP, a query head, or a key/value head with its
-query heads. Its output is a run of neighbouring input channels of the projection behind it (down, out), the same number for every unit.
+"""Score the units of a block: neurons of the MLP, query heads, or key/value heads with their query heads.
+
+The output of a unit is a run of neighbouring input channels of the projection behind it (down, out), the same number for every unit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,14 @@ TOKENS_PER_BACKWARD = 1024
 
 
 def unit_norms(incoming: Sequence[torch.Tensor], outgoing: torch.Tensor, units: int) -> torch.Tensor:
-    """L2 norm of all weights of each unit (arXiv 2505.18166; for a neuron √(‖gate_j‖² + ‖up_j‖² + ‖down_:j‖²)), float64 [units].
+    """Return the L2 norm of all weights of each unit (arXiv 2505.18166), float64 [units].
 
-    incoming  [units · n, hidden], n any number: gate and up; query, key and value. Row i belongs to unit i // n
-    outgoing  [hidden, units · n]: down; out. Column i belongs to unit i // n
+    For a neuron that is √(‖gate_j‖² + ‖up_j‖² + ‖down_:j‖²).
+
+    Args:
+        incoming: Gate and up, or query, key and value: [units · n, hidden], n any number. Row i belongs to unit i // n.
+        outgoing: Down, or out: [hidden, units · n]. Column i belongs to unit i // n.
+        units: The number of units.
     """
     squares = [weight.double().square().sum(1) for weight in incoming] + [outgoing.double().square().sum(0)]
     return sum((square.view(units, -1).sum(1) for square in squares), torch.zeros(units, dtype=torch.float64)).sqrt()
@@ -29,14 +34,20 @@ def unit_norms(incoming: Sequence[torch.Tensor], outgoing: torch.Tensor, units: 
 def activation_scores(
     checkpoint: Checkpoint, windows: torch.Tensor, units: Mapping[str, int], *, context: Context
 ) -> dict[str, torch.Tensor]:
-    """How much each unit adds to the residual stream: √(Σ_i E[x_i²]·‖W_:i‖²) over its channels i, float64 [units], by projection.
+    """Compute how much each unit adds to the residual stream: √(Σ_i E[x_i²]·‖W_:i‖²) over its channels i.
 
-    x is the input of the projection W over the calibration windows (gathered on the walk). For a neuron that is exactly the root of
-    E‖W_:j x_j‖²; for a head, channels count as uncorrelated. It is Wanda's metric taken over whole structures ("WIFN" in An et al., FLAP,
+    x is the input of the projection W over the calibration windows (collected on the walk). For a neuron that is exactly the root of
+    E‖W_:j x_j‖²; for a head, channels count as uncorrelated. It is Wanda's metric, summed over a structure ("WIFN" in An et al., FLAP,
     arXiv 2312.11983).
 
-    windows  token ids, int64 [count, length]
-    units    number of units, by path of the projection in a block
+    Args:
+        checkpoint: A dense checkpoint.
+        windows: Token ids, int64 [count, length].
+        units: The number of units, by path of the projection in a block.
+        context: Device and progress.
+
+    Returns:
+        float64 [units], by path of the projection in the model.
     """
     scores: dict[str, torch.Tensor] = {}
     for block in walk(checkpoint, windows, collect=frozenset({"mean_square"}), context=context):
@@ -49,14 +60,21 @@ def activation_scores(
 
 
 def taylor_scores(checkpoint: Checkpoint, windows: torch.Tensor, units: Mapping[str, int], *, context: Context) -> dict[str, torch.Tensor]:
-    """First-order change of the loss when a unit's output is set to zero, mean of its size over the windows, float64 [units], by projection.
+    """Compute the first-order change of the loss when a unit's output becomes zero, the mean of its absolute value over the windows.
 
     With a gate m = 1 on each unit, that is |∂L/∂m| = |Σ x·∂L/∂x| over the unit's channels and a window's tokens, which equals |Σ w·∂L/∂w|
     over the weights behind the unit (Molchanov et al., arXiv 1906.10771; for heads Michel et al., arXiv 1905.10650). L is the mean
-    cross-entropy of a window's next tokens. Gradients of single windows are taken before |·|: over all data they cancel in a trained model.
+    cross-entropy of a window's next tokens. |·| applies to single windows: summed over all data, the gradients of a trained model cancel.
+    The model is loaded, in float32 on the CPU, else in its dtype; no gradient of a weight is kept.
 
-    windows, units  as for `activation_scores`
-    The whole model is loaded (float32 on the CPU, else in its dtype); no gradient of a weight is kept.
+    Args:
+        checkpoint: A dense checkpoint.
+        windows: Token ids, int64 [count, length].
+        units: The number of units, by path of the projection in a block.
+        context: Device and progress.
+
+    Returns:
+        float64 [units], by path of the projection in the model.
     """
     on_cpu = torch.device(context.device).type == "cpu"
     model = load_model(checkpoint.path, dtype=torch.float32 if on_cpu else None, device=context.device).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""How the sparsity of a model is shared out among its layers. Imports no torch."""
+"""The sparsity of each layer of a model. Imports no torch."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -7,11 +7,14 @@ Distribution = Literal["uniform", "erk"]
 
 
 def layer_sparsities(shapes: Mapping[str, tuple[int, int]], sparsity: float, distribution: Distribution) -> dict[str, float]:
-    """The sparsity of each layer, by name, so that `sparsity` of all their weights together is pruned.
+    """Return the sparsity of each layer, by name, so that `sparsity` of all their weights together is pruned.
 
-    shapes  (out_features, in_features) by name
-    erk     Erdős-Rényi-Kernel of a matrix (Mocanu et al. 2018; Evci et al., arXiv 1911.11134): density ∝ (out + in) / (out · in),
-            so that small layers stay denser; those that this would fill more than whole stay dense, and the others share the rest
+    Args:
+        shapes: (out_features, in_features) by name.
+        sparsity: The share of all weights.
+        distribution: "uniform", or "erk", the Erdős-Rényi-Kernel of a matrix (Mocanu et al. 2018; Evci et al., arXiv 1911.11134):
+            density ∝ (out + in) / (out · in), so that small layers stay denser. A layer whose density would exceed 1 stays dense, and the
+            others share the rest.
     """
     if distribution == "uniform":
         return dict.fromkeys(shapes, sparsity)

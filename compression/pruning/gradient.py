@@ -1,4 +1,4 @@
-"""SNIP: a weight is worth what the loss changes by when it goes, to first order (Lee et al., arXiv 1810.02340)."""
+"""SNIP: a weight is worth the change of the loss without it, to first order (Lee et al., arXiv 1810.02340)."""
 
 from collections.abc import Iterable
 
@@ -7,16 +7,22 @@ from torch import nn
 
 from compression.context import Context
 
-WINDOWS_PER_BATCH = 8  # of which one loss is the mean
+WINDOWS_PER_BATCH = 8  # one loss is the mean over these
 
 
 def gradient_scores(model: nn.Module, names: Iterable[str], windows: torch.Tensor, *, context: Context) -> dict[str, torch.Tensor]:
-    """|w · ∂L/∂w|, the mean over batches of windows, float32 on the CPU, by name of the weight.
+    """Compute |w · ∂L/∂w| of weights, the mean over batches of windows.
 
-    model    a causal language model, float32; L is its mean cross-entropy of the next token
-    names    of the weights; all others are held fixed
-    windows  token ids, int64 [count, length]
-    Gradients are dropped weight by weight as the backward pass yields them.
+    L is the mean cross-entropy of the next token. Gradients are dropped weight by weight as the backward pass yields them.
+
+    Args:
+        model: A causal language model, float32.
+        names: The weights.
+        windows: Token ids, int64 [count, length].
+        context: Device and progress.
+
+    Returns:
+        float32 scores in the shape of the weight, on the CPU, by its name.
     """
     model.requires_grad_(False)
     weights = {name: model.get_parameter(name).requires_grad_(True) for name in names}

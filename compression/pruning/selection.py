@@ -1,14 +1,14 @@
-"""Which weights stay, given a score for each: the share with the highest scores, in the pattern asked for. Of equal scores the later stays."""
+"""Choose the weights that stay by their scores: the highest, in the given pattern. Of equal scores the later stays."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
-PRUNED = -1.0  # the score of a weight that is pruned already; all others are 0 or more
+PRUNED = -1.0  # the score of a weight that is already pruned; all others are 0 or more
 
 
 def keep_strongest(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Keep the highest scores of each row and prune `sparsity` of it, to the nearest whole weight: bool like `scores` [rows, n]."""
+    """Prune the share `sparsity` of each row, rounded to a number of weights, the lowest scores first; bool like `scores` [rows, n]."""
     count = round(sparsity * scores.shape[1])
     if count == 0:
         return torch.ones_like(scores, dtype=torch.bool)
@@ -18,15 +18,21 @@ def keep_strongest(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 
 def keep_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Keep n scores of each m neighbours in a row: bool like `scores` [rows, in], where m divides `in`."""
+    """Keep the n highest scores of each m neighbours in a row; bool like `scores` [rows, in], where m divides `in`."""
     return keep_strongest(scores.reshape(-1, m), (m - n) / m).view(scores.shape)
 
 
 def keep_strongest_overall(scores: Mapping[str, Callable[[], torch.Tensor]], sparsity: float) -> Iterator[tuple[str, torch.Tensor]]:
-    """Keep the highest of all scores of all layers together; yields each layer's mask in order, bool like its scores.
+    """Keep the highest scores of all layers together.
 
-    scores  by layer, functions that give float32 scores: each is called three times, and only one layer is in memory at a time
     The threshold is exact. Floats of one sign order as their bits do: two passes of a radix selection, 16 bits each, find it.
+
+    Args:
+        scores: By layer, a function that gives float32 scores. Each is called three times; one layer is in memory at a time.
+        sparsity: The share of all weights to prune.
+
+    Yields:
+        The name and mask (bool like its scores) of each layer, in order.
     """
 
     def keys() -> Iterator[torch.Tensor]:
@@ -46,13 +52,13 @@ def keep_strongest_overall(scores: Mapping[str, Callable[[], torch.Tensor]], spa
 
 
 def _keep_above(scores: torch.Tensor, threshold: torch.Tensor, ties: torch.Tensor) -> torch.Tensor:
-    """Keep what exceeds a row's threshold, and of what equals it all but the first `ties`."""
+    """Keep scores above a row's threshold, and of those that equal it all but the first `ties`."""
     tied = scores == threshold
     return (scores > threshold) | (tied & (tied.cumsum(1) > ties))
 
 
 def _order(scores: torch.Tensor) -> torch.Tensor:
-    """Integers, 0 or more and below 2³¹, that order as the scores do; PRUNED comes first."""
+    """Return integers from 0 to 2³¹ - 1 that order as the scores do; PRUNED comes first."""
     return (scores.float().contiguous().view(torch.int32) + 1).masked_fill_(scores < 0, 0)
 
 
@@ -64,7 +70,7 @@ def _histogram(values: Iterable[torch.Tensor], bins: int) -> torch.Tensor:
 
 
 def _locate(histogram: torch.Tensor, count: int) -> tuple[int, int]:
-    """The bin in which the `count`-th smallest value lies, and its rank there (from 1; 0 for a count of 0)."""
+    """Return the bin in which the `count`-th smallest value lies, and its rank there (from 1; 0 for a count of 0)."""
     upto = histogram.cumsum(0)
     found = int(torch.searchsorted(upto, count))
     return found, count - (int(upto[found - 1]) if found else 0)

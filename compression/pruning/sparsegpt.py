@@ -1,4 +1,4 @@
-"""SparseGPT: prune column by column, and let the columns still to come make up for it (Frantar and Alistarh, arXiv 2301.00774)."""
+"""SparseGPT: prune column by column, and let the columns that follow compensate the error (Frantar and Alistarh, arXiv 2301.00774)."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import torch
 from compression.calibration.second_order import inverse_factor
 from compression.pruning.selection import PRUNED, keep_n_of_m, keep_strongest
 
-COLUMNS_PER_SELECTION = 128  # the columns among which the weights to prune are chosen, once all before them are settled
+COLUMNS_PER_SELECTION = 128  # the weights to prune are chosen for so many columns at once, when all before them are final
 
 
 def sparsegpt(
@@ -20,19 +20,24 @@ def sparsegpt(
     kept: torch.Tensor | None = None,
     damp_percent: float = 0.01,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Prune layers that share an input; None where their Hessian cannot be inverted.
+    """Prune layers that share an input, and move their other weights to keep the output.
 
-    weight  float32 [out, in]: the layers' weights, stacked
-    hessian    float32 [in, in]: the mean of x xᵀ over their inputs
-    rows    output channels of each layer; the weights to prune are chosen layer by layer
-    group   keep n of each m neighbours of a row, instead of `sparsity` of a layer's run of `COLUMNS_PER_SELECTION` columns
-    kept    bool [out, in]; what it prunes stays pruned
+    With H⁻¹ = UᵀU (`inverse_factor`), pruning w_ij costs w_ij² / U_jj² when all columns before j are final; the error w_ij / U_jj,
+    times U_j,j+1…, is subtracted from the columns that follow: immediately within the run, in one product for the rest. The weights of
+    an input that is always zero cost nothing and are pruned first.
 
-    Returns the new weight [out, in] with zeros where it is pruned, and the mask, bool [out, in], true where a weight is kept.
+    Args:
+        weight: The layers' weights, stacked, float32 [out, in].
+        hessian: The mean of x xᵀ over their inputs, float32 [in, in].
+        rows: Output channels of each layer; the weights to prune are chosen layer by layer.
+        sparsity: The share to prune of each run of `COLUMNS_PER_SELECTION` columns of a layer.
+        group: (n, m): keep n of each m neighbours of a row instead.
+        kept: An earlier mask, bool [out, in]; what it prunes stays pruned and counts.
+        damp_percent: Of the mean of the Hessian's diagonal, added to it.
 
-    With H⁻¹ = UᵀU (`inverse_factor`), pruning w_ij costs w_ij² / U_jj² once all columns before j are settled; the error w_ij / U_jj,
-    times U_j,j+1…, is taken off the columns that follow: at once within the run, in one product for the rest. The weights of
-    an input that is always zero cost nothing and go first.
+    Returns:
+        The new weight with zeros where it is pruned, and the mask (bool, True where a weight is kept), both [out, in]. None where the
+        Hessian cannot be inverted.
     """
     factor = inverse_factor(hessian, damp_percent=damp_percent)
     if factor is None:

@@ -1,4 +1,4 @@
-"""The neurons and heads of a block: which tensors they are made of, and which rows and columns stay when some of them leave."""
+"""The neurons and heads of a block: the tensors that hold them, and the rows and columns that stay when some of them leave."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,12 @@ from compression.pruning.structure import head_counts
 
 @dataclass(frozen=True)
 class Units:
-    """What leaves the blocks of `source`, whose config becomes `config`.
+    """The neurons and heads that leave the blocks of a checkpoint.
 
-    heads  what leaves of attention: a key/value head with its query heads ("groups"), or single query heads ("queries")
+    Attributes:
+        source: The checkpoint.
+        config: Its config when they have left (`width_config`).
+        heads: What leaves of attention: a key/value head with its query heads ("groups"), or single query heads ("queries").
     """
 
     source: Checkpoint
@@ -24,7 +27,7 @@ class Units:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many units there are to choose from, by the projection that reads their output."""
+        """The number of units to choose from, by the projection that reads their output."""
         queries, groups = head_counts(self.source.config)
         counts = {self.source.family.down: self.source.intermediate_size}
         if head_counts(self.config) != (queries, groups):
@@ -39,7 +42,7 @@ class Units:
         return attention | {family.down, *family.gate_up}
 
     def incoming(self, path: str, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """The weights whose rows belong to the units in front of the projection `path`: gate and up, or query, key and value."""
+        """Return the weights whose rows belong to the units in front of the projection `path`: gate and up, or query, key and value."""
         family = self.source.family
         if path == family.down:
             return _parts(family.gate_up, weights, [self.source.intermediate_size] * 2)
@@ -47,7 +50,7 @@ class Units:
         return parts if self.heads == "groups" else parts[:1]  # keys and values stay when single query heads leave
 
     def best(self, scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Neurons and query heads that stay in a block, int64, ascending, by projection."""
+        """Return the neurons and query heads that stay in a block, int64, ascending, by projection."""
         family = self.source.family
         left = {family.down: strongest(scores[family.down], self.config["intermediate_size"])}
         if family.out in scores:
@@ -61,7 +64,10 @@ class Units:
         return left
 
     def slices(self, left: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.Tensor]]:
-        """The dimension and indices at which each layer of a block is cut, by path: rows of what makes the units, columns of what reads them."""
+        """Return the dimension and the indices to which each layer of a block is cut, by path.
+
+        Layers that make the units lose rows, the one that reads them columns.
+        """
         family, d = self.source.family, self.source.head_dim
         neurons = left[family.down]
         slices = _rows(family.gate_up, [(neurons, self.source.intermediate_size)] * 2) | {family.down: (1, neurons)}
@@ -79,22 +85,22 @@ class Units:
         return queries, groups, groups
 
     def _norms(self) -> tuple[str, ...]:
-        """Norms with a weight for every channel of all query heads, and of all key heads."""
+        """Return the norms with a weight for every channel of all query heads, and of all key heads."""
         return ("self_attn.q_norm", "self_attn.k_norm") if self.source.family.qk_norm == "full" else ()
 
 
 def strongest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the `count` largest values, ascending; of equal ones the first."""
+    """Return the indices of the `count` largest values, ascending; of equal values the first."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _parts(paths: Sequence[str], weights: Mapping[str, torch.Tensor], rows: Sequence[int]) -> list[torch.Tensor]:
-    """Projections of `rows` rows each, whether they are layers of their own or stacked in one."""
+    """Return projections of `rows` rows each, whether they are separate layers or stacked in one."""
     return [weights[path] for path in paths] if len(paths) > 1 else list(weights[paths[0]].split(list(rows)))
 
 
 def _rows(paths: Sequence[str], parts: Sequence[tuple[torch.Tensor, int]]) -> dict[str, tuple[int, torch.Tensor]]:
-    """Row slices of projections (rows that stay, rows there are), which are layers of their own or stacked in one."""
+    """Return the row slices of projections (rows that stay, all rows), whether they are separate layers or stacked in one."""
     if len(paths) > 1:
         return {path: (0, rows) for path, (rows, _) in zip(paths, parts, strict=True)}
     starts = [sum(count for _, count in parts[:number]) for number in range(len(parts))]
@@ -102,5 +108,5 @@ def _rows(paths: Sequence[str], parts: Sequence[tuple[torch.Tensor, int]]) -> di
 
 
 def _spread(units: torch.Tensor, size: int) -> torch.Tensor:
-    """The indices that units of `size` neighbours stand for."""
+    """Return the indices of the channels of units, which have `size` neighbouring channels each."""
     return (units[:, None] * size + torch.arange(size)).flatten()

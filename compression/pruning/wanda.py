@@ -6,10 +6,11 @@ from compression.pruning.selection import PRUNED, keep_n_of_m, keep_strongest
 
 
 def wanda_scores(weight: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
-    """|w_ij| · √mean(x_j²), float32 [out, in].
+    """Return |w_ij| · √mean(x_j²), float32 [out, in].
 
-    weight       [out, in]
-    mean_square  [in], of the layer's inputs; the paper's ‖x_j‖₂ but for a factor that is the same for all j
+    Args:
+        weight: [out, in].
+        mean_square: Mean squares of the layer's inputs, [in]. Their roots are the paper's ‖x_j‖₂ up to a factor that all j share.
     """
     return weight.float().abs() * mean_square.sqrt()
 
@@ -22,10 +23,17 @@ def wanda(
     group: tuple[int, int] | None = None,
     kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prune the lowest `wanda_scores` of each row: the pruned weight and its mask, both [out, in].
+    """Prune the lowest `wanda_scores` of each row.
 
-    group  keep n of each m neighbours instead of the share `1 - sparsity` of a row
-    kept   bool [out, in]; what it prunes stays pruned, and counts
+    Args:
+        weight: [out, in].
+        mean_square: Mean squares of the layer's inputs, [in].
+        sparsity: The share of each row to prune.
+        group: (n, m): keep n of each m neighbours instead.
+        kept: An earlier mask, bool [out, in]; what it prunes stays pruned and counts.
+
+    Returns:
+        The pruned weight and its mask (bool, True where a weight is kept), both [out, in].
     """
     scores = wanda_scores(weight, mean_square)
     if kept is not None:

@@ -1,4 +1,4 @@
-"""`prune.depth`: fewer blocks, those left out that the model misses least (ShortGPT, arXiv 2403.03853; SLEB, arXiv 2402.09025)."""
+"""`prune.depth`: remove the blocks that the model needs least (ShortGPT, arXiv 2403.03853; SLEB, arXiv 2402.09025)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from tasks.stage import Inputs, Planned, Reads, Workplace
 
 
 class PruneDepth(CalibratedStage, DepthSettings):
-    """Remove whole blocks: give one of `drop`, `keep` and `blocks`."""
+    """Remove blocks: give one of `drop`, `keep` and `blocks`."""
 
     uses: Literal["prune.depth"] = "prune.depth"
     version: ClassVar[int] = 1

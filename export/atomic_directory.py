@@ -1,4 +1,4 @@
-"""A directory that an exporter writes whole or not at all."""
+"""A directory that an exporter writes completely or not at all."""
 
 import tempfile
 import time

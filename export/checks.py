@@ -109,7 +109,11 @@ def rope_setting(rope: dict[str, Any], key: str) -> Any:
 def check_rope(checkpoint: Checkpoint, types: tuple[str, ...], exporter: str, reason: str) -> None:
     """Raise Incompatible for a rotary embedding of another type than `types`.
 
-    reason  continues the sentence "this model's rotary embedding is of type 'x', which ..."
+    Args:
+        checkpoint: The model.
+        types: The types that the exporter writes.
+        exporter: Its name in the message.
+        reason: Continues the sentence "this model's rotary embedding is of type 'x', which ...".
     """
     for rope in _ropes(checkpoint):
         if (type := rope_setting(rope, "rope_type")) not in types:
@@ -119,7 +123,7 @@ def check_rope(checkpoint: Checkpoint, types: tuple[str, ...], exporter: str, re
 
 
 def _ropes(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
-    """The `rope_parameters` of each type of layer that has its own, or the one set for all layers."""
+    """Yield the `rope_parameters` of each type of layer that has its own, or the single set for all layers."""
     rope = checkpoint.config["rope_parameters"]
     layers = [value for value in rope.values() if isinstance(value, dict)]
     yield from layers or [rope]

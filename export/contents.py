@@ -1,4 +1,4 @@
-"""What a checkpoint or artifact holds, read from its files alone: architecture, parameters, tensors by type. Loads no weights, no torch."""
+"""Read architecture, parameters and tensors by type from the files of a checkpoint or artifact. Loads neither weights nor torch."""
 
 import json
 import math
@@ -78,22 +78,35 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Contents:
-    """architecture  by the words people read; parameters without those of norms and biases where the format does not tell; 0: unknown"""
+    """The content of a checkpoint or artifact.
+
+    Attributes:
+        runtime: The runtime that opens it.
+        architecture: Its shape, by readable names ("hidden size").
+        parameters: Of all tensors; without norms and biases where the format does not tell them apart from tables. 0: unknown.
+        tensors: By type, the largest first.
+        settings: Layout, quantization, and what the format tells besides.
+    """
 
     runtime: str
     architecture: dict[str, Any]
     parameters: int = 0
     tensors: list[Tensors] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)  # layout and quantization
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Bits of all tensors (scales and tables too) by parameters."""
+        """The bits of all tensors, scales and tables included, divided by the parameters."""
         return 8 * sum(t.bytes for t in self.tensors) / self.parameters if self.parameters and self.tensors else None
 
 
 def read_contents(path: Path) -> Contents:
-    """Raises UnusableModel for a path that no runtime opens or a damaged file, MissingExtra where the format's package is not installed."""
+    """Read what a checkpoint or artifact holds.
+
+    Raises:
+        UnusableModel: No runtime opens the path, or a file is damaged.
+        MissingExtra: The format's package is not installed.
+    """
     readers: dict[str, Callable[[Path], Contents]] = {
         "transformers": _checkpoint, "llama.cpp": _gguf, "onnxruntime": _onnx, "onnxruntime-genai": _onnx,
         "openvino": _openvino, "executorch": _executorch,
@@ -122,7 +135,7 @@ def _gguf(path: Path) -> Contents:
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise UnusableModel(f"{file} is truncated or damaged: {error}", key="model") from None
     facts = {"architecture": architecture, "layers": known.get(f"{architecture}.block_count")}
-    facts |= {words: known.get(f"{architecture}.{key}") for key, words in _GGUF.items()}
+    facts |= {label: known.get(f"{architecture}.{key}") for key, label in _GGUF.items()}
     facts["vocabulary"] = facts["vocabulary"] or (len(tokens.data) if tokens else None)
     tensors = _grouped((tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in reader.tensors)
     parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
@@ -152,8 +165,11 @@ def _onnx(path: Path) -> Contents:
 
 
 def _onnx_parameters(nodes: Iterable[Any], tensors: dict[str, tuple[str, int, int]]) -> int:
-    """Weights of the matrices: of packed codes what the operator says they are, of others every tensor of two dimensions or more
-    that is no scale, zero point or table of rotary positions."""
+    """Count the weights of the matrices.
+
+    Packed codes count as many as their operator says. Of other tensors those with two dimensions or more count, except scales, zero points
+    and tables of rotary positions.
+    """
     seen: dict[str, int] = {}
     for node in nodes:
         attributes = {a.name: a.i for a in node.attribute}
@@ -171,7 +187,7 @@ def _onnx_parameters(nodes: Iterable[Any], tensors: dict[str, tuple[str, int, in
 
 
 def _openvino(path: Path) -> Contents:
-    """Constants as model.xml lists them; parameters are those of matrices, whose scales are columns beside them."""
+    """Read the constants that model.xml lists; matrices count as parameters, and their scales, which are columns, do not."""
     graph, weights = path / "model.xml", path / "model.bin"
     try:
         root = ElementTree.parse(graph).getroot()
@@ -192,7 +208,7 @@ def _openvino(path: Path) -> Contents:
 
 
 def _executorch(path: Path) -> Contents:
-    """Only bytes: a program's tensors lie in parts that each backend packs its own way. The header is ExecuTorch's extended one."""
+    """Read only the sizes from ExecuTorch's extended header: each backend packs its tensors in a form of its own."""
     file = path / "model.pte"
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -206,23 +222,23 @@ def _executorch(path: Path) -> Contents:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """What config.json, or a GenAI package's genai_config.json, says."""
+    """Describe the architecture by config.json, or by a GenAI package's genai_config.json."""
     if (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_text())
         names = ", ".join(config.get("architectures", [])) or config.get("model_type", "unknown")
         facts = {"architecture": names, "layers": config.get("num_hidden_layers")}
-        facts |= {words: config.get(key) for key, words in _CONFIG.items()} | {"tied embeddings": config.get("tie_word_embeddings")}
+        facts |= {label: config.get(key) for key, label in _CONFIG.items()} | {"tied embeddings": config.get("tie_word_embeddings")}
         return {key: value for key, value in facts.items() if value is not None}
     if (path / "genai_config.json").is_file():
         model = json.loads((path / "genai_config.json").read_text())["model"]
         facts = {"architecture": model["type"], "layers": model["decoder"].get("num_hidden_layers")}
-        facts |= {words: model["decoder"].get(key) for key, words in _GENAI.items()}
+        facts |= {label: model["decoder"].get(key) for key, label in _GENAI.items()}
         return facts | {"vocabulary": model.get("vocab_size"), "context": model.get("context_length")}
     return {}
 
 
 def _grouped(tensors: Iterable[tuple[str, int]]) -> list[Tensors]:
-    """(type, bytes) of single tensors by type, the largest first."""
+    """Group (type, bytes) of single tensors by type, the largest first."""
     sizes: dict[str, list[int]] = defaultdict(list)
     for type, size in tensors:
         sizes[type].append(size)

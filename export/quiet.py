@@ -1,4 +1,4 @@
-"""Running other people's exporters without their chatter on our terminal, and without the network."""
+"""Run third-party exporters without their output on the terminal, and without the network."""
 
 import contextlib
 import io
@@ -17,8 +17,8 @@ import huggingface_hub.constants
 def quiet_and_offline() -> Iterator[None]:
     """Drop prints, progress bars, warnings and log records, and keep huggingface_hub off the network, while the block runs.
 
-    The exporters print step marks, version drift and file paths that mean nothing to a recipe's author. What goes wrong
-    still arrives: exceptions pass through. Acts on the whole process, so it belongs in a stage's child process.
+    The exporters print step marks, version drift and file paths that mean nothing to a recipe's author. Exceptions
+    pass through. This acts on the entire process, so it belongs in a stage's child process.
     """
     disabled = logging.root.manager.disable
     with (
@@ -39,7 +39,7 @@ def quiet_and_offline() -> Iterator[None]:
 def quiet_library() -> Iterator[None]:
     """Drop what compiled code writes to the process's standard error (file descriptor 2) while the block runs.
 
-    For a library that offers no other way. What goes wrong still arrives, as an exception.
+    For a library that offers no other way. Exceptions pass through.
     """
     sys.stderr.flush()
     kept = os.dup(2)

@@ -1,14 +1,14 @@
-"""OpenVINO without its telemetry, which is on until somebody switches it off: importing it writes an id into the home directory and reports home."""
+"""Import OpenVINO without its telemetry, which is on by default: it writes an id into the home directory and sends usage data."""
 
 import sys
 from types import ModuleType
 
 
 def import_openvino() -> ModuleType:
-    """Import OpenVINO with its telemetry package out of reach, so that it takes its own stand-in which sends nothing.
+    """Import OpenVINO with its telemetry package hidden, so that OpenVINO uses its own stub, which sends nothing.
 
-    Whoever imports what imports OpenVINO (transformers' exporter does) calls this before. An OpenVINO that the program had imported
-    earlier is returned as it is.
+    Call this before importing a module that imports OpenVINO, such as transformers' exporter. An OpenVINO that is already imported is
+    returned as it is.
     """
     if "openvino" not in sys.modules:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment] # Python's own way to make an import fail

@@ -1,4 +1,4 @@
-"""What every tracing exporter shares: the sample inputs of the trace, and the description that accompanies the graph."""
+"""Sample inputs of a trace, and the config and tokenizer that accompany its graph; every tracing exporter uses them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Say which checkpoints become which ExecuTorch program. Imports no torch: planning uses it."""
+"""The settings of an ExecuTorch program, and which checkpoints can become one. Imports no torch: planning uses it."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to the directory of an ExecuTorch artifact."""
+"""Write a checkpoint as the directory of an ExecuTorch artifact."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Say which checkpoints become which GenAI package. Imports no torch: planning uses it."""
+"""The settings of a GenAI package, and which checkpoints can become one. Imports no torch: planning uses it."""
 
 from typing import Annotated, Literal
 

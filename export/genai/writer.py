@@ -1,4 +1,4 @@
-"""From a checkpoint to the directory of a GenAI package, with GenAI's own model builder."""
+"""Write a checkpoint as a GenAI package, with GenAI's own model builder."""
 
 import json
 import tempfile

@@ -1,4 +1,4 @@
-"""Say which checkpoints become which GGUF file. Imports no torch: planning uses it."""
+"""The settings of a GGUF file, and which checkpoints can become one. Imports no torch: planning uses it."""
 
 from functools import lru_cache
 from pathlib import Path

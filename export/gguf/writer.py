@@ -1,4 +1,4 @@
-"""From a checkpoint to one GGUF file that llama.cpp opens, with its tokenizer proven."""
+"""Write a checkpoint as one GGUF file that llama.cpp opens, and prove its tokenizer."""
 
 import contextlib
 import tempfile

@@ -14,26 +14,26 @@ from compression.errors import UnusableModel
 from export.onnx.quantize import INT8_LIMIT, Layer
 from export.onnx.save import save_graph
 
-CHUNK = 128  # tokens a run: what the graph gives out of all its layers has to fit into memory
+CHUNK = 128  # tokens a run: the inputs of all layers must fit into memory together
 
 
 class Histogram:
-    """How often magnitudes occurred, by their bfloat16, which is relative and so needs no range in advance."""
+    """Count magnitudes by their bfloat16: its bins are relative, so no range is needed in advance."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(2**15)
         self.largest = 0.0
 
     def add(self, values: np.ndarray) -> None:
-        """Take float32 values of any shape."""
+        """Count float32 values of any shape."""
         magnitudes = np.abs(values.reshape(-1))
         self.largest = max(self.largest, float(magnitudes.max()))
         self.counts += np.bincount(magnitudes.view(np.uint32) >> 16, minlength=2**15)
 
     def limit(self) -> float:
-        """The t that rounds with least squared error, when −t … t is divided into 2·127 steps and what lies outside is cut off.
+        """Return the t that rounds with the least squared error when −t … t has 2·127 steps and values outside are clipped.
 
-        Below half a step the error is x², up to t a twelfth of the squared step in the mean, above t it is (x − t)².
+        Below half a step the error is x², up to t a twelfth of the squared step on average, above t it is (x − t)².
         """
         used = np.flatnonzero(self.counts)
         x = (used.astype(np.uint32) << 16 | 1 << 15).view(np.float32).astype(np.float64)  # the middle of a bin
@@ -45,11 +45,21 @@ class Histogram:
 
 
 def input_limits(graph: onnx_ir.Model, layers: Mapping[str, Layer], windows: torch.Tensor, context: Context) -> dict[str, float]:
-    """The largest magnitude that int8 should hold, of each layer's input, by path.
+    """Measure the largest magnitude that int8 should hold of each layer's input.
 
-    windows  token ids, int64 [count, length]
     Each window runs in pieces: the first on an empty cache, as a prefill, the others behind a filled one, as when decoding.
-    Raises UnusableModel for an input that is not finite or always 0.
+
+    Args:
+        graph: The float graph; it is restored afterwards.
+        layers: Its linear layers by path.
+        windows: Token ids, int64 [count, length].
+        context: Receives progress.
+
+    Returns:
+        The magnitude by path.
+
+    Raises:
+        UnusableModel: An input is not finite, or always 0.
     """
     inputs = {str(layer.input.name): layer.input for layer in layers.values()}
     histograms = {name: Histogram() for name in inputs}

@@ -1,11 +1,11 @@
-"""Small steps of rewriting a graph."""
+"""Steps of rewriting a graph."""
 
 import numpy as np
 import onnx_ir
 
 
 def constant(graph: onnx_ir.Model, name: str, array: np.ndarray) -> onnx_ir.Value:
-    """The constant `name` of a graph, added where it is not there yet."""
+    """Return the constant `name` of a graph, and add it where it is missing."""
     known = graph.graph.initializers.get(name)
     if known is not None:
         return known
@@ -15,8 +15,8 @@ def constant(graph: onnx_ir.Model, name: str, array: np.ndarray) -> onnx_ir.Valu
     return value
 
 
-def given(node: onnx_ir.Node, index: int = 0) -> onnx_ir.Value:
-    """An input of a node that its operator requires."""
+def required_input(node: onnx_ir.Node, index: int = 0) -> onnx_ir.Value:
+    """Return an input of a node that its operator requires."""
     value = node.inputs[index]
     assert value is not None
     return value

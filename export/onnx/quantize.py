@@ -1,4 +1,4 @@
-"""Linear layers of a graph as integers. Codes and scales are given, so those of a checkpoint are carried as they are.
+"""Linear layers of a graph as integers. Codes and scales are required_input, so those of a checkpoint are carried as they are.
 
 A layer is a product of its input with a constant matrix [in, out], found by its path in the model, which the node is called by.
 """
@@ -14,7 +14,7 @@ from onnx_ir.tape import Tape
 from compression.checkpoints.compressed_tensors import ScaledLinear
 from compression.checkpoints.layouts import QuantizedLinear
 from compression.errors import UnusableModel
-from export.onnx.edit import constant, given, replace
+from export.onnx.edit import constant, replace, required_input
 
 INT8_LIMIT = 127.0
 MICROSOFT = "com.microsoft"
@@ -24,8 +24,10 @@ MICROSOFT = "com.microsoft"
 class Layer:
     """A linear layer of a graph.
 
-    node    the product
-    matrix  its constant, [in, out]; of a tied head [out, in], which stands transposed in the graph
+    Attributes:
+        node: The product.
+        matrix: Its constant, [in, out]; of a tied head [out, in].
+        transposed: Whether the graph transposes the constant, as for a tied head.
     """
 
     node: onnx_ir.Node
@@ -34,24 +36,24 @@ class Layer:
 
     @property
     def input(self) -> onnx_ir.Value:
-        return given(self.node)
+        return required_input(self.node)
 
     def weight(self) -> np.ndarray:
-        """As the model has it, [out, in]."""
+        """Return the weight as the model has it, [out, in]."""
         array = floats_of(self.matrix)
         return array if self.transposed else array.T
 
 
 def layers_of(graph: onnx_ir.Model, paths: list[str]) -> dict[str, Layer]:
-    """The linear layers at these paths. Raises UnusableModel where the trace turned one into something else."""
+    """Return the linear layers at these paths. Raise UnusableModel where the trace has no product for one of them."""
     found: dict[str, Layer] = {}
     for node in graph.graph:
         if node.op_type != "MatMul" or node.name not in paths:
             continue
-        matrix = given(node, 1)
+        matrix = required_input(node, 1)
         turn = matrix.producer()
         if turn is not None and turn.op_type == "Transpose":
-            matrix = given(turn)
+            matrix = required_input(turn)
         if matrix.const_value is not None:
             found[node.name] = Layer(node, matrix, transposed=turn is not None)
     missing = [path for path in paths if path not in found]
@@ -61,7 +63,7 @@ def layers_of(graph: onnx_ir.Model, paths: list[str]) -> dict[str, Layer]:
 
 
 def quantize_dynamic(graph: onnx_ir.Model, layers: Mapping[str, Layer], weights: Mapping[str, ScaledLinear]) -> None:
-    """Weights int8, inputs uint8 with one scale and zero point for the whole tensor, found at run time (DynamicQuantizeLinear)."""
+    """Store weights as int8, and round inputs to uint8 with one scale and zero point a tensor, found at run time (DynamicQuantizeLinear)."""
     rounded: dict[onnx_ir.Value, list[onnx_ir.Value]] = {}
     for path, weight in weights.items():
         layer = layers[path]
@@ -81,12 +83,16 @@ def quantize_dynamic(graph: onnx_ir.Model, layers: Mapping[str, Layer], weights:
 def quantize_static(
     graph: onnx_ir.Model, layers: Mapping[str, Layer], weights: Mapping[str, ScaledLinear], limits: Mapping[str, float], *, unsigned: bool
 ) -> None:
-    """Weights int8, inputs in 8 bits with a fixed scale, as pairs of QuantizeLinear and DequantizeLinear around a float product (QDQ).
+    """Store weights as int8, and round inputs to 8 bits with a fixed scale: QuantizeLinear and DequantizeLinear around a float product (QDQ).
 
-    limits    the value of each layer's input that becomes step 127, by path; layers that share an input share it
-    unsigned  whether steps −128 … 127 are stored as uint8 with zero point 128, or as int8 with zero point 0. Hardware that multiplies
-              int8 by int8 (TensorRT, many NPUs) takes no other zero point than 0; ONNX Runtime on x86 joins only uint8 inputs that
-              several layers share with their products, and otherwise multiplies in float, dequantizing weights in every step.
+    Args:
+        graph: The graph to change.
+        layers: Its linear layers by path.
+        weights: Codes and scales by path.
+        limits: The value of each layer's input that becomes step 127, by path; layers that share an input share it.
+        unsigned: Store steps −128 … 127 as uint8 with zero point 128, else as int8 with zero point 0. Hardware that multiplies int8 by int8
+            (TensorRT, many NPUs) requires zero point 0; ONNX Runtime on x86 fuses only uint8 inputs that several layers share with their
+            products, and otherwise multiplies in float, dequantizing the weights in every step.
     """
     rounded: dict[onnx_ir.Value, onnx_ir.Value] = {}
     for path, weight in weights.items():
@@ -112,7 +118,7 @@ def quantize_static(
 def quantize_blocks(
     graph: onnx_ir.Model, layers: Mapping[str, Layer], weights: Mapping[str, QuantizedLinear], *, accuracy_level: int
 ) -> None:
-    """4-bit weights in blocks along the input, inputs float: MatMulNBits of ONNX Runtime. Groups must be in storage order."""
+    """Store weights as 4-bit codes in blocks along the input, for float inputs: MatMulNBits of ONNX Runtime. Groups must be in storage order."""
     for path, weight in weights.items():
         layer = layers[path]
         out, width = weight.codes.shape
@@ -134,20 +140,20 @@ def quantize_blocks(
 
 
 def embedding_of(graph: onnx_ir.Model) -> onnx_ir.Value:
-    """The token embedding, [vocabulary, hidden]: what the token ids gather rows of."""
+    """Return the token embedding, [vocabulary, hidden]: the table from which the token ids gather rows."""
     (tokens,) = [value for value in graph.graph.inputs if value.name == "input_ids"]
-    (table,) = [given(use.node) for use in tokens.uses() if use.node.op_type == "Gather"]
+    (table,) = [required_input(use.node) for use in tokens.uses() if use.node.op_type == "Gather"]
     return table
 
 
 def floats_of(value: onnx_ir.Value) -> np.ndarray:
-    """The numbers of a constant."""
+    """Return the values of a constant."""
     assert value.const_value is not None
     return value.const_value.numpy()
 
 
 def quantize_embedding(graph: onnx_ir.Model, table: onnx_ir.Value, weight: ScaledLinear) -> None:
-    """The rows of the embedding as int8, each with its scale. A tied head that was rounded shares the codes."""
+    """Store the rows of the embedding as int8, each with its scale. A tied head that was rounded shares the codes."""
     (gather,) = [use.node for use in table.uses() if use.node.op_type == "Gather"]
     tokens = gather.inputs[1]
     tape = Tape()
@@ -160,7 +166,7 @@ def quantize_embedding(graph: onnx_ir.Model, table: onnx_ir.Value, weight: Scale
 
 
 def _codes(graph: onnx_ir.Model, path: str, layer: Layer, weight: ScaledLinear, tape: Tape) -> onnx_ir.Value:
-    """The codes of a layer as a product wants them, [in, out]; of a tied head turned in the graph, so that embedding and head share them."""
+    """Return the codes of a layer, [in, out]; those of a tied head are transposed in the graph, so that embedding and head share them."""
     name = f"{layer.matrix.name}_codes" if layer.transposed else f"{path}.weight_codes"
     codes = weight.codes.numpy()
     if layer.transposed:
@@ -169,7 +175,7 @@ def _codes(graph: onnx_ir.Model, path: str, layer: Layer, weight: ScaledLinear, 
 
 
 def _scales(weight: ScaledLinear) -> np.ndarray:
-    """float32 [out], also where the layer has one scale for all."""
+    """Return the scales, float32 [out], also where the layer has a single one."""
     return weight.scale.float().reshape(-1).expand(len(weight.codes)).numpy()
 
 

@@ -1,14 +1,14 @@
-"""Writing a graph without what tells where and how it was made."""
+"""Write a graph without traces of where and how it was made."""
 
 from pathlib import Path
 
 import onnx_ir
 
-EXTERNAL_DATA_BYTES = 1_500_000_000  # protobuf stops at 2 GiB: weights of larger models go beside the graph
+EXTERNAL_DATA_BYTES = 1_500_000_000  # protobuf stops at 2 GiB: weights of larger models go into a file of their own
 
 
 def save_graph(graph: onnx_ir.Model, path: Path) -> None:
-    """Write a graph, stripped; weights beside it (`<name>.data`) only where they are large."""
+    """Strip a graph and write it, large weights into `<name>.data`."""
     strip(graph)
     external = f"{path.name}.data" if bytes_of_weights(graph) > EXTERNAL_DATA_BYTES else None
     onnx_ir.save(graph, path, external_data=external)
@@ -42,4 +42,5 @@ def _strip_value(value: onnx_ir.Value) -> None:
 
 
 def bytes_of_weights(graph: onnx_ir.Model) -> int:
+    """Return the bytes of all constants that are in memory."""
     return sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)

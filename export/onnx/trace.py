@@ -1,4 +1,4 @@
-"""From a transformers model to a graph: traced once, named for people, its attention fused with its cache."""
+"""Trace a transformers model once into a graph with readable names, and fuse its attention with its cache."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Say which checkpoints become which OpenVINO graph. Imports no torch: planning uses it."""
+"""The settings of an OpenVINO graph, and which checkpoints can become one. Imports no torch: planning uses it."""
 
 from typing import Annotated, Literal
 

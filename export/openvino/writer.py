@@ -1,4 +1,4 @@
-"""From a checkpoint to the directory of an OpenVINO artifact. The graph holds each weight once."""
+"""Write a checkpoint as the directory of an OpenVINO artifact. The graph holds each weight once."""
 
 import re
 import time

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from compression.data import DataSpec
-from compression.distillation.settings import DistillationSettings
+from compression.distillation import DistillationSettings
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
 

@@ -9,19 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compression.context import Context
-from compression.distillation.distill import distill
-from compression.distillation.objective import Objective
-from compression.distillation.settings import CacheSettings, DistillationSettings, ObjectiveSettings
-from compression.finetuning.finetune import finetune
-from compression.finetuning.settings import FinetuningSettings
+from compression.distillation import CacheSettings, DistillationSettings, Objective, ObjectiveSettings, distill
+from compression.finetuning import FinetuningSettings, finetune
 from compression.pruning.lottery import prune_lottery
 from compression.pruning.rigl import prune_rigl
 from compression.pruning.settings import LotterySettings, RigLSettings
-from compression.training.batches import HeldOut, TrainingRows
-from compression.training.loop import train
-from compression.training.masks import FixedMasks
-from compression.training.settings import TrainingSettings
-from compression.training.trainer import TrainingRun
+from compression.training import FixedMasks, TrainingRows, TrainingRun, TrainingSettings, train
+from compression.training.batches import HeldOut
 
 OF_THE_CALL = ("teacher", "cache", "layers", "seed", "max_logits")
 Metrics = dict[str, float]

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from compression.errors import Incompatible
 from compression.settings import Settings
-from compression.training.settings import TrainingSettings
+from compression.training import TrainingSettings
 
 FeatureLayers = Literal["last", "middle", "uniform"] | Mapping[int, int]
 Divergence = Literal["forward", "reverse", "js"]

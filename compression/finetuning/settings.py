@@ -9,7 +9,7 @@ from pydantic import Field
 from compression.checkpoints.checkpoint import Checkpoint
 from compression.checkpoints.families import FAMILIES
 from compression.errors import Incompatible, MissingExtra
-from compression.training.settings import TrainingSettings
+from compression.training import TrainingSettings
 
 FinetuningMethod = Literal["full", "lora", "dora", "qlora"]
 TIED = (

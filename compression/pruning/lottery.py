@@ -18,19 +18,15 @@ from compression.checkpoints.checkpoint import file_digests, open_checkpoint
 from compression.checkpoints.masks import read_masks, write_masks
 from compression.checkpoints.skeleton import linear_layers, skeleton
 from compression.context import Context
-from compression.distillation.objective import Objective
-from compression.distillation.settings import NEXT_TOKENS
+from compression.distillation import NEXT_TOKENS, Objective
 from compression.errors import EdgepressError, Incompatible
 from compression.files import atomic_directory, atomic_file
 from compression.pruning.selection import PRUNED, keep_strongest, keep_strongest_overall
 from compression.pruning.settings import LotterySettings, Scope
 from compression.resumption import fingerprint, same_work
-from compression.training import processes
-from compression.training.batches import TrainingRows
-from compression.training.loop import train
-from compression.training.masks import attach_masks, attached_masks, zero_pruned
-from compression.training.students import open_student, save_student
-from compression.training.trainer import KEPT, TrainingRun
+from compression.training import TrainingRows, TrainingRun, attach_masks, attached_masks, open_student, processes, save_student, train
+from compression.training.masks import zero_pruned
+from compression.training.trainer import KEPT
 
 CLAIM = "search"  # in the work directory: the name of the search that it belongs to
 FOUND = "found"  # below a round's directory: its masks and metrics, there once it is done

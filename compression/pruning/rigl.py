@@ -11,17 +11,13 @@ from compression.checkpoints.checkpoint import file_digests, open_checkpoint
 from compression.checkpoints.masks import pack_mask, unpack_mask
 from compression.checkpoints.skeleton import linear_layers
 from compression.context import Context
-from compression.distillation.objective import Objective
-from compression.distillation.settings import NEXT_TOKENS
+from compression.distillation import NEXT_TOKENS, Objective
 from compression.errors import Incompatible
 from compression.pruning.densities import Distribution, layer_sparsities
 from compression.pruning.selection import PRUNED, keep_strongest
 from compression.pruning.settings import RigLSettings
-from compression.training.batches import TrainingRows
-from compression.training.loop import train
-from compression.training.masks import FixedMasks, attach_masks, attached_masks, zero_moments
-from compression.training.students import open_student, save_student
-from compression.training.trainer import TrainingRun
+from compression.training import FixedMasks, TrainingRows, TrainingRun, attach_masks, attached_masks, open_student, save_student, train
+from compression.training.masks import zero_moments
 
 
 def prune_rigl(model: Path, out: Path, data: TrainingRows, settings: RigLSettings, *, workdir: Path, context: Context) -> dict[str, float]:

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from compression.pruning.densities import Distribution
 from compression.settings import Settings
-from compression.training.settings import TrainingSettings
+from compression.training import TrainingSettings
 
 PruningMethod = Literal["magnitude", "gradient", "wanda", "sparsegpt"]
 Pattern = Literal["unstructured", "2:4", "4:8"]

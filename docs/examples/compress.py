@@ -14,15 +14,14 @@ import compression.reference
 from compression.checkpoints.loading import load_tokenizer
 from compression.context import Context
 from compression.data import DataSpec, calibration_windows, evaluation_windows, questions, training_rows
-from compression.distillation.distill import distill
-from compression.distillation.settings import DistillationSettings
+from compression.distillation import DistillationSettings, distill
 from compression.evaluation.runtime import Runtime
 from compression.evaluation.scorers import evaluate_quality
 from compression.evaluation.speed import measure_speed
 from compression.pruning import WidthSettings, prune_width
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.settings import GPTQSettings
-from compression.training.batches import TrainingRows
+from compression.training import TrainingRows
 from export.gguf import GgufSettings, export_gguf
 from export.runtimes import open_runtime
 

@@ -16,14 +16,14 @@ from compression.data.spec import outside
 from compression.errors import Incompatible, UnusableData
 from compression.settings import Settings
 from compression.synthesis.settings import CORPUS
-from compression.training.settings import TrainingSettings
+from compression.training import TrainingSettings
 from tasks.stage import Corpus, Inputs, Planned, Reads, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from compression.training.batches import TrainingRows
+    from compression.training import TrainingRows
 
 
 class Distributed(Settings):
@@ -90,7 +90,7 @@ class TrainingStage(Stage, TrainingSettings):
         """Read what the training functions take; rows of the validation split only where there are evaluations."""
         from compression.checkpoints.loading import load_tokenizer
         from compression.data import question_rows, training_rows
-        from compression.training.batches import TrainingRows
+        from compression.training import TrainingRows
 
         tokenizer = load_tokenizer(inputs.parent)
         if self.train_on == "questions":
@@ -117,7 +117,7 @@ class TrainingStage(Stage, TrainingSettings):
         """Call a training function with this stage as its settings, in as many processes as `distributed` says."""
         if self.distributed is None:
             return function(*arguments, self, context=context, **parameters)
-        from compression.training.distributed import in_processes
+        from compression.training import in_processes
 
         return in_processes(self.distributed.processes, function, *arguments, self, context=context, **parameters)
 

@@ -53,7 +53,7 @@ class Distill(TrainingStage, DistillationSettings):
         return parent
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.distillation.distill import distill
+        from compression.distillation import distill
 
         teacher = inputs.others.get("teacher", inputs.parent)
         return self.train(

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from compression.checkpoints.checkpoint import Checkpoint
 from compression.context import Context
 from compression.data import DataSpec
-from compression.finetuning.settings import FinetuningSettings, check_method
+from compression.finetuning import FinetuningSettings, check_method
 from tasks.kinds._training import TrainingStage
 from tasks.stage import Inputs, Planned, Workplace
 
@@ -28,7 +28,7 @@ class Finetune(TrainingStage, FinetuningSettings):
         return parent
 
     def run(self, inputs: Inputs, place: Workplace, data: DataSpec, context: Context) -> dict[str, float]:
-        from compression.finetuning.finetune import finetune
+        from compression.finetuning import finetune
 
         adapter_out = None if self.method == "full" else place.out / "adapter"
         return self.train(

@@ -20,14 +20,9 @@ from compression.checkpoints.checkpoint import open_checkpoint
 from compression.checkpoints.loading import load_model, load_tokenizer
 from compression.context import Context
 from compression.data import DataSpec, training_rows
-from compression.distillation.distill import distill
-from compression.distillation.objective import Objective
-from compression.distillation.settings import NEXT_TOKENS, DistillationSettings
+from compression.distillation import NEXT_TOKENS, DistillationSettings, Objective, distill
 from compression.pruning import DepthSettings, WidthSettings, prune_depth, prune_width
-from compression.training.batches import TrainingRows
-from compression.training.loop import train
-from compression.training.settings import TrainingSettings
-from compression.training.trainer import TrainingRun
+from compression.training import TrainingRows, TrainingRun, TrainingSettings, train
 from tasks.base import EMBEDDED
 from tasks.measurement.measure import machine_fingerprint
 from tests.benchmarks import page

@@ -18,12 +18,10 @@ from compression.checkpoints.checkpoint import open_checkpoint
 from compression.checkpoints.kept import read_kept
 from compression.checkpoints.loading import copy_tokenizer, load_model
 from compression.context import Context
-from compression.distillation import check_vocabularies
-from compression.distillation.objective import Objective
-from compression.distillation.settings import ObjectiveSettings
+from compression.distillation import Objective, ObjectiveSettings, check_vocabularies
 from compression.errors import EdgepressError, Incompatible, UnusableData
 from compression.pruning import DepthSettings, WidthSettings, prune_depth, prune_width
-from compression.training.settings import TrainingSettings
+from compression.training import TrainingSettings
 from tests.compression.test_losses import reference_kl, softmax
 from tests.tiny import tiny_checkpoint, tiny_windows
 from tests.trainings import build_objective, run_distillation
@@ -244,7 +242,7 @@ def paired(student: Path, teacher: Path, home: Path, monkeypatch: pytest.MonkeyP
         found.append(objective.layers)
         return {}
 
-    monkeypatch.setattr("compression.distillation.distill.train", note)
+    monkeypatch.setattr("compression.distillation.method.train", note)
     run_distillation(
         student, teacher, home / "out", tiny_windows(), gamma=1.0, feature_layers="uniform", settings=SETTINGS, workdir=home / "work",
         context=Context(), **terms,

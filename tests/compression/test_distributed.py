@@ -12,9 +12,7 @@ from safetensors.torch import load_file
 from compression.context import Context
 from compression.errors import EdgepressError
 from compression.pruning import UnstructuredSettings, prune_unstructured
-from compression.training import processes
-from compression.training.distributed import in_processes
-from compression.training.settings import TrainingSettings
+from compression.training import TrainingSettings, in_processes, processes
 from tests.tiny import tiny_windows
 from tests.trainings import run_finetuning
 

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from compression.checkpoints.families import FAMILIES
 from compression.checkpoints.loading import load_model
 from compression.context import Context
-from compression.distillation import pair_layers
+from compression.distillation import Objective, pair_layers
 from compression.distillation.features import extract_features
-from compression.distillation.objective import Objective
 from compression.distillation.settings import Feature
 from compression.errors import EdgepressError, Incompatible
 from compression.pruning import DepthSettings, WidthSettings, prune_depth, prune_width

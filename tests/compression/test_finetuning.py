@@ -17,7 +17,7 @@ from compression.context import Context
 from compression.errors import EdgepressError, Incompatible, MissingExtra
 from compression.finetuning.adapters import merged
 from compression.pruning import UnstructuredSettings, prune_unstructured
-from compression.training.settings import TrainingSettings
+from compression.training import TrainingSettings
 from tests.tiny import tiny_checkpoint, tiny_windows
 from tests.trainings import run_finetuning
 

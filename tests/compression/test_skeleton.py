@@ -14,7 +14,7 @@ from compression.quantization.fp8 import quantize_fp8
 from compression.quantization.gptq import quantize_gptq
 from compression.quantization.rtn import quantize_rtn
 from compression.quantization.settings import FP8Settings, GPTQSettings, RTNSettings
-from compression.training.settings import TrainingSettings
+from compression.training import TrainingSettings
 from tests.tiny import tiny_checkpoint, tiny_windows
 from tests.trainings import run_lottery, run_rigl
 

@@ -21,8 +21,7 @@ from compression.errors import EdgepressError, Incompatible, UnusableModel
 from compression.pruning import UnstructuredSettings, prune_unstructured
 from compression.pruning.densities import layer_sparsities
 from compression.pruning.rigl import RigL, moved
-from compression.training.masks import FixedMasks, attach_masks, attached_masks
-from compression.training.settings import TrainingSettings
+from compression.training import FixedMasks, TrainingSettings, attach_masks, attached_masks
 from tests.tiny import tiny_windows
 from tests.trainings import build_objective, run_distillation, run_finetuning, run_lottery, run_rigl, run_training
 

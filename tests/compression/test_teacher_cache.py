@@ -12,11 +12,11 @@ import torch
 from compression.checkpoints.checkpoint import file_digests
 from compression.checkpoints.loading import load_model
 from compression.context import Context
-from compression.distillation.objective import Objective
-from compression.distillation.settings import CacheSettings, Divergence
+from compression.distillation import CacheSettings, Objective
+from compression.distillation.settings import Divergence
 from compression.distillation.teacher_cache import TeacherCache, open_teacher_cache
 from compression.errors import EdgepressError, Incompatible
-from compression.training.settings import TrainingSettings
+from compression.training import TrainingSettings
 from tests.compression.test_losses import reference, softmax
 from tests.tiny import tiny_checkpoint, tiny_windows
 from tests.trainings import build_objective, run_distillation
@@ -124,7 +124,7 @@ def test_the_teacher_runs_once_for_all_trainings(
     """Other seeds, steps and weights of the loss share it; the same training from a cache that another left has the same bytes."""
     first = distilled(student, checkpoint, tmp_path, "first", teacher_cache=cache)
     monkeypatch.setattr("compression.distillation.teacher_cache.load_model", no_teacher)
-    monkeypatch.setattr("compression.distillation.distill.load_model", no_teacher)
+    monkeypatch.setattr("compression.distillation.method.load_model", no_teacher)
     again = distilled(student, checkpoint, tmp_path, "again", teacher_cache=cache)
     other = distilled(student, checkpoint, tmp_path, "other", teacher_cache=cache, context=Context(seed=3), divergence="js", beta=0.1)
     assert [metrics["teacher_cache_built"] for metrics in (first, again, other)] == [1, 0, 0]

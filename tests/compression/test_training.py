@@ -22,8 +22,8 @@ from torch.nn import functional
 from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.errors import EdgepressError, UnusableData
+from compression.training import TrainingSettings
 from compression.training.curve import Curve
-from compression.training.settings import TrainingSettings
 from tests.tiny import tiny_windows
 from tests.trainings import build_objective, run_training
 
@@ -149,7 +149,7 @@ import torch
 from compression.context import Context
 from compression.checkpoints.loading import load_model
 from compression.training.curve import Curve
-from compression.training.settings import TrainingSettings
+from compression.training import TrainingSettings
 from safetensors.torch import save_file
 from tests.tiny import tiny_windows
 from tests.trainings import build_objective, run_training

@@ -14,8 +14,8 @@ from torch import nn
 from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.errors import Incompatible
+from compression.training import TrainingSettings
 from compression.training.batches import Batches, batch_of
-from compression.training.settings import TrainingSettings
 from tests.compression.test_training import Toy, dying, some_mask, weights
 from tests.tiny import tiny_windows
 from tests.trainings import build_objective, run_training

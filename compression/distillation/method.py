@@ -13,10 +13,9 @@ from compression.distillation.compatibility import check_length, check_vocabular
 from compression.distillation.objective import Objective
 from compression.distillation.settings import DistillationSettings
 from compression.distillation.teacher_cache import TeacherCache, open_teacher_cache
-from compression.training.batches import TrainingRows, check_rows
-from compression.training.loop import train
-from compression.training.students import check_student, open_student, save_student
-from compression.training.trainer import TrainingRun
+from compression.training import TrainingRows, TrainingRun, open_student, save_student, train
+from compression.training.batches import check_rows
+from compression.training.students import check_student
 
 
 def distill(

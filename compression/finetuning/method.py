@@ -9,15 +9,12 @@ from transformers import PreTrainedModel
 from compression.checkpoints.checkpoint import file_digests, open_checkpoint
 from compression.checkpoints.masks import read_masks
 from compression.context import Context
-from compression.distillation.objective import Objective
-from compression.distillation.settings import NEXT_TOKENS
+from compression.distillation import NEXT_TOKENS, Objective
 from compression.finetuning.adapters import adapt, copy_adapters, mask_updates, merged, open_in_4_bits, save_adapters
 from compression.finetuning.settings import FinetuningSettings, check_method
-from compression.training import processes
-from compression.training.batches import TrainingRows
-from compression.training.loop import seeded, train
-from compression.training.students import check_student, open_student, save_student
-from compression.training.trainer import TrainingRun
+from compression.training import TrainingRows, TrainingRun, open_student, processes, save_student, train
+from compression.training.loop import seeded
+from compression.training.students import check_student
 
 
 def finetune(

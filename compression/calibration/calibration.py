@@ -1,4 +1,4 @@
-"""Compressing a checkpoint on the walk: what a method makes of each block becomes a new checkpoint, also over a crash."""
+"""Compress a checkpoint on the walk: what a method makes of each block becomes a new checkpoint, also over a crash."""
 
 import json
 import tempfile
@@ -29,12 +29,13 @@ REPORT = "layers.json"
 class CompressedBlock:
     """What a method made of a block.
 
-    tensors   stand in the new checkpoint for the weight of the same module: "mlp.up_proj.qweight" for "mlp.up_proj.weight";
-              all other parameters and buffers are written from the module in their dtype in the checkpoint
-    masks     of pruned weights, bool [out, in], True where kept, by path in the block
-    counts    added up over the blocks (fallback_layers)
-    layers    figures about each layer, by path in the block (relative_error)
-    warnings  what a person must see
+    Attributes:
+        tensors: They replace the weight of the same module in the new checkpoint: "mlp.up_proj.qweight" for "mlp.up_proj.weight".
+            All other parameters and buffers are written from the module in their dtype in the checkpoint.
+        masks: Of pruned weights, bool [out, in], True where kept, by path in the block.
+        counts: Added up over the blocks (fallback_layers).
+        layers: Figures about each layer, by path in the block (relative_error).
+        warnings: What a person must see.
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -44,14 +45,30 @@ class CompressedBlock:
     warnings: list[str] = field(default_factory=list)
 
 
-Compress = Callable[[Block], CompressedBlock]
+@dataclass(frozen=True)
+class BlockMethod:
+    """What a method does with every block.
+
+    Attributes:
+        compress: Changes a block's weights in place, or returns other tensors for them.
+        settings: The name of the method and everything that decides what `compress` does, as JSON: a walk resumes only under the same.
+        config: Entries added to config.json.
+        collect: The statistics of the layers' inputs that `compress` needs.
+    """
+
+    compress: Callable[[Block], CompressedBlock]
+    settings: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    collect: Collect = HESSIAN
 
 
 @dataclass
 class _Report:
-    """What the blocks so far told beside their tensors; kept over a crash.
+    """What is known of the finished blocks besides their tensors; kept over a crash.
 
-    replaced, instead  names of the source's tensors for which others stand, and of those
+    Attributes:
+        replaced: Names of the source's tensors that others replace.
+        instead: Names of those others.
     """
 
     counts: dict[str, float] = field(default_factory=dict)
@@ -70,7 +87,7 @@ class _Report:
 
 
 def _replaced(outcome: CompressedBlock) -> set[str]:
-    """The weights for which an outcome gives other tensors, by path in the block."""
+    """Return the weights that tensors of an outcome replace, by path in the block."""
     return {f"{path.rpartition('.')[0]}.weight" for path in outcome.tensors}
 
 
@@ -78,49 +95,52 @@ def compress_blocks(
     checkpoint: Path,
     out: Path,
     windows: torch.Tensor,
-    compress: Compress,
+    method: BlockMethod,
     *,
-    settings: Mapping[str, Any],
-    config: Mapping[str, Any] | None = None,
-    collect: Collect = HESSIAN,
     work: Path | None = None,
     context: Context,
 ) -> dict[str, float]:
-    """Walk over a dense checkpoint and write what `compress` makes of it to the new directory `out`; returns the sums of its counts.
+    """Walk over a dense checkpoint and write what a method makes of its blocks to a new checkpoint.
 
-    windows   token ids, int64 [count, length]
-    compress  changes a block's weights in place, or gives other tensors for them (`CompressedBlock`)
-    settings  the name of the method and all that decides what `compress` does, as JSON: no walk is continued under others
-    config    entries added to config.json
-    collect   the statistics of the layers' inputs that `compress` needs
-    work      where finished blocks are kept: a walk that was killed goes on at the block it was in, and ends in the same bytes
     Figures about layers are written to layers.json, masks to masks.safetensors; everything outside the blocks stays as it was.
 
-    Raises what `Walk` raises; EdgepressError where `work` belongs to another walk, or the result would hold other tensors than it must.
+    Args:
+        checkpoint: A dense checkpoint directory.
+        out: A new directory.
+        windows: Token ids, int64 [count, length].
+        method: What happens to each block.
+        work: Where finished blocks are kept: a walk that was killed resumes at its block, and ends in the same bytes. None keeps nothing.
+        context: Seed, device and callbacks.
+
+    Returns:
+        The method's counts, added up over the blocks.
+
+    Raises:
+        EdgepressError: `work` belongs to another walk, or the result would hold other tensors than it must; and what `Walk` raises.
     """
     source = open_checkpoint(checkpoint)
     with ExitStack() as stack:
         folder = work / "walk" if work else Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out.parent, prefix=".walk-")))
         folder.mkdir(parents=True, exist_ok=True)
-        decides = {**settings, "config": dict(config or {}), "collect": sorted(collect)}
-        run = _run(source, windows, decides, context) if work else None
-        report = _walk(source, windows, compress, folder, collect, context, run)
+        decides = {**method.settings, "config": dict(method.config), "collect": sorted(method.collect)}
+        run = _fingerprint(source, windows, decides, context) if work else None
+        report = _walk(source, windows, method, folder, context, run)
         for warning in report.warnings:
             context.warn(warning)
-        _assemble(source, out, folder, report, config or {})
+        _assemble(source, out, folder, report, method.config)
     return report.counts
 
 
-def _run(source: Checkpoint, windows: torch.Tensor, settings: Mapping[str, Any], context: Context) -> str:
-    """What a walk must agree with to be continued."""
-    where = {"seed": context.seed, "device": torch.device(context.device).type}
-    return fingerprint({**settings, **where, "model": file_digests(source.path), "windows": list(windows.shape)}, windows.numpy().tobytes())
+def _fingerprint(source: Checkpoint, windows: torch.Tensor, settings: Mapping[str, Any], context: Context) -> str:
+    """Identify the walks that may resume from each other's work."""
+    machine = {"seed": context.seed, "device": torch.device(context.device).type}
+    return fingerprint(
+        {**settings, **machine, "model": file_digests(source.path), "windows": list(windows.shape)}, windows.numpy().tobytes()
+    )
 
 
-def _walk(
-    source: Checkpoint, windows: torch.Tensor, compress: Compress, folder: Path, collect: Collect, context: Context, run: str | None
-) -> _Report:
-    """Leave a file of tensors and one of masks for each block in `folder`; a walk with a name (`run`) goes on where it was."""
+def _walk(source: Checkpoint, windows: torch.Tensor, method: BlockMethod, folder: Path, context: Context, run: str | None) -> _Report:
+    """Write a file of tensors and one of masks for each block into `folder`; a walk with a fingerprint (`run`) resumes at its block."""
     report, first, states = _Report(), 0, None
     kept = None if run is None else latest_checkpoint(folder, run=run, warn=context.warn)
     if kept is not None:
@@ -137,10 +157,10 @@ def _walk(
         assert run is not None
         write_checkpoint(folder, block.index + 1, fill, run=run)
 
-    walk = Walk(source, windows, collect=collect, context=context, first=first, states=states, passed=passed if run else None)
+    walk = Walk(source, windows, collect=method.collect, context=context, first=first, states=states, passed=passed if run else None)
     for block in walk:
         with torch.no_grad():
-            outcome = compress(block)
+            outcome = method.compress(block)
         report.add(block, outcome)
         kept_tensors = _keep_dtypes(block, _replaced(outcome))
         _save(folder / f"block-{block.index}.safetensors", block.name, kept_tensors | dict(outcome.tensors))
@@ -154,7 +174,7 @@ def _save(file: Path, block: str, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _keep_dtypes(block: Block, replaced: set[str]) -> dict[str, torch.Tensor]:
-    """The parameters and buffers that stay, in the checkpoint's dtype; the module is rounded to it too, so that what follows sees what is stored."""
+    """Return the parameters and buffers that stay, in the checkpoint's dtype; round the module to it too, so that later blocks see what is stored."""
     kept = {}
     with torch.no_grad():
         for name, tensor in block.module.state_dict().items():
@@ -165,21 +185,21 @@ def _keep_dtypes(block: Block, replaced: set[str]) -> dict[str, torch.Tensor]:
 
 
 def _assemble(source: Checkpoint, out: Path, folder: Path, report: _Report, config: Mapping[str, Any]) -> None:
-    """Put the blocks' files and everything outside the blocks together to a checkpoint."""
+    """Build a checkpoint from the blocks' files and everything outside the blocks."""
     writer = CheckpointWriter(out)
     masks = MaskWriter(out)
     replaced = set(report.replaced)
-    left, written = [name for name in source.tensors if name not in replaced], set[str]()
+    remaining, written = [name for name in source.tensors if name not in replaced], set[str]()
     for index in range(source.num_layers):
         tensors = load_file(folder / f"block-{index}.safetensors")
         writer.add(tensors)
         masks.add(load_file(folder / f"masks-{index}.safetensors"))
         written |= tensors.keys()
-    writer.add(read_tensors(source.path, [name for name in left if name not in written]))
+    writer.add(read_tensors(source.path, [name for name in remaining if name not in written]))
     masks.finish()
     if report.layers:
         (out / REPORT).write_text(json.dumps(report.layers, indent=1, sort_keys=True) + "\n")
     copy_tokenizer(source.path, out)
     if "quantization_config" not in config:  # GenAI's builder takes every safetensors file of a quantized directory for weights
         copy_kept(source.path, out)
-    writer.finish(source.config | dict(config), names=[*left, *report.instead])
+    writer.finish(source.config | dict(config), names=[*remaining, *report.instead])

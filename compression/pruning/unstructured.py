@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from compression.calibration.calibration import CompressedBlock, compress_blocks
+from compression.calibration.calibration import BlockMethod, CompressedBlock, compress_blocks
 from compression.calibration.second_order import output_power, stacked
 from compression.calibration.walk import Block, Collect, SharedInput, Walk
 from compression.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -225,7 +225,8 @@ def _prune_on_the_walk(
 
     collect: Collect = frozenset({"hessian"}) if compensates else MEAN_SQUARE
     decisive = {"method": settings.method, "sparsities": dict(sparsities), "group": group, "damp_percent": damp_percent}
-    counts = compress_blocks(source.path, out, windows, compress, settings=decisive, collect=collect, work=work, context=context)
+    method = BlockMethod(compress, decisive, collect=collect)
+    counts = compress_blocks(source.path, out, windows, method, work=work, context=context)
     return {"sparsity": 1 - counts["kept"] / counts["weights"], "fallback_layers": counts["fallback_layers"]}
 
 

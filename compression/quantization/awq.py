@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from compression.calibration.calibration import CompressedBlock, compress_blocks
+from compression.calibration.calibration import BlockMethod, CompressedBlock, compress_blocks
 from compression.calibration.second_order import output_power, stacked
 from compression.calibration.walk import Block
 from compression.checkpoints.checkpoint import open_checkpoint
@@ -72,7 +72,7 @@ def quantize_awq(
 
     config = {"quantization_config": awq_config(group_size=settings.group_size)}
     decides = {"method": "awq", "bits": settings.bits, "group_size": settings.group_size, "clip": settings.clip}
-    return compress_blocks(checkpoint, out, windows, compress, settings=decides, config=config, work=work, context=context)
+    return compress_blocks(checkpoint, out, windows, BlockMethod(compress, decides, config), work=work, context=context)
 
 
 def search_scales(weight: torch.Tensor, hessian: torch.Tensor, scheme: WeightScheme, *, clip: bool = True) -> torch.Tensor | None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from compression.calibration.calibration import CompressedBlock, compress_blocks
+from compression.calibration.calibration import BlockMethod, CompressedBlock, compress_blocks
 from compression.calibration.second_order import inverse_factor, stacked
 from compression.calibration.walk import Block
 from compression.checkpoints.checkpoint import open_checkpoint
@@ -68,9 +68,8 @@ def quantize_gptq(
         "codes": {module: scheme and [scheme.bits, scheme.group_size] for module, scheme in planned.items()},
         **settings.model_dump(include={"symmetric", "damp_percent", "act_order", "mse"}),
     }
-    return compress_blocks(
-        checkpoint, out, windows, compress, settings=decides, config={"quantization_config": config}, work=work, context=context
-    )
+    method = BlockMethod(compress, decides, {"quantization_config": config})
+    return compress_blocks(checkpoint, out, windows, method, work=work, context=context)
 
 
 def column_order(hessian: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,11 @@ SHRINKS = tuple(1.0 - 0.025 * step for step in range(21))  # 1.0 ... 0.5 of the 
 class Grid:
     """w ≈ scale (q − zero), q in 0 … 2^bits − 1, one scale and zero for each row and group of `group_size` neighbouring input channels.
 
-    scales  float32 [out, groups], every value exactly representable in float16, as it will be stored
-    zeros   float32 [out, groups], whole numbers in 1 … 2^bits − 1
+    Attributes:
+        scales: float32 [out, groups], every value exactly representable in float16, as it will be stored.
+        zeros: float32 [out, groups], whole numbers in 1 … 2^bits − 1.
+        bits: Bits of a code.
+        group_size: Input channels in a group.
     """
 
     scales: torch.Tensor
@@ -27,7 +30,7 @@ class Grid:
     group_size: int
 
     def columns(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero of every weight: two float32 [out, in]."""
+        """Repeat scale and zero for every weight: two float32 [out, in]."""
         return self.scales.repeat_interleave(self.group_size, 1), self.zeros.repeat_interleave(self.group_size, 1)
 
     def quantize(self, weight: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -39,35 +42,39 @@ class Grid:
         return codes.to(torch.uint8)
 
     def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
-        """uint8 codes [out, in] -> float32 [out, in]."""
+        """Turn codes, uint8 [out, in], into weights, float32 [out, in]."""
         scales, zeros = self.columns()
         return (codes.float() - zeros) * scales
 
 
 def round_to_codes(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:
-    """Nearest code of each weight, still a float; scales and zeros broadcast against `weight`."""
+    """Return the nearest code of each weight, still a float; scales and zeros broadcast against `weight`."""
     return (weight / scales + zeros).round_().clamp_(0, 2**bits - 1)
 
 
 def fit_grid(
     weight: torch.Tensor,
-    codes: WeightScheme,
+    scheme: WeightScheme,
     *,
     symmetric: bool,
     hessian: torch.Tensor | None = None,
     shrinks: tuple[float, ...] = SHRINKS,
 ) -> Grid:
-    """The grid of each group that loses least, among the min/max range shrunk by each of `shrinks`.
+    """Choose the grid of each group that loses least, among its min/max range shrunk by each of `shrinks`.
 
-    weight   [out, in], `in` a multiple of the group size
-    hessian     [in, in], mean of x xᵀ over the layer's inputs; the loss of a group is then Δ·H_group·Δᵀ, the mean squared
-             error of the output it causes, where H_group is its diagonal block (only the diagonal of it in groups wider than
-             `WIDEST_BLOCK`). Without it H is the identity.
-    shrinks  (1.0,) is the plain min/max (symmetric: absolute maximum) grid; the first one holds where no loss is a finite number
     A symmetric grid has its zero in the middle and 2^(bits-1) steps below it, one fewer above; the range reaches to the
     half step between (scale 2·max / (2^bits − 1), as in GPTQ).
+
+    Args:
+        weight: [out, in], `in` a multiple of the group size.
+        scheme: Bits and group size.
+        symmetric: Whether the zero is in the middle.
+        hessian: [in, in], mean of x xᵀ over the layer's inputs; the loss of a group is then Δ·H_group·Δᵀ, the mean squared error of
+            the output that it causes, where H_group is its diagonal block (only the diagonal of it in groups wider than
+            `WIDEST_BLOCK`). None: H is the identity.
+        shrinks: (1.0,) is the plain min/max (symmetric: absolute maximum) grid; the first one applies where no loss is finite.
     """
-    bits, group_size = codes.bits, codes.width(weight.shape[1])
+    bits, group_size = scheme.bits, scheme.width(weight.shape[1])
     groups = weight.float().unflatten(1, (-1, group_size))  # [out, groups, group]
     low, high = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
     if symmetric:
@@ -110,7 +117,7 @@ def _group_losses(delta: torch.Tensor, blocks: torch.Tensor | None) -> torch.Ten
 
 
 def diagonal_blocks(hessian: torch.Tensor, group_size: int) -> torch.Tensor:
-    """[in, in] -> the blocks on the diagonal, [in / group_size, group_size, group_size]."""
+    """Return the blocks on the diagonal of [in, in]: [in / group_size, group_size, group_size]."""
     count = hessian.shape[0] // group_size
     return (
         hessian.unflatten(1, (count, group_size)).unflatten(0, (count, group_size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()

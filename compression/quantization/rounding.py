@@ -1,4 +1,4 @@
-"""What the weight-only methods share: stacking layers that read one input, and gathering what they became."""
+"""What the weight-only methods share: they round layers that read the same input together, and collect the rounded layers of a block."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -15,22 +15,22 @@ from compression.quantization.grid import Grid
 def group_by_scheme(
     block: Block, layers: tuple[str, ...], planned: Mapping[str, WeightScheme | None]
 ) -> Iterator[tuple[tuple[str, ...], WeightScheme]]:
-    """Of layers that share an input, those with the same codes together; those that stay as they are left out."""
+    """Group layers that share an input by their scheme; leave out those that stay as they are."""
     groups: dict[WeightScheme, list[str]] = {}
     for path in layers:
-        codes = planned.get(f"{block.name}.{path}")
-        if codes is not None:
-            groups.setdefault(codes, []).append(path)
-    yield from ((tuple(paths), codes) for codes, paths in groups.items())
+        scheme = planned.get(f"{block.name}.{path}")
+        if scheme is not None:
+            groups.setdefault(scheme, []).append(path)
+    yield from ((tuple(paths), scheme) for scheme, paths in groups.items())
 
 
 def quantized_linear(codes: torch.Tensor, grid: Grid, rows: slice = slice(None)) -> QuantizedLinear:
-    """Codes on a grid, as they will be stored; `rows` picks one layer where several were stacked."""
+    """Return codes on a grid as they will be stored; `rows` selects one layer where several were stacked."""
     return QuantizedLinear(codes[rows], grid.scales[rows].half(), grid.zeros[rows].to(torch.uint8), grid.bits, grid.group_size)
 
 
 class RoundedLayers:
-    """Gathers the layers of a block as they are rounded, and puts the rounded weights in place."""
+    """Collect the layers of a block as they are rounded, and put the rounded weights in place."""
 
     def __init__(self, block: Block, layout: Callable[[QuantizedLinear], dict[str, torch.Tensor]] = gptq_tensors):
         self._block, self._layout = block, layout
@@ -39,7 +39,7 @@ class RoundedLayers:
         self._fallbacks: list[tuple[tuple[str, ...], str]] = []
 
     def add(self, paths: tuple[str, ...], weight: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor) -> None:
-        """Take the codes [out, in] of layers whose stacked weights [out, in] read inputs of second moment `hessian`."""
+        """Add the codes [out, in] of layers whose stacked weights [out, in] read inputs with the mean `hessian` of x xᵀ."""
         start = 0
         for path in paths:
             layer = self._block.linear(path)
@@ -56,11 +56,11 @@ class RoundedLayers:
             self._tensors |= {f"{path}.{suffix}": tensor for suffix, tensor in self._layout(rounded).items()}
 
     def fall_back(self, paths: tuple[str, ...], reason: str) -> None:
-        """Count layers that could not be treated as the others."""
+        """Count layers that the method could not treat like the others."""
         self._fallbacks.append((paths, reason))
 
     def outcome(self) -> CompressedBlock:
-        """What became of the block."""
+        """Return the compressed block."""
         counts = {"fallback_layers": float(len({path for paths, _ in self._fallbacks for path in paths}))}
         warnings = [f"{', '.join(f'{self._block.name}.{path}' for path in paths)}: {reason}" for paths, reason in self._fallbacks]
         return CompressedBlock(self._tensors, counts=counts, layers=self._report, warnings=warnings)

@@ -1,4 +1,4 @@
-"""Moving a per-channel scale from what stands before linear layers into them, which changes nothing that a block computes."""
+"""Move per-channel scales from a norm or linear layer into the linear layers that read it; the block still computes the same function."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +14,12 @@ from compression.checkpoints.families import Family
 class ScalePair:
     """A norm or linear layer, and the linear layers that read its output and nothing else.
 
-    rows     the producer's output channels that the consumers read, in a fused layer its last ones
-    offset   a norm multiplies by offset + weight
+    Attributes:
+        producer: The norm or linear layer.
+        consumers: The paths of `layers` in the block.
+        layers: The linear layers that read it.
+        rows: The producer's output channels that the consumers read; in a fused layer its last ones.
+        offset: A norm multiplies by offset + weight.
     """
 
     producer: nn.Module
@@ -35,7 +39,7 @@ class ScalePair:
 
 
 def scale_pairs(block: Block, family: Family) -> Iterator[ScalePair]:
-    """The pairs of a block through which scales can move.
+    """Yield the pairs of a block through which scales can move.
 
     Left out: v -> o under grouped-query attention, where one value channel feeds several heads.
     """

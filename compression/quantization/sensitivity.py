@@ -19,17 +19,18 @@ WIDTHS = (2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """A linear layer.
+    """What rounding does to a linear layer.
 
-    weights  how many it has
-    errors   by bits: E‖(Q(W) − W)x‖² / E‖Wx‖² over the calibration inputs of the unquantized model, weights rounded to nearest
+    Attributes:
+        weights: The number of its weights.
+        errors: E‖(Q(W) − W)x‖² / E‖Wx‖² by bits, over the calibration inputs of the unquantized model, weights rounded to nearest.
     """
 
     weights: int
     errors: Mapping[int, float]
 
 
-def sensitivity(
+def measure_sensitivity(
     checkpoint: Path,
     windows: torch.Tensor,
     *,
@@ -38,10 +39,21 @@ def sensitivity(
     widths: Sequence[int] = WIDTHS,
     context: Context,
 ) -> dict[str, Sensitivity]:
-    """The sensitivity of every linear layer of every block of a dense checkpoint, by its path in the model.
+    """Measure the sensitivity of every linear layer of every block of a dense checkpoint.
 
-    windows  calibration token ids, int64 [count, length]
-    Raises Incompatible for a group size that does not fit, and what `Walk` raises.
+    Args:
+        checkpoint: A dense checkpoint directory.
+        windows: Calibration token ids, int64 [count, length].
+        group_size: Input channels that share a scale; -1 for a row.
+        symmetric: Whether the grids have no zero points.
+        widths: The numbers of bits to try.
+        context: Device and callbacks.
+
+    Returns:
+        The sensitivity by the layer's path in the model.
+
+    Raises:
+        EdgepressError: A group size that does not fit, and what `Walk` raises.
     """
     source = open_checkpoint(checkpoint)
     plans = {bits: plan_schemes(source, bits=bits, group_size=group_size) for bits in widths}
@@ -66,27 +78,29 @@ def sensitivity(
     return found
 
 
-def spend(layers: Mapping[str, Sensitivity], average_bits: float) -> dict[str, int]:
-    """Bits of every layer, `average_bits` a weight at most, such that the relative errors add up to little.
+def allocate_bits(layers: Mapping[str, Sensitivity], average_bits: float) -> dict[str, int]:
+    """Choose the bits of every layer, at most `average_bits` a weight, so that the relative errors add up to little.
 
-    Greedy: from the fewest bits, the step that takes away most error for its bits comes next. Every layer's relative error counts the
-    same, which is an assumption: what an error does further on is not looked at.
-    Raises ValueError for an average below the fewest bits.
+    Greedy: from the fewest bits, the step that removes most error for its bits comes next. Every layer's relative error counts the
+    same, which is an assumption: the effect of an error on later layers is not considered.
+
+    Raises:
+        ValueError: The average is below the fewest bits.
     """
     chosen = {path: min(layer.errors) for path, layer in layers.items()}
     total = sum(layer.weights for layer in layers.values())
-    left = average_bits * total - sum(layers[path].weights * bits for path, bits in chosen.items())
-    if left < 0:
+    budget = average_bits * total - sum(layers[path].weights * bits for path, bits in chosen.items())
+    if budget < 0:
         raise ValueError(f"an average of {average_bits} bits is below the fewest, {min(chosen.values())}")
     while True:
         steps = [
             ((layer.errors[chosen[path]] - layer.errors[bits]) / (layer.weights * (bits - chosen[path])), path, bits)
             for path, layer in layers.items()
             for bits in layer.errors
-            if bits > chosen[path] and layer.weights * (bits - chosen[path]) <= left
+            if bits > chosen[path] and layer.weights * (bits - chosen[path]) <= budget
         ]
         if not steps:
             return chosen
         _, path, bits = max(steps, key=lambda step: (step[0], step[1], -step[2]))
-        left -= layers[path].weights * (bits - chosen[path])
+        budget -= layers[path].weights * (bits - chosen[path])
         chosen[path] = bits

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from compression.calibration.calibration import CompressedBlock, compress_blocks
+from compression.calibration.calibration import BlockMethod, CompressedBlock, compress_blocks
 from compression.calibration.walk import Block
 from compression.checkpoints.checkpoint import open_checkpoint
 from compression.checkpoints.compressed_tensors import round_inputs, round_weight
@@ -59,10 +59,8 @@ def quantize_smoothquant(
         return CompressedBlock(tensors, counts={"scaled_pairs": float(moved)})
 
     config = {"quantization_config": scheme.config(layers_outside(source))}
-    return compress_blocks(
-        checkpoint, out, windows, compress, settings={"method": "smoothquant", "alpha": alpha}, config=config,
-        collect=frozenset({"absmax"}), work=work, context=context,
-    )  # fmt: skip
+    method = BlockMethod(compress, {"method": "smoothquant", "alpha": alpha}, config, frozenset({"absmax"}))
+    return compress_blocks(checkpoint, out, windows, method, work=work, context=context)
 
 
 def smooth(block: Block, family: Family, alpha: float) -> int:

@@ -58,7 +58,7 @@ def show_sensitivity(
 
     from compression.checkpoints.loading import load_tokenizer
     from compression.data import calibration_windows
-    from compression.quantization.sensitivity import sensitivity, spend
+    from compression.quantization.sensitivity import allocate_bits, measure_sensitivity
 
     torch.set_num_threads(recipe.threads)
     windows = calibration_windows(recipe.data, load_tokenizer(model.path), recipe.seed)
@@ -69,8 +69,8 @@ def show_sensitivity(
         def progress(done: int, total: int, what: str) -> None:
             bars.update(line, completed=done, total=total, description=what)
 
-        layers = sensitivity(model.path, windows, group_size=group_size, symmetric=symmetric, context=Context(progress=progress))
-    chosen = spend(layers, average_bits)
+        layers = measure_sensitivity(model.path, windows, group_size=group_size, symmetric=symmetric, context=Context(progress=progress))
+    chosen = allocate_bits(layers, average_bits)
     console.print(_table(layers, chosen))
     console.print("For quantize.gptq or quantize.rtn (export.gguf carries 4 and 8 bits):", markup=False)
     console.print(

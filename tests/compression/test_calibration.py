@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import compression.checkpoints.families
-from compression.calibration.calibration import CompressedBlock, compress_blocks
+from compression.calibration.calibration import BlockMethod, CompressedBlock, compress_blocks
 from compression.calibration.walk import Block, fill_buffers, walk
 from compression.checkpoints.checkpoint import file_digests, open_checkpoint
 from compression.checkpoints.loading import load_model
@@ -103,7 +103,7 @@ def test_a_walk_that_changes_nothing_writes_the_same_tensors(tmp_path: Path, tie
     steps: list[tuple[int, int]] = []
     context = Context(progress=lambda done, total, what: steps.append((done, total)))
     compress_blocks(
-        source, tmp_path / "out", tiny_windows(), lambda block: CompressedBlock(), settings={}, config={"note": 1}, context=context
+        source, tmp_path / "out", tiny_windows(), BlockMethod(lambda block: CompressedBlock(), {}, {"note": 1}), context=context
     )
     before, after = open_checkpoint(source), open_checkpoint(tmp_path / "out")
     assert after.tensors == before.tensors
@@ -215,7 +215,7 @@ def test_a_killed_walk_goes_on_at_its_block_and_ends_in_the_same_bytes(
     source = tiny_checkpoint(tmp_path / "in", layers=4, dtype=torch.bfloat16)
     windows = tiny_windows(count=5)
     warned: list[str] = []
-    undisturbed = compress_blocks(source, tmp_path / "whole", windows, scale_down, settings={}, context=Context())
+    undisturbed = compress_blocks(source, tmp_path / "whole", windows, BlockMethod(scale_down, {}), context=Context())
 
     def dying(block: Block) -> CompressedBlock:
         if block.index == 2 and dies_in == "compress":
@@ -227,7 +227,7 @@ def test_a_killed_walk_goes_on_at_its_block_and_ends_in_the_same_bytes(
     with monkeypatch.context() as patch:
         monkeypatch = patch
         with pytest.raises((KeyboardInterrupt, TypeError)):
-            compress_blocks(source, tmp_path / "dead", windows, dying, settings={}, work=tmp_path / "work", context=Context())
+            compress_blocks(source, tmp_path / "dead", windows, BlockMethod(dying, {}), work=tmp_path / "work", context=Context())
     seen: list[int] = []
 
     def watched(block: Block) -> CompressedBlock:
@@ -235,7 +235,7 @@ def test_a_killed_walk_goes_on_at_its_block_and_ends_in_the_same_bytes(
         return scale_down(block)
 
     counts = compress_blocks(
-        source, tmp_path / "resumed", windows, watched, settings={}, work=tmp_path / "work", context=Context(warn=warned.append)
+        source, tmp_path / "resumed", windows, BlockMethod(watched, {}), work=tmp_path / "work", context=Context(warn=warned.append)
     )
     assert seen == [2, 3]
     assert counts == undisturbed == {"seen": 4.0}
@@ -258,7 +258,7 @@ def test_a_walk_does_not_go_on_from_another(tmp_path: Path, other: str) -> None:
         source = tiny_checkpoint(tmp_path / f"in-{number}", seed=now["weights"])
         with contextlib.nullcontext() if number == 0 else pytest.raises(EdgepressError, match="another method, on another model"):
             compress_blocks(
-                source, tmp_path / f"out-{number}", now["windows"], lambda block: CompressedBlock(), settings=now["settings"], config=now["config"],
+                source, tmp_path / f"out-{number}", now["windows"], BlockMethod(lambda block: CompressedBlock(), now["settings"], now["config"]),
                 work=tmp_path / "work", context=Context(seed=now["seed"]),
             )  # fmt: skip
 
@@ -267,7 +267,7 @@ def test_work_of_an_older_edgepress_begins_anew(tmp_path: Path, checkpoint: Path
     def walk_over() -> list[int]:
         seen: list[int] = []
         compress_blocks(
-            checkpoint, tmp_path / "out", tiny_windows(), lambda block: seen.append(block.index) or CompressedBlock(), settings={},
+            checkpoint, tmp_path / "out", tiny_windows(), BlockMethod(lambda block: seen.append(block.index) or CompressedBlock(), {}),
             work=tmp_path / "work", context=Context(warn=warned.append),
         )  # fmt: skip
         return seen

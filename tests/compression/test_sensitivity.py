@@ -9,7 +9,7 @@ import torch
 from compression.checkpoints.loading import load_model
 from compression.context import Context
 from compression.quantization.rtn import quantize_rtn
-from compression.quantization.sensitivity import Sensitivity, sensitivity, spend
+from compression.quantization.sensitivity import Sensitivity, allocate_bits, measure_sensitivity
 from compression.quantization.settings import RTNSettings
 from tests.tiny import tiny_windows
 
@@ -22,7 +22,7 @@ def test_errors_are_those_of_outputs(tmp_path: Path, checkpoint: Path) -> None:
             module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0].detach().double()}))
     with torch.no_grad():
         model(windows)
-    found = sensitivity(checkpoint, windows, group_size=32, widths=(3, 8), context=Context())
+    found = measure_sensitivity(checkpoint, windows, group_size=32, widths=(3, 8), context=Context())
     for bits in (3, 8):
         quantize_rtn(checkpoint, tmp_path / str(bits), RTNSettings(bits=bits, group_size=32), context=Context())
         rounded = load_model(tmp_path / str(bits))
@@ -39,7 +39,7 @@ def test_a_budget_goes_where_it_helps_most() -> None:
         "a": Sensitivity(10, {2: 0.9, 4: 0.2, 8: 0.01}), "b": Sensitivity(10, {2: 0.2, 4: 0.05, 8: 0.001}), "c": Sensitivity(20, {2: 0.5, 4: 0.1, 8: 0.0}),
     }  # fmt: skip
     for average in (2, 3, 4, 5.5, 8):
-        chosen = spend(layers, average)
+        chosen = allocate_bits(layers, average)
         assert sum(layers[path].weights * bits for path, bits in chosen.items()) <= average * 40
         error = sum(layers[path].errors[bits] for path, bits in chosen.items())
         choices = [dict(zip(layers, bits, strict=True)) for bits in product((2, 4, 8), repeat=3)]
@@ -49,6 +49,6 @@ def test_a_budget_goes_where_it_helps_most() -> None:
             if sum(layers[p].weights * b for p, b in c.items()) <= average * 40
         )
         assert error <= best * 1.5
-    assert spend(layers, 3) == {"a": 4, "b": 4, "c": 2}
+    assert allocate_bits(layers, 3) == {"a": 4, "b": 4, "c": 2}
     with pytest.raises(ValueError, match="below the fewest"):
-        spend(layers, 1)
+        allocate_bits(layers, 1)

@@ -221,7 +221,7 @@ def test_schema_prints_json(capfd: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and json.loads(out)["title"] == "edgepress recipe"
 
 
-def test_doctor_names_versions_runtimes_and_what_is_missing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_doctor_names_versions_and_missing_packages(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("tasks.extras.find_spec", lambda name: None if name == "llama_cpp" else object())
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     code, out, _ = edgepress(["doctor"], capfd)
@@ -252,7 +252,7 @@ def test_sensitivity_names_the_layers_and_spends_the_bits(checkpoint: Path, here
         assert code == 2 and fragment in err
 
 
-def test_run_passes_on_what_is_to_be_done_again(
+def test_run_passes_recompute_options(
     checkpoint: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[Plan] = []

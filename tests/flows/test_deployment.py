@@ -25,7 +25,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from compression.errors import EdgepressError
 from flows.run import run_recipe
 from flows.run.deployment import _earlier_attempt, summary_markdown
-from flows.run.pipeline import _end_orphans
+from flows.run.prefect_flow import mark_orphans_crashed
 from tasks.store.journal import Run, RunBase, current_state, journal, read_run, read_runs, run_names
 from tasks.store.store import Store
 from tests import waiting
@@ -311,7 +311,7 @@ def test_only_the_dead_attempt_is_marked_crashed(place: Deployed, deployed: str)
         place.ask(f"flow_runs/{made['id']}/set_state", {"state": {"type": "RUNNING"}})
         flow_runs.append(made["id"])
     with temporary_settings({PREFECT_API_URL: place.api}):
-        _end_orphans()
+        mark_orphans_crashed()
     found = [place.ask(f"flow_runs/{flow_run}") for flow_run in flow_runs]
     assert [(run["state"]["type"], run["run_count"]) for run in found] == [("CRASHED", 1), ("RUNNING", 1)]
     place.ask(f"flow_runs/{flow_runs[1]}/set_state", {"state": {"type": "COMPLETED"}})

@@ -30,7 +30,7 @@ def report(folder: Path, checkpoint: Path) -> Report:
     return drill(str(folder / "micro.yaml"), [], folder, kills=3, seed=1, say=print)
 
 
-def test_three_kills_leave_nothing_behind_and_the_same_bytes(report: Report) -> None:
+def test_three_kills_change_no_bytes(report: Report) -> None:
     assert report.faults == []
     assert sorted(moment.whom for moment, _ in report.kills) == ["child", "command", "command"]
     missed = {"committing", "measuring", "training"} - {moment.where for moment, _ in report.kills}
@@ -48,7 +48,7 @@ def test_the_report_is_one_table(report: Report, capsys: pytest.CaptureFixture[s
     assert "| kills in training, of the command | 1 |" in part(report, 1)
 
 
-def test_what_is_wrong_is_found(report: Report, folder: Path) -> None:
+def test_the_drill_finds_faults(report: Report, folder: Path) -> None:
     """A byte that differs, a link that is gone, scratch that stays."""
     calm, hurt = (Place(folder / name, "micro.yaml", []) for name in ("undisturbed", "killed"))
     model = hurt.folder / "outputs" / "micro" / "pruned" / "model.safetensors"

@@ -62,7 +62,7 @@ def test_method_metrics_and_intervals_can_be_bounded(plan: Any) -> None:
     plan("{base: {accuracy: {min: 0}}}")
 
 
-def test_accuracy_needs_questions_unless_the_bound_is_a_presets(plan: Any) -> None:
+def test_only_presets_allow_accuracy_without_questions(plan: Any) -> None:
     with pytest.raises(EdgepressError, match="no metric 'accuracy' of pruned"):
         plan("{pruned: {accuracy: {min: 0}}}", "data.questions=null")
     plan("{preset: default}", "data.questions=null")
@@ -77,7 +77,7 @@ def test_the_default_preset_tightens_at_leaves(plan: Any) -> None:
     ]
 
 
-def test_a_stage_called_leaf_is_refused_beside_the_word(plan: Any) -> None:
+def test_a_stage_named_leaf_is_refused(plan: Any) -> None:
     stages = "  leaf: {uses: prune.width, keep: 0.5}\n"
     assert plan("{'prune.*': loose}", stages=stages)
     with pytest.raises(EdgepressError, match=r"gates\.leaf: 'leaf' means every stage that nothing follows"):

@@ -66,7 +66,7 @@ def values(matrix: dict[str, Any], *stages: str) -> list[dict[str, Any]]:
     return [{key_of(path): value.value for path, value in cell.values.items()} for cell in cells(matrix, *stages)]
 
 
-def test_lists_make_a_product_with_the_last_one_fastest() -> None:
+def test_the_last_list_varies_fastest() -> None:
     assert values({"a.x": [1, 2], "b.y": [3, 4]}) == [{"a.x": x, "b.y": y} for x, y in product([1, 2], [3, 4])]
 
 
@@ -157,7 +157,7 @@ def test_a_value_reaches_readers_in_any_role(load: Any) -> None:
     assert taught.inputs == {"parent": "other", "teacher": "pruned@keep=0.75"}
 
 
-def test_names_say_the_stage_where_two_keys_end_alike(load: Any) -> None:
+def test_ambiguous_keys_keep_their_stage(load: Any) -> None:
     stages = "  a: {uses: quantize.rtn, needs: base}\n  b: {uses: quantize.gptq, needs: base}\n"
     assert names(load("{a.bits: [2], b.bits: [4]}", stages=stages)) == ["a@a.bits=2", "b@b.bits=4"]
 
@@ -171,7 +171,7 @@ def test_the_graph_itself_can_be_swept(load: Any) -> None:
     }
 
 
-def test_a_required_parameter_may_stand_in_the_matrix_alone(load: Any) -> None:
+def test_the_matrix_may_give_required_parameters(load: Any) -> None:
     parsed = load("{pruned.keep: [0.5, 0.75]}", stages="  pruned: {uses: prune.width}\n")
     assert [node.stage.keep for node in parsed.nodes] == [0.5, 0.75]
 
@@ -227,7 +227,7 @@ def test_gates_and_bounds_follow_copies(plan: Any) -> None:
     assert made.by_name["onnx"].gates["accuracy"].relative_to == "pruned"
 
 
-def test_stages_belong_to_the_cell_that_alone_needs_them(plan: Any) -> None:
+def test_unshared_stages_belong_to_their_cell(plan: Any) -> None:
     made = plan("{distilled.temperature: [1.0, 2.0], gptq.act_order: [true, false]}")
     assert {name for name, task in made.by_name.items() if not task.cell} == {
         "base", "pruned", "onnx", "distilled@temperature=1.0", "distilled@temperature=2.0",
@@ -331,7 +331,7 @@ def test_key_order_of_included_cells_is_irrelevant(load: Callable[..., ParsedRec
 
 
 @pytest.mark.parametrize("order", ["[pruned, distilled]", "[distilled, pruned]"])
-def test_a_leaf_is_what_nothing_follows_in_any_cell(load: Callable[..., ParsedRecipe], order: str) -> None:
+def test_a_leaf_has_no_follower_anywhere(load: Callable[..., ParsedRecipe], order: str) -> None:
     stages = "".join(line + "\n" for line in STAGES.splitlines()[:3])
     parsed = load(f"{{gptq.needs: {order}}}", stages=stages, rest="gates: {leaf: {perplexity: {max: 11}}}\n")
     assert {node.name for node in parsed.nodes if node.gates} == {"gptq@needs=pruned", "gptq@needs=distilled"}

@@ -61,7 +61,7 @@ TAUGHT = """\
 """
 
 
-def test_a_teacher_is_on_no_road_but_its_own(plan: Callable[..., Plan]) -> None:
+def test_a_teacher_has_a_separate_series(plan: Callable[..., Plan]) -> None:
     made = plan(TAUGHT)
     assert series(made) == {"base": ["", "/teacher"], "pruned": [""], "distilled": [""], "teacher": ["/teacher"]}
     tuned = plan(TAUGHT + "  tuned: {uses: quantize.rtn, group_size: 32, needs: teacher}\n")  # the teacher is in a lineage too
@@ -207,7 +207,7 @@ def test_a_champion_passed_every_gate_before_it(plan: Callable[..., Plan], outco
         ("perplexity: {max: 9, max_increase: 1}", ["perplexity", "perplexity"], ""),
     ],
 )  # fmt: skip
-def test_a_gate_that_was_not_judged_makes_no_champion(plan: Callable[..., Plan], gate: str, verdicts: list[str], unjudged: str) -> None:
+def test_an_unjudged_gate_prevents_a_champion(plan: Callable[..., Plan], gate: str, verdicts: list[str], unjudged: str) -> None:
     stages = "  q: {uses: quantize.rtn, group_size: 32}\n"
     made = plan(stages, f"gates: {{q: {{{gate}}}}}\nregistry: {{name: tiny, stages: [q], champion: true}}\n")
     results = {task.name: Result(task.name, "x", [], "Completed", runtime="transformers", run=task.name) for task in made.stages}

@@ -131,7 +131,7 @@ def test_inspect_a_checkpoint_in_the_store(checkpoint: Path, tmp_path: Path, cap
     assert edgepress(["inspect", str(link)], capfd)[0] == 1
 
 
-def test_what_an_artifact_carries_names_no_path(artifact: Path, checkpoint: Path) -> None:
+def test_artifacts_contain_no_path(artifact: Path, checkpoint: Path) -> None:
     facts, card = (artifact / "edgepress.json").read_text(), (artifact / "README.md").read_text()
     assert str(checkpoint.parent) not in facts + card and json.loads(facts)["base"]["source"] == "local model 111111111111"
     assert json.loads(facts)["files"].keys() == {"model.gguf"} == file_digests(artifact).keys() - {"edgepress.json", "README.md"}

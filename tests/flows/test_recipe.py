@@ -130,7 +130,7 @@ def test_nested_errors_name_the_remedy(tmp_path: Path, rest: str, fragment: str)
     assert str(caught.value).startswith(f"{tmp_path / 'micro.yaml'}:11: {fragment}")
 
 
-def test_a_revision_goes_with_the_model(tmp_path: Path) -> None:
+def test_a_revision_follows_the_model_name(tmp_path: Path) -> None:
     parsed = load(tmp_path, recipe("org/name@abc"))
     assert (parsed.recipe.model.path, parsed.recipe.model.revision) == ("org/name", "abc")
 
@@ -194,7 +194,7 @@ def test_the_schema_takes_a_recipe_with_everything(tmp_path: Path) -> None:
         {"model": 3},
     ],
 )
-def test_the_schema_refuses_what_is_mistyped(change: dict[str, Any]) -> None:
+def test_the_schema_refuses_wrong_types(change: dict[str, Any]) -> None:
     document = {"model": "embedded", "data": "embedded", "stages": {"pruned": {"uses": "prune.width", "keep": 0.5}}}
     assert schema_errors(document) == []
     assert schema_errors({**document, **change})

@@ -13,7 +13,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from compression.errors import EdgepressError
-from flows.run.pipeline import _end_orphans
+from flows.run.prefect_flow import mark_orphans_crashed
 from flows.run.prefect_server import prefect_server
 from tasks.store.owner import owner_tag
 from tests.prefect_api import ask
@@ -90,7 +90,7 @@ def test_orphaned_runs_are_marked_crashed(tmp_path: Path, monkeypatch: pytest.Mo
         run = {"task_key": "stage", "dynamic_key": str(number), "tags": ["edgepress", f"owner:{owner}"], "state": {"type": "RUNNING"}}
         ask(f"{url}/task_runs/", run)
     with temporary_settings({PREFECT_API_URL: url}):
-        _end_orphans()
+        mark_orphans_crashed()
     states = [run["state_type"] for page in (0, 2, 4) for run in ask(f"{url}/task_runs/filter", {"offset": page})]
     process.communicate("", timeout=PATIENCE)
     assert sorted(states) == [*["CRASHED"] * 5, "RUNNING"]

@@ -103,7 +103,7 @@ def test_the_interval_decides_a_claim(mine: list[float], outcome: str) -> None:
     assert outcome in verdict(found)
 
 
-def test_higher_accuracy_is_ahead_and_a_margin_is_granted() -> None:
+def test_higher_accuracy_wins_within_a_margin() -> None:
     figures = {(1,): [0.90, 0.91, 0.92], (2,): [0.89, 0.91, 0.913]}
     wanted = {"metric": "accuracy", "better": 2, "than": [1]}
     assert concluded(figures, claim(**wanted)).judged[0].outcome == "undecided"
@@ -145,7 +145,7 @@ def test_places_of_x_are_compared_on_each_line() -> None:
 
 
 @pytest.mark.parametrize(("extra", "outcome"), [(0.3, "agrees"), (0.0, "undecided"), (-0.3, "disagrees")])
-def test_what_compounds_costs_more_than_the_sum(extra: float, outcome: str) -> None:
+def test_compounding_exceeds_the_sum(extra: float, outcome: str) -> None:
     """Log-perplexities made of a cost of each axis, noise that cancels in no seed, and `extra` where both are applied."""
     noise = iter([0.01, -0.012, 0.004, 0.007, -0.006, 0.011, -0.009, 0.003, 0.005, -0.008, 0.002, 0.006])
     cost = {(bits, keep): (0.4 if bits == 3 else 0.0) + (0.7 if keep == 0.5 else 0.0) for bits in (8, 3) for keep in (1, 0.5)}
@@ -162,7 +162,7 @@ def test_what_compounds_costs_more_than_the_sum(extra: float, outcome: str) -> N
     assert (difference.what, judged.outcome) == ("3 with 0.5", outcome)
 
 
-def test_what_was_not_measured_leaves_its_comparison_undecided() -> None:
+def test_missing_metrics_leave_claims_undecided() -> None:
     run = summary({(1,): ONE, (2,): TWO, (5,): [13.0, 13.1, 13.1]})
     for unmeasured in run["rows"][1:4]:
         unmeasured["metrics"] = {"accuracy": 0.5}
@@ -223,7 +223,7 @@ def test_the_plot_has_our_means_beside_the_published_figures() -> None:
     assert "var(--c0)" in svg(found) and "--c0: #" in svg(found), "a picture by itself knows its colours"
 
 
-def test_the_plot_of_a_study_without_published_figures_has_a_line_for_each_choice() -> None:
+def test_without_published_figures_each_choice_is_drawn() -> None:
     picture = ElementTree.fromstring(svg(grid(claim(better="teacher", than=["labels"]))))
     (panel,) = picture.findall(f"{SVG}svg")
     assert len(panel.findall(f"{SVG}polyline")) == 2

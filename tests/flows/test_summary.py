@@ -1,4 +1,4 @@
-"""What a run came to: every planned stage has a row, whatever became of it."""
+"""The summary of a run: every planned stage has a row, however it ended."""
 
 import json
 from pathlib import Path

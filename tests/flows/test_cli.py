@@ -252,9 +252,7 @@ def test_sensitivity_names_the_layers_and_spends_the_bits(checkpoint: Path, here
         assert code == 2 and fragment in err
 
 
-def test_run_passes_recompute_options(
-    checkpoint: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_passes_recompute_options(checkpoint: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[Plan] = []
     monkeypatch.setattr("flows.cli.main.execute_plan", lambda plan, store, outputs: plans.append(plan))
     Path("micro.yaml").write_text(recipe(checkpoint, GOOD))

@@ -31,16 +31,16 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-def test_same_bytes_from_another_place_and_nothing_said(
-    checkpoint: Path, artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_same_bytes_from_another_place(checkpoint: Path, artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And nothing is printed."""
     shutil.copytree(checkpoint, tmp_path / "elsewhere")
     export_onnx(tmp_path / "elsewhere", tmp_path / "out", OnnxSettings(dtype="float32"), context=Context())
     assert capfd.readouterr() == ("", "")
     assert contents(tmp_path / "out") == contents(artifact)
 
 
-def test_says_nothing_of_where_and_how_it_was_made(artifact: Path) -> None:
+def test_holds_no_paths_and_no_trace(artifact: Path) -> None:
     content = (artifact / "model.onnx").read_bytes()
     for trace in (b"/tmp", b"/work", b"/home", b"site-packages", b".py", b"stack_trace", b"pkg.torch"):
         assert trace not in content
@@ -64,7 +64,7 @@ def test_interface(artifact: Path) -> None:
     }
 
 
-def test_attention_holds_the_cache_and_products_are_called_by_their_layers(checkpoint: Path, artifact: Path) -> None:
+def test_attention_is_fused_and_products_are_named(checkpoint: Path, artifact: Path) -> None:
     nodes = onnx.load(artifact / "model.onnx").graph.node
     found = Counter(node.op_type for node in nodes)
     assert found["Attention"] == 2 and not found["Where"]
@@ -85,7 +85,7 @@ def test_carries_tokenizer_and_config(checkpoint: Path, artifact: Path) -> None:
     assert load_tokenizer(artifact)(text).input_ids == load_tokenizer(checkpoint)(text).input_ids
 
 
-def test_large_weights_go_beside_the_graph(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_get_their_own_file(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("export.onnx.save.EXTERNAL_DATA_BYTES", 1000)
     shutil.copy(artifact / "config.json", tmp_path)
     save_graph(onnx_ir.load(artifact / "model.onnx"), tmp_path / "model.onnx")
@@ -97,6 +97,7 @@ def test_large_weights_go_beside_the_graph(artifact: Path, tmp_path: Path, monke
 WINDOW = 8  # shorter than the texts here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tied", "dtype", "settings"),
     [

@@ -122,7 +122,7 @@ def test_static_int8_is_qdq_of_standard_operators(source: Path, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("once")
-def test_static_int8_for_onnx_runtime_is_the_same_and_multiplies_integers(source: Path, tmp_path: Path) -> None:
+def test_static_int8_multiplies_integers_in_onnx_runtime(source: Path, tmp_path: Path) -> None:
     for target in ("portable", "onnxruntime"):
         export_onnx(source, tmp_path / target, OnnxSettings(target=target, dtype="int8-static"), windows=WINDOWS, context=Context())
     ids = tiny_windows(2, 24).numpy()
@@ -165,7 +165,7 @@ def test_the_limit_has_the_least_squared_error() -> None:
     assert error(histogram.limit()) < 1.02 * best
 
 
-def test_refuses_data_that_drives_nothing(source: Path, traced: Path) -> None:
+def test_refuses_inputs_that_stay_zero(source: Path, traced: Path) -> None:
     graph = onnx_ir.load(traced / "model.onnx")
     graph.graph.initializers["model.layers.0.input_layernorm.weight"].const_value = onnx_ir.tensor(np.zeros(64, np.float32))
     with pytest.raises(UnusableModel, match="layers.0.self_attn.q_proj are 0 or not finite"):
@@ -224,7 +224,7 @@ def test_rounds_a_dense_checkpoint_to_int4(source: Path, tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("once")
 @pytest.mark.parametrize("dtype", ["float32", "int8", "int8-static"])
-def test_embedding_and_tied_head_as_int8_share_their_codes(source: Path, dtype: str, tmp_path: Path) -> None:
+def test_embedding_and_tied_head_share_codes(source: Path, dtype: str, tmp_path: Path) -> None:
     windows = WINDOWS if dtype == "int8-static" else None
     export_onnx(source, tmp_path, OnnxSettings(dtype=dtype, embedding_type="int8"), windows=windows, context=Context())
     tables = [array for array in constants(tmp_path).values() if array.size == 320 * 64]
@@ -232,7 +232,7 @@ def test_embedding_and_tied_head_as_int8_share_their_codes(source: Path, dtype: 
     assert kl(tmp_path, source) < 0.1
 
 
-def test_refuses_types_that_a_layout_does_not_mean(source: Path, tmp_path: Path) -> None:
+def test_refuses_types_that_a_layout_excludes(source: Path, tmp_path: Path) -> None:
     quantize_smoothquant(source, tmp_path / "w8a8", SmoothQuantSettings(), tiny_windows(2, 16), context=Context())
     with pytest.raises(Incompatible, match="int8 or int8-static") as error:
         check_onnx(open_checkpoint(tmp_path / "w8a8"), OnnxSettings(dtype="float32"))
@@ -243,6 +243,7 @@ def test_refuses_types_that_a_layout_does_not_mean(source: Path, tmp_path: Path)
     assert error.value.key == "dtype"
 
 
+@pytest.mark.slow
 def test_an_untied_head_is_rounded_alone(tmp_path: Path) -> None:
     untied = tiny_checkpoint(tmp_path / "model", "qwen2", layers=1, tied=False)
     export_onnx(untied, tmp_path / "out", OnnxSettings(dtype="int8", head_type="int8"), context=Context())
@@ -251,7 +252,8 @@ def test_an_untied_head_is_rounded_alone(tmp_path: Path) -> None:
     assert kl(tmp_path / "out", untied) < 0.1
 
 
-def test_the_trace_of_w8a8_holds_no_rounding_of_its_own(source: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_trace_of_w8a8_has_no_rounding(source: Path, tmp_path: Path) -> None:
     quantize_smoothquant(source, tmp_path / "w8a8", SmoothQuantSettings(), tiny_windows(2, 16), context=Context())
     graph = trace_generation(load_model(tmp_path / "w8a8", inputs_rounded=False))
     assert not {"Round", "Clip", "Abs"} & {node.op_type for node in graph.graph}

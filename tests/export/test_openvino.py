@@ -56,6 +56,7 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TRACED_FAMILIES)
 def test_every_family_equals_transformers_in_prefill_and_decode(family: str, tmp_path: Path) -> None:
     """Also far beyond a sliding window of 8 (gemma3_text, mistral), in a batch, and with a head of its own (qwen2)."""
@@ -91,6 +92,7 @@ def test_stored_types_keep_their_bounds(checkpoint: Path, dtype: str, bound: flo
     assert kl(expected[0, 15:], np.array(decoded)) < bound
 
 
+@pytest.mark.slow
 def test_int8_rounds_the_linear_layers_and_what_else_is_asked(checkpoint: Path, tmp_path: Path) -> None:
     weights = [p.detach().double().numpy() for name, p in load_model(checkpoint).named_parameters() if "proj" in name]
     export_openvino(checkpoint, tmp_path / "linears", OpenvinoSettings(dtype="int8"), context=Context())
@@ -115,6 +117,7 @@ def test_weights_are_in_the_file_once(checkpoint: Path, artifact: Path) -> None:
     assert (artifact / "model.bin").stat().st_size == pytest.approx(4 * parameters, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_same_bytes_from_another_place_and_nothing_said(
     checkpoint: Path, dtype: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -186,6 +189,7 @@ def test_a_truncated_checkpoint_leaves_nothing_behind(checkpoint: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_write_error_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -196,6 +200,7 @@ def test_a_write_error_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_inspect_tells_its_tensors_by_type(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "model", tied=False)
     export_openvino(source, tmp_path / "out", OpenvinoSettings(dtype="int8", embedding_type="float16"), context=Context())

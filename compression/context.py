@@ -1,4 +1,4 @@
-"""What an algorithm is told about where it runs, and how it tells what it is doing, without knowing any tracker."""
+"""The seed and device of an algorithm, and the callbacks through which it reports progress to any tracker."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,11 +12,12 @@ def _silent(*_: object) -> None:
 class Context:
     """Passed to every long-running algorithm.
 
-    seed       every random draw derives from it
-    device     torch device string: "cpu", "cuda", "mps"
-    progress   progress(done, total, what): called often and cheaply, drives the progress bar
-    metrics    metrics(values, step): a point of a curve (loss terms with the optimizer step)
-    warn       warn(message): something a person must see in the report (a fallback, a width K-quants cannot hold)
+    Attributes:
+        seed: Every random draw derives from it.
+        device: A torch device string: "cpu", "cuda", "mps".
+        progress: progress(done, total, what) drives the progress bar; called often, so it must be cheap.
+        metrics: metrics(values, step) records a point of a curve (loss terms with the optimizer step).
+        warn: warn(message) reports what a person must see (a fallback, a width K-quants cannot hold).
     """
 
     seed: int = 0

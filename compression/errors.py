@@ -9,7 +9,7 @@ from compression.redaction import redacted
 
 
 def first_of(names: Iterable[str], most: int = 4) -> str:
-    """The first of many names, sorted, and how many more there are: "a, b and 3 more"."""
+    """Return the first of many names, sorted, and how many more there are: "a, b and 3 more"."""
     ordered = sorted(names)
     return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
 
@@ -21,14 +21,14 @@ def nearest(name: str, known: Iterable[str], most: int = 1) -> str:
 
 
 class PicklableError(Exception):
-    """An error that crosses processes, whatever its `__init__` takes: unpickling does not call it."""
+    """An error that can be pickled with any signature of `__init__`: unpickling does not call it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]  # the stubs leave it out
 
 
 class EdgepressError(PicklableError):
-    """Base of every error that is the user's to mend: printed as one message, without a traceback.
+    """Base of every error that the user can fix: printed as one message, without a traceback.
 
     `key` names the parameter at fault (`group_size`, `model`), where one is, so that a recipe error can point to its line.
     The message carries no secrets: user and password of every address in it are masked.

@@ -51,7 +51,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield an empty directory that becomes `path`, whole and on disk, when the block ends; a block that raises leaves nothing of it.
 
-    The directory is `.partial-<name>` beside `path`; what a killed process left there is removed first. So one process at a time may write a path.
+    The directory is `.partial-<name>` next to `path`; what a killed process left there is removed first. So one process at a time may write a path.
     """
     partial = path.with_name(f".partial-{path.name}")
     shutil.rmtree(partial, ignore_errors=True)

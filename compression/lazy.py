@@ -6,7 +6,7 @@ from typing import Any
 
 
 def lazy_names(package: str, **modules: str) -> Callable[[str], Any]:
-    """Return a package's `__getattr__` (PEP 562), which imports each name from its module when somebody first uses it."""
+    """Return a package's `__getattr__` (PEP 562), which imports each name from its module on first use."""
 
     def load(name: str) -> Any:
         if name not in modules:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from compression.errors import EdgepressError
 
-_POLL = 0.05  # seconds between tries while somebody may call the waiting off
+_POLL = 0.05  # seconds between tries while the wait can be cancelled
 
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a file alone, among all processes and threads; waits while another has it."""
+    """Hold the exclusive lock of a file, among all processes and threads; wait while another holds it."""
     with open_lock(path) as handle:
         acquire(handle)
         yield
@@ -29,13 +29,13 @@ def file_lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def try_file_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock of a file alone if nobody has it; yields whether it is held now."""
+    """Hold the exclusive lock of a file if it is free; yield whether it was."""
     with open_lock(path) as handle:
         yield try_acquire(handle)
 
 
 def is_locked(path: Path) -> bool:
-    """Whether anybody holds the lock of a file; a file that does not exist is free."""
+    """Return whether any process holds the lock of a file; a file that does not exist is free."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -48,7 +48,7 @@ def is_locked(path: Path) -> bool:
 
 @contextmanager
 def open_lock(path: Path) -> Iterator[int]:
-    """An open lock file, made where there is none. What the block acquires is released at its end.
+    """Open a lock file, and create it if it is missing. The end of the block releases what it acquired.
 
     Other users may lock the file too: everybody can read it, and that is enough on a local disk. NFS wants it open for writing.
     """
@@ -75,7 +75,7 @@ def _opened(path: Path) -> int:
 
 
 def acquire(handle: int, *, shared: bool = False, is_cancelled: Callable[[], bool] | None = None) -> bool:
-    """Wait for the lock of an open file, alone or `shared` with others; returns False when `is_cancelled` said so meanwhile.
+    """Wait for the lock of an open file, exclusive or `shared`; return False if `is_cancelled` returns True meanwhile.
 
     Raises EdgepressError where the file system has no locks.
     """
@@ -90,7 +90,7 @@ def acquire(handle: int, *, shared: bool = False, is_cancelled: Callable[[], boo
 
 
 def try_acquire(handle: int, *, shared: bool = False) -> bool:
-    """Take the lock of an open file if it is free; returns whether it was."""
+    """Acquire the lock of an open file if it is free; return whether it was."""
     try:
         _flock(handle, _how(shared) | fcntl.LOCK_NB)
     except BlockingIOError:

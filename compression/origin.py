@@ -7,11 +7,12 @@ from dataclasses import dataclass
 class Origin:
     """The base model, without anything that differs between two runs of equal identity: no path, no time.
 
-    name          what people call it: of a model on the hub the second half of its id
-    organization  the first half
-    url           its page on the hub
-    revision      the commit
-    license       as its card or the recipe says; None where neither does
+    Attributes:
+        name: What people call it: of a model on the hub the second half of its id.
+        organization: The first half of its id.
+        url: Its page on the hub.
+        revision: The commit.
+        license: As its card or the recipe says; None where neither does.
     """
 
     name: str

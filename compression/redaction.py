@@ -1,4 +1,4 @@
-"""Secrets are taken out of a text before it is shown, logged or kept. Imports no torch."""
+"""Remove secrets from a text before it is shown, logged or kept. Imports no torch."""
 
 import re
 
@@ -8,7 +8,7 @@ _PARAMETER = re.compile(r"([?&][^\s=&?#]*(?:password|passwd|pwd|secret|token|sig
 
 
 def redacted(text: str) -> str:
-    """The text with `***` in place of user and password of every address in it, and of secrets among an address's parameters.
+    """Return the text with `***` in place of user and password of every address in it, and of secrets among an address's parameters.
 
     >>> redacted("cannot reach postgresql://user:secret@host/db")
     'cannot reach postgresql://***@host/db'

@@ -12,8 +12,9 @@ MEMORY_LIMIT = 2 * 2**30
 class HiddenStates:
     """Batches of hidden states [windows, length, hidden], kept in the model's dtype on the CPU.
 
-    dtype   in which they are kept
-    limit   bytes (`MEMORY_LIMIT`) above which every batch is a file instead, in a directory that ends with this object
+    Args:
+        dtype: In which they are kept.
+        limit: Bytes (by default `MEMORY_LIMIT`) above which every batch is a file instead, in a directory that is removed with this object.
     """
 
     def __init__(self, dtype: torch.dtype, *, limit: int | None = None):
@@ -41,7 +42,7 @@ class HiddenStates:
             self._write(index, states)
 
     def append(self, states: torch.Tensor) -> None:
-        """Take a further batch; when the limit is passed, all of them go to disk."""
+        """Add a batch; above the limit, move all batches to disk."""
         states = states.detach().to("cpu", self.dtype, copy=True)
         self._count += 1
         if self._spilled is not None:
@@ -55,12 +56,12 @@ class HiddenStates:
             self._memory = []
 
     def save(self, folder: Path) -> None:
-        """Leave a file for each batch in `folder`."""
+        """Write a file for each batch into `folder`."""
         for index in range(self._count):
             save_file({"hidden_states": self[index]}, folder / f"batch-{index}.safetensors")
 
     def restore(self, folder: Path) -> None:
-        """Take what `save` left, into an object without batches."""
+        """Read what `save` wrote, into an object without batches."""
         for index in range(len(list(folder.glob("batch-*.safetensors")))):
             self.append(load_file(folder / f"batch-{index}.safetensors")["hidden_states"])
 
@@ -69,6 +70,6 @@ class HiddenStates:
         return Path(self._spilled.name, f"{index}.safetensors")
 
     def _write(self, index: int, states: torch.Tensor) -> None:
-        beside = self._file(index).with_suffix(".new")  # the file that is replaced may still be mapped by the batch in hand
-        save_file({"hidden_states": states.detach().to("cpu", self.dtype).contiguous()}, beside)
-        beside.replace(self._file(index))
+        new = self._file(index).with_suffix(".new")  # the caller's batch may still map the file that this replaces
+        save_file({"hidden_states": states.detach().to("cpu", self.dtype).contiguous()}, new)
+        new.replace(self._file(index))

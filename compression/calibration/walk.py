@@ -1,6 +1,6 @@
-"""The one walk over a checkpoint that every calibrated method rides on: block by block, from safetensors to safetensors.
+"""Walk over a checkpoint block by block, from safetensors to safetensors, as every calibrated method does.
 
-A block is loaded; the calibration windows run through it behind the already compressed blocks; the method that asked
+A block is loaded; the calibration windows run through it after the already compressed blocks; the method
 gets the statistics of its linear layers' inputs and changes its weights; the windows run through the changed
 block; it is dropped. Memory: a block, the statistics of its inputs, the hidden states of the windows (compression/calibration/hidden_states.py).
 """
@@ -24,7 +24,7 @@ from compression.errors import Incompatible, UnusableData, UnusableModel
 
 TOKENS_PER_BATCH = 4096
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, beside the hidden states
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, apart from the hidden states
 Statistic = Literal["hessian", "mean_square", "absmax"]
 Collect = frozenset[Statistic]
 HESSIAN: Collect = frozenset({"hessian"})
@@ -32,7 +32,7 @@ HESSIAN: Collect = frozenset({"hessian"})
 
 @dataclass
 class SharedInput:
-    """Linear layers of a block that read the same tensor (q, k and v; gate and up), and what was asked about that input [tokens, in].
+    """Linear layers of a block that read the same tensor (q, k and v; gate and up), and the collected statistics of that input [tokens, in].
 
     layers       module paths in the block
     tokens       how many tokens were seen
@@ -54,7 +54,7 @@ class SharedInput:
         return self.hessian
 
     def add(self, x: torch.Tensor, collect: Collect) -> None:
-        """Count in inputs [..., in]."""
+        """Update the statistics with inputs [..., in]."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         width, before = x.shape[-1], self.tokens
         self.tokens += len(x)
@@ -91,19 +91,19 @@ class Block:
     _walk: "Walk | None" = field(default=None, repr=False)
 
     def linear(self, path: str) -> nn.Linear:
-        """A linear layer by its path in the block."""
+        """Return a linear layer by its path in the block."""
         module = self.module.get_submodule(path)
         assert isinstance(module, nn.Linear)
         return module
 
     def mask(self, layers: tuple[str, ...]) -> torch.Tensor | None:
-        """The masks of layers that share an input, stacked by rows [out, in]; None where no weight of theirs is pruned."""
+        """Stack the masks of layers that share an input by rows, [out, in]; None where none of their weights is pruned."""
         if not any(f"{path}.weight" in self.masks for path in layers):
             return None
         return torch.cat([self.masks.get(f"{path}.weight", torch.ones_like(self.linear(path).weight, dtype=torch.bool)) for path in layers])
 
     def each_input(self) -> Iterator[SharedInput]:
-        """`inputs` one after another, told to the progress; the statistics of one are dropped when the next is asked for."""
+        """Yield `inputs` one after another and report progress; drop the statistics of each before the next."""
         assert self._walk is not None
         for shared in self.inputs:
             self._walk.tell(self, shared.layers)
@@ -111,7 +111,7 @@ class Block:
             shared.hessian = shared.mean_square = shared.absmax = None
 
     def passes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The windows' hidden states before the block and behind it as it is now, [windows, length, hidden] each, batch by batch."""
+        """Yield the windows' hidden states before and after the block as it is now, [windows, length, hidden] each, batch by batch."""
         assert self._walk is not None
         yield from self._walk.passes(self)
 
@@ -122,13 +122,19 @@ class Walk:
     The consumer may change a block's weights before it asks for the next one: the windows then run through the changed block.
     Weights and activations are float32 on the CPU and the checkpoint's dtype elsewhere; between blocks they are kept in the checkpoint's dtype.
 
-    windows  token ids, int64 [count, length]
-    collect  the statistics of the layers' inputs that are gathered
-    first    the block to begin with, whose hidden states are then given by `states`: how a walk that was interrupted goes on
-    passed   called with a block when the windows have run through it and `states` holds what enters the next one
+    Args:
+        checkpoint: A dense checkpoint.
+        windows: Token ids, int64 [count, length].
+        collect: The statistics of the layers' inputs to collect.
+        context: Device and progress.
+        first: The block to begin with: an interrupted walk resumes there.
+        states: The hidden states that enter block `first`; None computes those that enter block 0.
+        passed: Called with a block when the windows have run through it and `states` holds what enters the next one.
 
-    Raises Incompatible for a quantized checkpoint or one whose blocks have no linear layers, UnusableData for windows that are not
-    int64 [count, length] within the model's length, UnusableModel for a model whose hidden states leave the range of its dtype.
+    Raises:
+        Incompatible: The checkpoint is quantized, or its blocks have no linear layers.
+        UnusableData: The windows are not int64 [count, length] within the model's length.
+        UnusableModel: Hidden states leave the range of the model's dtype.
     """
 
     def __init__(
@@ -172,7 +178,7 @@ class Walk:
         self.context.progress(total, total, "calibrated")
 
     def tell(self, block: Block, layers: tuple[str, ...]) -> None:
-        """Say which layers of a block are at work now."""
+        """Report the layers of a block that the method works on now."""
         here = self.linears[block.index]
         done = sum(map(len, self.linears[: block.index])) + (here.index(layers[0]) if layers else 0)
         what = ", ".join(path.rpartition(".")[2] for path in layers) or "running the calibration windows"
@@ -187,7 +193,7 @@ class Walk:
             yield before, after
 
     def run(self, block: Block, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One batch through a block: its hidden states before and behind."""
+        """Run one batch through a block; return its hidden states before and after."""
         before = self._states[number].to(self.context.device, _compute_dtype(self.checkpoint, self.context.device))
         positional, named = self._arguments[number][block.index]
         after = block.module(before, *positional, **named)
@@ -205,7 +211,7 @@ class Walk:
 
 
 def check_windows(checkpoint: Checkpoint, windows: torch.Tensor) -> None:
-    """Raises what `Walk` raises for windows and layouts."""
+    """Raise what `Walk` raises for windows and layouts."""
     if checkpoint.layout != "dense":
         raise Incompatible(f"{checkpoint.path} is quantized already ({checkpoint.layout}); calibration needs a dense checkpoint")
     if windows.dtype != torch.int64 or windows.dim() != 2 or not windows.numel():
@@ -231,7 +237,7 @@ def _load(module: nn.Module, checkpoint: Checkpoint, name: str, device: str) -> 
 
 
 def _computable(tensor: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
-    """A copy on the device; floating-point numbers in `dtype`."""
+    """Copy to the device, floating-point numbers in `dtype`."""
     return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
@@ -377,5 +383,5 @@ def _gather(block: Block, walk: Walk) -> None:
 
 
 def walk(checkpoint: Checkpoint, windows: torch.Tensor, *, collect: Collect = HESSIAN, context: Context) -> Iterator[Block]:
-    """The blocks of a `Walk` from the first to the last."""
+    """Yield the blocks of a `Walk` from the first to the last."""
     yield from Walk(checkpoint, windows, collect=collect, context=context)

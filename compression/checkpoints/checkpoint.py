@@ -43,7 +43,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Limits:
-    """What an architecture does not take, each with its reason; empty where nothing stands against it (`compression.checkpoints.normalization`)."""
+    """Why an architecture cannot be compressed or trained; empty where it can (`compression.checkpoints.normalization`)."""
 
     compression: str = ""  # of the linear layers of its blocks
     training: str = ""
@@ -51,7 +51,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory that has been looked at (`open_checkpoint`), or one that is planned.
+    """A checkpoint directory that `open_checkpoint` has read, or a planned one.
 
     A planned one has the config and layout it will have, and the `path` of the checkpoint whose tokenizer it will carry. Configs are
     complete (`compression.checkpoints.normalization`): what one does not state is an error here, never a default.
@@ -65,7 +65,7 @@ class Checkpoint:
     limits: Limits = Limits()
 
     def setting(self, key: str) -> Any:
-        """A value of the config. Raises UnusableModel where it does not state one."""
+        """Return a value of the config. Raises UnusableModel where it does not state one."""
         if key not in self.config:
             raise UnusableModel(
                 f"{self.path / 'config.json'} states no {key}, and transformers alone knows what it then is; "
@@ -165,7 +165,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Look at a model directory without loading weights.
+    """Read a model directory without loading weights.
 
     Raises UnusableModel: no such directory, no config.json, pickled weights only, a truncated or missing safetensors file, no tokenizer.
     """
@@ -173,7 +173,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise UnusableModel(f"there is no model directory {path}", key="model")
     if not (path / "config.json").is_file():
-        raise UnusableModel(f"{path} has no config.json, so it is no Hugging Face model directory", key="model")
+        raise UnusableModel(f"{path} has no config.json, so it is not a Hugging Face model directory", key="model")
     try:
         config = json.loads((path / "config.json").read_bytes())
         if not isinstance(config, dict):
@@ -244,7 +244,7 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
-    """Names, types and shapes of a safetensors file. Raises UnusableModel when it is missing, truncated or damaged."""
+    """Read names, types and shapes of a safetensors file. Raises UnusableModel when it is missing, truncated or damaged."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -262,7 +262,7 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def file_digests(path: Path) -> dict[str, str]:
-    """sha256 of every file below `path`, by its relative path: what content identities are made of."""
+    """Compute the sha256 of every file below `path`, by its relative path: content identities consist of these."""
     if not path.is_dir():
         raise FileNotFoundError(path)
     return {p.relative_to(path).as_posix(): digest_file(p) for p in sorted(path.rglob("*")) if p.is_file()}

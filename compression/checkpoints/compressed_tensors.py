@@ -35,11 +35,11 @@ class ScaledLinear:
     scale: torch.Tensor
 
     def dequantize(self) -> torch.Tensor:
-        """The weight, float32 [out, in]: exact products where the scale is a half-precision number."""
+        """Return the weight, float32 [out, in]: exact products where the scale is a half-precision number."""
         return self.codes.float() * self.scale.float()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As they are stored, by suffix."""
+        """Return the tensors as they are stored, by suffix."""
         return {"weight": self.codes, "weight_scale": self.scale}
 
 
@@ -74,7 +74,7 @@ def _round_up(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def round_tokens(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Each token of x [..., in] rounded to 8 bits and back, in float32; same shape and dtype.
+    """Round each token of x [..., in] to 8 bits and back, in float32; same shape and dtype.
 
     The scale of a token is its largest absolute value over 127.5 (int8, clamped to −128 … 127) or 448 (E4M3), as the
     compressed-tensors package computes it; vLLM's int8 kernels divide by 127.
@@ -92,7 +92,7 @@ def round_tokens(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 
 def round_inputs(layer: nn.Module, scheme: Scheme) -> None:
-    """From now on `layer` reads its input through `round_tokens`."""
+    """Make `layer` read its input through `round_tokens` from now on."""
     layer.register_forward_pre_hook(partial(_round_input, scheme=scheme))
 
 
@@ -102,7 +102,7 @@ def _round_input(_: nn.Module, arguments: tuple[Any, ...], *, scheme: Scheme) ->
 
 
 def read_scaled_linears(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[tuple[str, ScaledLinear]]:
-    """The rounded layers of a W8A8 or fp8 checkpoint one at a time: (module path in the model, layer).
+    """Yield the rounded layers of a W8A8 or fp8 checkpoint one at a time: (module path in the model, layer).
 
     Raises UnusableModel for a layer that lacks its weight or scale, or has them in another type or shape than the scheme says.
     """

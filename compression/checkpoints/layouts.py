@@ -28,10 +28,13 @@ BITS = (2, 3, 4, 8)
 class QuantizedLinear:
     """A linear layer as integers: w[o, i] = scales[o, g(i)] · (codes[o, i] − zeros[o, g(i)]).
 
-    codes   uint8 [out, in]
-    scales  float16 [out, groups]
-    zeros   uint8 [out, groups]
-    g_idx   int32 [in], the group of each input channel; None where groups are neighbours in storage order (i // group_size)
+    Attributes:
+        codes: uint8 [out, in].
+        scales: float16 [out, groups].
+        zeros: uint8 [out, groups].
+        bits: Bits of a code.
+        group_size: Input channels in a group.
+        g_idx: int32 [in], the group of each input channel; None where groups are neighbours in storage order (i // group_size).
     """
 
     codes: torch.Tensor
@@ -47,14 +50,14 @@ class QuantizedLinear:
         return self.g_idx is None
 
     def dequantize(self) -> torch.Tensor:
-        """The weight, float32 [out, in]: exact products of float16 scales and small integers."""
+        """Return the weight, float32 [out, in]: exact products of float16 scales and small integers."""
         groups = self.g_idx if self.g_idx is not None else torch.arange(self.codes.shape[1]) // self.group_size
         groups = groups.long().to(self.codes.device)
         return (self.codes.float() - self.zeros.float()[:, groups]) * self.scales.float()[:, groups]
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unsigned integers below 2^bits, [rows, n] -> int32 [rows, n·bits/32]: one stream of bits a row, lowest first.
+    """Pack unsigned integers below 2^bits, [rows, n] -> int32 [rows, n·bits/32]: one stream of bits a row, lowest first.
 
     `n·bits` must be a multiple of 32. For 3 bits some codes cross a word, as in AutoGPTQ.
     """
@@ -74,7 +77,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Inverse of `pack`: int32 [rows, w] -> uint8 [rows, w·32/bits]."""
+    """Undo `pack`: int32 [rows, w] -> uint8 [rows, w·32/bits]."""
     rows = words.shape[0]
     run_words, run_codes = _run(bits)
     runs = (words.to(torch.int64) & 0xFFFFFFFF).reshape(rows, -1, run_words)
@@ -95,7 +98,7 @@ def _run(bits: int) -> tuple[int, int]:
 
 
 def gptq_tensors(layer: QuantizedLinear) -> dict[str, torch.Tensor]:
-    """The tensors of a layer in the GPTQ layout (format "gptq": zeros stored minus one), by suffix."""
+    """Return the tensors of a layer in the GPTQ layout (format "gptq": zeros stored minus one), by suffix."""
     in_features = layer.codes.shape[1]
     g_idx = layer.g_idx if layer.g_idx is not None else torch.arange(in_features) // layer.group_size
     return {
@@ -107,12 +110,12 @@ def gptq_tensors(layer: QuantizedLinear) -> dict[str, torch.Tensor]:
 
 
 def awq_tensors(layer: QuantizedLinear) -> dict[str, torch.Tensor]:
-    """The tensors of a 4-bit layer in AWQ's GEMM layout, by suffix."""
+    """Return the tensors of a 4-bit layer in AWQ's GEMM layout, by suffix."""
     return {"qweight": _pack_awq(layer.codes), "qzeros": _pack_awq(layer.zeros), "scales": layer.scales.T.contiguous()}
 
 
 def read_quantized_linears(path: Path) -> Iterator[tuple[str, QuantizedLinear]]:
-    """The quantized layers of a GPTQ or AWQ checkpoint one at a time: (module path in the model, layer).
+    """Yield the quantized layers of a GPTQ or AWQ checkpoint one at a time: (module path in the model, layer).
 
     Raises UnusableModel for a dense checkpoint, a width or version of the layout that is not read here, or a layer with missing tensors.
     """
@@ -138,7 +141,7 @@ def _form(config: dict[str, Any]) -> str:
 
 
 def _check(path: Path, layout: str, config: dict[str, Any]) -> None:
-    """Raises UnusableModel for what `read_quantized_linears` does not read."""
+    """Raise UnusableModel for what `read_quantized_linears` does not read."""
     if layout not in ("gptq", "awq"):
         raise UnusableModel(f"{path} is {layout}: it holds no integer codes of the GPTQ or AWQ layout", key="model")
     bits, group_size = config.get("bits"), config.get("group_size")

@@ -1,4 +1,4 @@
-"""Opening and saving checkpoints as torch modules, and their tokenizers."""
+"""Open and save checkpoints as torch modules, and their tokenizers."""
 
 import re
 import shutil
@@ -31,9 +31,14 @@ def load_model(
 
     The linear layers of a W8A8 or fp8 checkpoint also round their inputs, token by token (`round_inputs`), as these formats mean.
 
-    dtype           of the weights; None keeps the checkpoint's own
-    inputs_rounded  False leaves the inputs of W8A8 and fp8 layers as they are, for who rounds them in another way
-    Raises UnusableModel for a directory that `open_checkpoint` refuses, and where tensors are missing or unknown to the model's class.
+    Args:
+        path: A checkpoint directory.
+        dtype: Of the weights; None keeps the checkpoint's own.
+        device: A torch device string.
+        inputs_rounded: False leaves the inputs of W8A8 and fp8 layers as they are, for callers that round them differently.
+
+    Raises:
+        UnusableModel: `open_checkpoint` refuses the directory, or tensors are missing or unknown to the model's class.
     """
     path = Path(path)
     checkpoint = open_checkpoint(path)
@@ -50,7 +55,7 @@ def load_model(
 
 
 def _load_dequantized(checkpoint: Checkpoint, dtype: torch.dtype, inputs_rounded: bool) -> PreTrainedModel:
-    """The dense model that a quantized checkpoint stands for, opened by transformers as any other."""
+    """Open the dense model that a quantized checkpoint stands for, through transformers like any other."""
     scheme = read_scheme(checkpoint) if checkpoint.layout in COMPRESSED_TENSORS.values() else None
     layers = read_scaled_linears(checkpoint, scheme) if scheme else read_quantized_linears(checkpoint.path)
     weights: dict[str, torch.Tensor] = {}

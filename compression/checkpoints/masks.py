@@ -1,4 +1,4 @@
-"""Masks of unstructured pruning: which weights are kept, one bit each, in `masks.safetensors` beside the weights."""
+"""Masks of unstructured pruning: which weights are kept, one bit each, in `masks.safetensors` next to the weights."""
 
 import json
 from collections.abc import Mapping
@@ -15,17 +15,17 @@ MASKS = "masks.safetensors"
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
-    """bool [out, in] as uint8 [out, ceil(in / 8)]: bit i % 8 (lowest first) of byte i // 8 is column i; spare bits are 0."""
+    """Pack bool [out, in] as uint8 [out, ceil(in / 8)]: bit i % 8 (lowest first) of byte i // 8 is column i; spare bits are 0."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1, bitorder="little"))
 
 
 def unpack_mask(packed: torch.Tensor, in_features: int) -> torch.Tensor:
-    """The mask that `pack_mask` packed: bool [out, in_features]."""
+    """Undo `pack_mask`: bool [out, in_features]."""
     return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), axis=1, count=in_features, bitorder="little").view(np.bool_))
 
 
 class MaskWriter:
-    """Takes masks as they come and keeps them packed until `finish` writes the file; without masks there is none."""
+    """Collect masks, packed, until `finish` writes the file; without masks it writes none."""
 
     def __init__(self, out: Path):
         self._out = out
@@ -33,12 +33,12 @@ class MaskWriter:
         self._widths: dict[str, int] = {}
 
     def add(self, masks: Mapping[str, torch.Tensor]) -> None:
-        """Take masks, bool [out, in], true where a weight is kept, by the full name of the weight in the model."""
+        """Add masks, bool [out, in], True where a weight is kept, by the full name of the weight in the model."""
         self._packed |= {name: pack_mask(mask) for name, mask in masks.items()}
         self._widths |= {name: mask.shape[1] for name, mask in masks.items()}
 
     def finish(self) -> None:
-        """Write the file, if any mask was taken."""
+        """Write the file, if there are masks."""
         if not self._packed:
             return
         # One entry of metadata: safetensors writes several in an order that changes from run to run.
@@ -46,14 +46,14 @@ class MaskWriter:
 
 
 def write_masks(out: Path, masks: Mapping[str, torch.Tensor]) -> None:
-    """Write masks (as `MaskWriter.add` takes them) into the checkpoint directory `out`."""
+    """Write masks (as in `MaskWriter.add`) into the checkpoint directory `out`."""
     writer = MaskWriter(out)
     writer.add(masks)
     writer.finish()
 
 
 def read_masks(path: Path, *, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The masks of a checkpoint directory, bool [out, in] by weight name, of the weights whose name begins with `prefix`.
+    """Read the masks of a checkpoint directory, bool [out, in] by weight name, of the weights whose name begins with `prefix`.
 
     A directory without masks has none. Raises UnusableModel for a file that no `MaskWriter` wrote.
     """

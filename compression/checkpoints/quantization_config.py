@@ -1,4 +1,4 @@
-"""What `quantization_config` says of a GPTQ or AWQ checkpoint: the bits and groups of each layer. Planning imports this module: no torch here."""
+"""What `quantization_config` says of a GPTQ or AWQ checkpoint: the bits and groups of each layer. Imports no torch."""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +15,10 @@ FLOAT_BITS = 16  # of a layer that stays as it is
 class WeightScheme:
     """What a layer is rounded to: bits of a weight, and input channels that share a scale (`ROW`: all of them).
 
-    shrunk  the group is smaller than was asked for, which does not divide the layer's width
+    Attributes:
+        bits: Bits of a weight.
+        group_size: Input channels that share a scale.
+        shrunk: Whether the group is smaller than requested, because that does not divide the layer's width.
     """
 
     bits: int
@@ -23,12 +26,12 @@ class WeightScheme:
     shrunk: bool = field(default=False, compare=False)
 
     def width(self, in_features: int) -> int:
-        """Input channels in a group."""
+        """Return the input channels in a group."""
         return in_features if self.group_size == ROW else self.group_size
 
 
 def awq_config(*, group_size: int) -> dict[str, Any]:
-    """`quantization_config` of an AWQ checkpoint."""
+    """Build `quantization_config` of an AWQ checkpoint."""
     return {
         "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group_size, "zero_point": True,
         "modules_to_not_convert": ["lm_head"],
@@ -36,7 +39,7 @@ def awq_config(*, group_size: int) -> dict[str, Any]:
 
 
 def layer_scheme(config: Mapping[str, Any], module: str) -> WeightScheme | None:
-    """What a `quantization_config` says of a layer: the first entry of `dynamic` that fits it, else the values for all. None: not rounded."""
+    """Read what a `quantization_config` says of a layer: the first entry of `dynamic` that fits it, else the values for all. None: not rounded."""
     for rule, settings in (config.get("dynamic") or {}).items():
         if rule.startswith("-:"):
             if re.match(rule.removeprefix("-:"), module):
@@ -47,13 +50,13 @@ def layer_scheme(config: Mapping[str, Any], module: str) -> WeightScheme | None:
 
 
 def schemes_of(checkpoint: Checkpoint) -> set[WeightScheme]:
-    """All that linear layers of a GPTQ or AWQ checkpoint, planned or there, are rounded to."""
+    """Return all schemes of the linear layers of a GPTQ or AWQ checkpoint, planned or real."""
     config = checkpoint.config["quantization_config"]
     return {codes for name in checkpoint.linear_tensors() if (codes := layer_scheme(config, name.removesuffix(".weight"))) is not None}
 
 
 def linear_bits(checkpoint: Checkpoint, float_bits: int) -> float:
-    """Bits that the linear layers of a GPTQ or AWQ checkpoint take with their scales and zeros; `float_bits` of a weight that stays as it is."""
+    """Count the bits that the linear layers of a GPTQ or AWQ checkpoint take with their scales and zeros; `float_bits` of a weight that stays as it is."""
     config, total = checkpoint.config["quantization_config"], 0.0
     for path, (out_features, in_features) in checkpoint.linear_widths().items():
         for index in range(checkpoint.num_layers):

@@ -1,4 +1,4 @@
-"""What a compressed-tensors checkpoint rounds to, and how its config says so. Planning imports this module: no torch here."""
+"""What a compressed-tensors checkpoint rounds to, and how its config says so. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +12,18 @@ FORMATS = {"int": "int-quantized", "float": "float-quantized"}
 
 @dataclass(frozen=True)
 class Scheme:
-    """8-bit weights with fixed scales, and 8-bit inputs of the same type whose scales are found as they come, token by token. All symmetric.
+    """8-bit weights with fixed scales, and 8-bit inputs of the same type whose scales are computed token by token while the model runs. All symmetric.
 
-    type      "int" is −128 … 127, "float" is E4M3 (largest 448)
-    strategy  one weight scale for each output channel ("channel"), or one for the whole matrix ("tensor")
+    Attributes:
+        type: "int" is −128 … 127, "float" is E4M3 (largest 448).
+        strategy: One weight scale for each output channel ("channel"), or one for the whole matrix ("tensor").
     """
 
     type: Literal["int", "float"]
     strategy: Literal["channel", "tensor"] = "channel"
 
     def config(self, ignore: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
-        """`quantization_config` of a checkpoint in which every linear layer is rounded so, but those at the paths `ignore`."""
+        """Build `quantization_config` of a checkpoint in which every linear layer is rounded so, except those at the paths `ignore`."""
         number = {"num_bits": 8, "type": self.type, "symmetric": True, "group_size": None}
         group = {
             "targets": ["Linear"], "weights": {**number, "strategy": self.strategy, "dynamic": False},
@@ -35,7 +36,7 @@ class Scheme:
 
 
 def read_scheme(checkpoint: Checkpoint) -> Scheme:
-    """The one scheme of a compressed-tensors checkpoint. Raises UnusableModel where it has another one than `Scheme` can tell, or several."""
+    """Read the scheme of a compressed-tensors checkpoint. Raises UnusableModel where it has several, or one that `Scheme` cannot express."""
     config = checkpoint.config.get("quantization_config", {})
     groups = list(config.get("config_groups", {}).values())
     for scheme in (Scheme("int"), Scheme("int", "tensor"), Scheme("float"), Scheme("float", "tensor")):

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint read and written a few at a time, so that no model need be in memory whole."""
+"""Read and write the tensors of a checkpoint a few at a time, so that memory never holds the entire model."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -34,12 +34,12 @@ def check_names(out: Path, written: Iterable[str], expected: Iterable[str]) -> N
     """Refuse to publish a checkpoint that holds other tensors than its source, but for what the method changes: raises EdgepressError."""
     held, due = set(written), set(expected)
     wrong = {"are missing": due - held, "are not those of the source": held - due}
-    if told := "; ".join(f"{len(names)} {what} ({first_of(names)})" for what, names in wrong.items() if names):
-        raise EdgepressError(f"{out}: the tensors of the result are not what they must be: {told}. Nothing is published")
+    if differences := "; ".join(f"{len(names)} {what} ({first_of(names)})" for what, names in wrong.items() if names):
+        raise EdgepressError(f"{out}: the tensors of the result are not what they must be: {differences}. Nothing is published")
 
 
 class CheckpointWriter:
-    """Writes tensors into a new checkpoint directory as they come. Nothing opens it before `finish`, which writes the config and index."""
+    """Write tensors into a new checkpoint directory as they come. Nothing opens it before `finish`, which writes the config and index."""
 
     def __init__(self, out: Path, *, shard_bytes: int = SHARD_BYTES):
         out.mkdir(parents=True, exist_ok=True)
@@ -49,15 +49,20 @@ class CheckpointWriter:
         self._total = 0
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take tensors by their full names in the model."""
+        """Add tensors by their full names in the model."""
         self._pending |= {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         if sum(tensor.nbytes for tensor in self._pending.values()) >= self._shard_bytes:
             self._flush()
 
     def finish(self, config: Mapping[str, Any], *, names: Iterable[str]) -> None:
-        """Write what is left, give the shards their names, and write the index and config.json.
+        """Write the remaining tensors, give the shards their names, and write the index and config.json.
 
-        names  what the checkpoint must hold: the names of its source's tensors, but for what the method changes; raises what `check_names` does
+        Args:
+            config: The content of config.json.
+            names: The tensors that the checkpoint must hold: those of its source, except for what the method changes.
+
+        Raises:
+            EdgepressError: As `check_names` does.
         """
         if self._pending:
             self._flush()

@@ -1,4 +1,4 @@
-"""Models without weights, and where their linear layers are."""
+"""Build models without weights, and find their linear layers."""
 
 from collections.abc import Iterator
 
@@ -11,14 +11,14 @@ from compression.errors import Incompatible, first_of
 
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a checkpoint without weights, on the meta device."""
+    """Build the model of a checkpoint without weights, on the meta device."""
     config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 
 def linear_layers(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
-    """Paths of all linear layers of a model.
+    """List the paths of all linear layers of a model.
 
     Raises Incompatible where its blocks hold `unclaimed_tensors`.
     """
@@ -39,7 +39,7 @@ def linear_layers(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
 
 
 def unclaimed_tensors(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
-    """Names of the tensors that a method which compresses linear layers would leave as they are, or not find; sorted.
+    """List the names of the tensors that a method which compresses linear layers would leave as they are, or not find; sorted.
 
     These are the parameters of two and more dimensions in the blocks of `model` (one without weights will do), but for the weights of
     linear layers that `checkpoint.linear_tensors` names: experts in one tensor, convolutions, routers that are not linear layers, tables,
@@ -48,7 +48,7 @@ def unclaimed_tensors(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     linears = {f"{path}.weight" for path, part in model.named_modules() if isinstance(part, nn.Linear)}
     named = set(checkpoint.linear_tensors())
     matrices = {name for name, parameter in _block_parameters(model, checkpoint) if parameter.dim() > 1}
-    # What the model does not have at all is told only where it has nothing else: else it is the same, as the files call it.
+    # Names that the model does not have are reported only where nothing else is wrong: otherwise they are the same tensors under the files' names.
     return sorted(matrices - (linears & named)) or sorted(named - linears)
 
 
@@ -60,6 +60,6 @@ def _block_parameters(model: nn.Module, checkpoint: Checkpoint) -> Iterator[tupl
 
 
 def layers_outside(checkpoint: Checkpoint) -> list[str]:
-    """Paths of the linear layers outside a model's blocks, sorted: its head, and in some families more. Raises what `linear_layers` does."""
+    """List the paths of the linear layers outside a model's blocks, sorted: its head, and in some families more. Raises what `linear_layers` does."""
     inside = {name.removesuffix(".weight") for name in checkpoint.linear_tensors()}
     return sorted(set(linear_layers(skeleton(checkpoint), checkpoint)) - inside)

@@ -1,4 +1,4 @@
-"""Rewriting the linear layers of a checkpoint one tensor at a time: what needs no calibration needs no model in memory either."""
+"""Rewrite the linear layers of a checkpoint one tensor at a time: methods without calibration need no model in memory."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,12 +19,19 @@ Rewrite = Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
 
 
 def rewrite_linears(checkpoint: Path, out: Path, rewrite: Rewrite, *, config: Mapping[str, Any], context: Context) -> None:
-    """Write a checkpoint to `out` in which `rewrite(path, weight)` stands for the weight of every linear layer of every block.
+    """Write a checkpoint to `out` in which `rewrite(path, weight)` replaces the weight of every linear layer of every block.
 
-    rewrite  from a layer's path in the model and its weight [out, in] on the context's device to tensors by suffix ("qweight")
-    config   entries added to config.json
     Everything else, masks too, is carried along.
-    Raises Incompatible for a quantized checkpoint or one whose blocks hold matrices that are no linear layers.
+
+    Args:
+        checkpoint: A dense checkpoint directory.
+        out: A new directory.
+        rewrite: From a layer's path in the model and its weight [out, in] on the context's device to tensors by suffix ("qweight").
+        config: Entries added to config.json.
+        context: Device and progress.
+
+    Raises:
+        Incompatible: The checkpoint is quantized, or its blocks hold matrices that are not linear layers.
     """
     source = open_checkpoint(checkpoint)
     if source.layout != "dense":

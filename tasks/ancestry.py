@@ -1,4 +1,4 @@
-"""The one walk over what a stage descends from, be it planned, stored or reported. Imports no torch."""
+"""The walk over the ancestors of stages, be they planned, stored or reported. Imports no torch."""
 
 from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
@@ -7,11 +7,11 @@ Node = TypeVar("Node", bound=Hashable)
 
 
 def walk_ancestors(nodes: Iterable[Node], inputs: Callable[[Node], Iterable[Node]]) -> list[Node]:
-    """Return the nodes and all they descend from, each once and behind its own inputs.
+    """Return the nodes and all their ancestors, each once and behind its own inputs.
 
     Args:
-        nodes: Where the walk begins: names of stages, identities.
-        inputs: What a node is made from. With its parent alone the result of one node is the line from the base to it.
+        nodes: The start of the walk: names of stages, identities.
+        inputs: Returns the inputs of a node. With parents alone, the result for one node is the line from the base to it.
     """
     found: list[Node] = []
     seen: set[Node] = set()

@@ -23,7 +23,7 @@ CHANGES: Mapping[Change, str] = {
     "int4": "rounded to 6 bits or fewer by the exporter",
     "carried": "the quantized checkpoint's own codes, none of them rounded again",
 }
-RUN: Mapping[str, str] = {  # beside `edgepress generate`, which runs them all
+RUN: Mapping[str, str] = {  # without `edgepress generate`, which runs them all
     "llama.cpp": """With llama.cpp itself: `llama-cli -m model.gguf -p "Once upon a time" -n 100`""",
     "onnxruntime": """With ONNX Runtime itself: `onnxruntime.InferenceSession("model.onnx")`. The graph takes `input_ids`, `position_ids` and
 `past_key_values.*` (empty at first), and returns `logits` and `present.*`, which are the next step's past.""",
@@ -96,8 +96,8 @@ def origin_of(base: Base) -> Origin:
 def _card(out: Path, planned: Artifact, document: dict[str, Any], base: Base, steps: list[dict[str, Any]]) -> str:
     revision = f" at revision `{base.revision}`" if base.revision else ""
     source = _source(base)
-    made = [*(step["document"] for step in steps), document]
-    lineage = "\n".join(f"{number}. {_step(step)}" for number, step in enumerate(made, 1))
+    documents = [*(step["document"] for step in steps), document]
+    lineage = "\n".join(f"{number}. {_step(step)}" for number, step in enumerate(documents, 1))
     bound = KL_TO_PARENT[planned.change]
     return f"""---
 license: {base.license}

@@ -1,4 +1,4 @@
-"""The execution of one stage, whoever schedules it: look into the store, compute in a child process, measure, judge, publish. Imports no torch."""
+"""The execution of one stage, under any scheduler: look into the store, compute in a child process, measure, judge, publish. Imports no torch."""
 
 import shutil
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def run_stage(context: RunContext, stage: PlannedStage) -> Result:
     Raises:
         GateFailed: A bound or gate does not hold.
         Cancelled: The executor was closed.
-        Exception: Whatever else made it fail.
+        Exception: It failed for another reason.
     """
     result, previous = _register(context, stage)
     try:

@@ -48,7 +48,7 @@ class RunContext:
         documents: Identity and identity document of every stage, by name.
         progress: Called with the name of a stage and an event of it.
         evaluation: The recipe's settings of optional measurements.
-        remeasure: Whether timings are taken again even if the store has them.
+        remeasure: Whether timings are repeated even if the store has them.
         results: By name of the stage, from its beginning.
         measured: By name of the stage.
         lock: Guards `results`.

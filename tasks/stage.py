@@ -74,7 +74,7 @@ class Workplace:
     Attributes:
         out: Becomes the stage's content in the store when `run` returns; empty at the start.
         work: Kept until then, also over a crash: training checkpoints, the progress of a walk.
-        shared: For what several stages of this store would compute alike (the outputs of a teacher); None: use `work`.
+        shared: Results that several stages of this store share (the outputs of a teacher); None: use `work`.
     """
 
     out: Path

@@ -22,7 +22,7 @@ from compression.redaction import redacted
 from tasks.store.owner import owner_tag
 from tasks.store.store import Store
 
-RUNS = "runs"  # the folder, and the lock under which runs begin and garbage is collected
+RUNS = "runs"  # the folder, and the lock under which runs start and garbage is collected
 _FILE = re.compile(r"[^.].*-\d+\.json")
 State = Literal["Running", "Completed", "Failed", "Interrupted", "Crashed"]
 

@@ -1,4 +1,4 @@
-"""Tags that name a process, so that anybody can see later whether it still lives. Imports no torch."""
+"""Tags that name a process, so that other processes can check later whether it still lives. Imports no torch."""
 
 import os
 import socket

@@ -2,16 +2,16 @@
 
     objects/<identity>/content/...    the files of the stage, never changed afterwards
     objects/<identity>/manifest.json  sha256 of every file, the identity document, when it was computed and for how long
-    records/<key>.json                measurements, addressed by what was measured and how, with their own sha256
+    records/<key>.json                measurements, by the digest of their subject and settings, with their own sha256
     work/<identity>/                  scratch of a stage that is running or was killed
-    shared/                           what several stages would compute alike (teacher outputs); decides no bytes
+    shared/                           results that several stages share (teacher outputs); they decide no bytes
     runs/<run>.json                   the journal of a run: its plan, and how far it came (tasks/store/journal.py)
     runs/<run>.summary.json           its results (tasks/store/summaries.py)
     pins/<identity or run>            what garbage collection must keep (tasks/store/garbage.py)
     damaged/                          the quarantine: entries, records and journals that no longer match their sha256
     locks/                            empty files, one for each thing that only one process may do at a time
 
-A commit is a rename, so an entry exists whole or not at all; the next reader finishes a commit that was killed just before its rename.
+A commit is a rename, so an entry is complete or absent; the next reader finishes a commit that was killed just before its rename.
 Locks die with their owner (compression/locks.py).
 """
 
@@ -46,12 +46,12 @@ class Entry:
 
     @property
     def content(self) -> str:
-        """The digest of the bytes: equal for equal content, whatever its identity."""
+        """The digest of the bytes: equal for equal content under different identities."""
         return self.manifest["content"]
 
 
 class Store:
-    """A local store below `root`, made where there is none. Several processes may use it at once.
+    """A local store below `root`, created where there is none. Several processes may use it at once.
 
     Raises:
         EdgepressError: It cannot be written, is damaged, or has the schema of another version.
@@ -151,7 +151,7 @@ class Store:
         return (self.root / "objects" / identity / "manifest.json").is_file()
 
     def workplace(self, identity: str) -> Path:
-        """Return the scratch directory of an identity: an empty `out`, and in `work` whatever an earlier attempt left."""
+        """Return the scratch directory of an identity: an empty `out`, and in `work` the progress of an earlier attempt."""
         home = self.root / "work" / identity
         for leftover in (home / "out", *home.glob("commit-*")):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -172,7 +172,7 @@ class Store:
         """Make `out` of the workplace the entry of `identity`. Hold its lock.
 
         An entry that exists already, because the stage was recomputed, stays in place if its content is equal, since others may be reading it,
-        and gets the new manifest; one of other content goes into quarantine once the new one is whole on disk.
+        and gets the new manifest; one of other content goes into quarantine once the new one is complete on disk.
 
         Args:
             identity: The digest of `document`.
@@ -231,7 +231,7 @@ class Store:
         return target
 
     def remove(self, path: Path) -> None:
-        """Remove a file or folder of the store. A folder is renamed first: a kill at any moment leaves an entry whole or gone."""
+        """Remove a file or folder of the store. A folder is renamed first: a kill at any moment leaves an entry complete or absent."""
         if not path.is_dir() or path.is_symlink():
             path.unlink(missing_ok=True)
             return
@@ -255,11 +255,11 @@ class Store:
         write_json(self.root / "records" / f"{key}.json", {**document, "sha256": digest(document)})
 
     def entries(self) -> list[str]:
-        """Return the identities of all entries, whole or not."""
+        """Return the identities of all entries, damaged ones too."""
         return sorted(p.name for p in (self.root / "objects").iterdir())
 
     def records(self) -> list[str]:
-        """Return the keys of all records, whole or not."""
+        """Return the keys of all records, damaged ones too."""
         return sorted(p.stem for p in (self.root / "records").glob("[!.]*.json"))
 
 

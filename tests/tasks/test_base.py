@@ -13,12 +13,12 @@ from tasks.base import EMBEDDED, is_unchanged, open_base
 from tests.tiny import tiny_checkpoint
 
 
-def test_a_normal_directory_is_its_own_base(tmp_path: Path, checkpoint: Path) -> None:
+def test_normal_directory_is_its_own_base(tmp_path: Path, checkpoint: Path) -> None:
     base = open_base(str(checkpoint), None, None, tmp_path)
     assert base.path == base.origin == checkpoint and base.content == base.found == base.identity
 
 
-def test_what_nobody_reads_is_not_in_the_content(tmp_path: Path, checkpoint: Path) -> None:
+def test_unread_files_are_not_in_content(tmp_path: Path, checkpoint: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "m")
     before = open_base(str(tmp_path / "m"), None, None, tmp_path)
     (tmp_path / "m" / "notes.txt").write_text("anything")
@@ -29,7 +29,7 @@ def test_what_nobody_reads_is_not_in_the_content(tmp_path: Path, checkpoint: Pat
     assert after.identity != before.identity and after.license == "mit" and not is_unchanged(before, tmp_path)
 
 
-def test_a_model_that_is_rewritten_gets_another_identity(tmp_path: Path) -> None:
+def test_rewritten_model_gets_another_identity(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path / "m", "gemma3_text", hidden=256, heads=1, kv_heads=1)
     whole = open_base(str(path), None, None, tmp_path)
     config = json.loads((path / "config.json").read_text())
@@ -42,7 +42,7 @@ def test_a_model_that_is_rewritten_gets_another_identity(tmp_path: Path) -> None
     assert (base.path / "model.safetensors").resolve() == path / "model.safetensors"
 
 
-def test_a_child_finds_what_this_process_does(tmp_path: Path, checkpoint: Path) -> None:
+def test_child_finds_same_base(tmp_path: Path, checkpoint: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "m")
     config = json.loads((checkpoint / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "x.Y"}}))
@@ -60,7 +60,7 @@ def test_a_child_finds_what_this_process_does(tmp_path: Path, checkpoint: Path) 
     assert "UnusableModel" in done.stderr and "model_type 'vit'" in done.stderr
 
 
-def test_nothing_is_left_of_what_is_refused(tmp_path: Path) -> None:
+def test_refused_model_leaves_nothing(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path / "m")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
@@ -69,11 +69,11 @@ def test_nothing_is_left_of_what_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("bases/*"))
 
 
-def test_the_embedded_model_waits_for_nothing(tmp_path: Path) -> None:
+def test_embedded_model_needs_no_lock(tmp_path: Path) -> None:
     assert open_base("embedded", None, None, tmp_path).path == EMBEDDED and not (tmp_path / "bases").exists()
 
 
-def test_a_damaged_cache_is_made_again(tmp_path: Path, checkpoint: Path) -> None:
+def test_damaged_cache_is_rebuilt(tmp_path: Path, checkpoint: Path) -> None:
     before = open_base(str(checkpoint), None, None, tmp_path)
     for file in [*tmp_path.glob("digests/*.json"), *tmp_path.glob("bases/*/report.json")]:
         file.write_text(file.read_text()[:-9])

@@ -38,7 +38,7 @@ def filling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
     made.local.close()
 
 
-def test_full_disk_is_named_and_the_half_result_removed(small_disk: Path, filling: FillingExecutor) -> None:
+def test_full_disk_is_named_and_cleaned(small_disk: Path, filling: FillingExecutor) -> None:
     store = Store(small_disk / "store")
     parent = commit(store)
     with pytest.raises(JobFailed, match="no space left on the disk") as caught:

@@ -15,13 +15,13 @@ def read(document: Any) -> dict[str, StageGates]:
     return TypeAdapter(Gates).validate_python(document)
 
 
-def test_a_preset_is_replaced_by_its_bounds() -> None:
+def test_preset_becomes_its_bounds() -> None:
     assert read({"tuned": "strict", "pruned": "loose"}) == {"tuned": STRICT, "pruned": LOOSE}
     assert read({"preset": "default"}) == {"prune.*": LOOSE, "leaf": STRICT}
     assert read({}) == {}
 
 
-def test_what_stands_beside_a_preset_takes_the_place_of_its_part() -> None:
+def test_own_bounds_override_preset() -> None:
     own = {"accuracy": {"min": 0.5}}
     assert read({"tuned": {"preset": "strict", **own}}) == {"tuned": {**STRICT, "accuracy": Bound(min=0.5)}}
     assert read({"preset": "default", "leaf": own}) == {"prune.*": LOOSE, "leaf": {"accuracy": Bound(min=0.5)}}
@@ -39,13 +39,13 @@ def test_what_stands_beside_a_preset_takes_the_place_of_its_part() -> None:
         ("strict", "dict"),
     ],
 )
-def test_what_is_no_preset_is_refused(document: Any, words: str) -> None:
+def test_unknown_preset_is_refused(document: Any, words: str) -> None:
     with pytest.raises(ValidationError) as caught:
         read(document)
     assert words in str(caught.value)
 
 
-def test_presets_bound_what_every_recipe_can_measure() -> None:
+def test_presets_use_common_metrics() -> None:
     """A recipe without questions has no accuracy, and a preset says nothing of it."""
     assert all(bound.if_measured and bound.relative_to == "base" for bounds in PRESETS.values() for bound in bounds.values())
     assert {preset for selection in SELECTIONS.values() for preset in selection.values()} <= PRESETS.keys()
@@ -62,6 +62,6 @@ def test_presets_bound_what_every_recipe_can_measure() -> None:
         ("gptq", "quantize.gptq", False, None),
     ],
 )
-def test_one_key_holds_for_a_stage(name: str, uses: str, leaf: bool, key: str | None) -> None:
+def test_one_key_applies_to_stage(name: str, uses: str, leaf: bool, key: str | None) -> None:
     gates: dict[str, StageGates] = {"prune.*": LOOSE, "prune.d*": LOOSE, "leaf": STRICT, "narrow": {}}
     assert gate_key(gates, name, uses, leaf) == key

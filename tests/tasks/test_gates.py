@@ -61,12 +61,12 @@ def test_relative_bounds(bound: Bound, figure: float, expected: list[str]) -> No
 
 
 @pytest.mark.parametrize(("bound", "figure"), [(Bound(max_increase=0.5), -0.6), (Bound(max_decrease=0.5), -1.4)])
-def test_a_share_of_a_negative_number_leaves_room_on_the_right_side(bound: Bound, figure: float) -> None:
+def test_share_of_negative_number(bound: Bound, figure: float) -> None:
     others = {"base": Figures({"delta": -1.0})}
     assert outcomes(bound, figure, "delta", others) == ["PASS"]
 
 
-def test_a_share_may_be_written_in_percent() -> None:
+def test_share_in_percent() -> None:
     assert Bound.model_validate({"max_increase": "5%"}) == Bound(max_increase=0.05)
     for wrong in ("many%", "-1%", "nan%", -0.1):
         with pytest.raises(ValidationError):
@@ -76,26 +76,26 @@ def test_a_share_may_be_written_in_percent() -> None:
 
 
 @pytest.mark.parametrize("document", [{}, {"relative_to": "base"}, {"strict": True}, {"maximum": 3}, {"min": math.nan}, {"max": math.inf}])
-def test_a_bound_that_bounds_nothing_is_refused(document: dict[str, object]) -> None:
+def test_empty_bound_is_refused(document: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Bound.model_validate(document)
 
 
-def test_what_was_not_measured_fails() -> None:
+def test_unmeasured_metric_fails() -> None:
     (verdict,) = verdicts(Bound(min=0), Figures({"perplexity": 1}), "accuracy")
     assert verdict.outcome == "FAIL" and "accuracy was not measured; measured: perplexity" in verdict.message
     (verdict,) = verdicts(Bound(max_decrease=1, relative_to="pruned"), 1, "accuracy")
     assert verdict.outcome == "FAIL" and "accuracy of pruned was not measured" in verdict.message
 
 
-def test_a_bound_may_say_nothing_of_what_was_not_measured() -> None:
+def test_if_measured_skips_unmeasured_metric() -> None:
     assert verdicts(Bound(min=0, if_measured=True), Figures({"perplexity": 1}), "accuracy") == []
     assert verdicts(Bound(max_drop=1, relative_to="pruned", if_measured=True), 1, "accuracy") == []
     assert outcomes(Bound(min=2, if_measured=True), 1) == ["FAIL"]
 
 
 @pytest.mark.parametrize("bound", [Bound(max=1e9), Bound(min=-1e9), Bound(max_increase=9), Bound(max_decrease=1), Bound(max_drop=9)])
-def test_what_is_not_finite_passes_no_bound(bound: Bound) -> None:
+def test_nonfinite_value_fails(bound: Bound) -> None:
     for figure in (math.nan, math.inf, -math.inf):
         assert outcomes(bound, figure) == ["FAIL"]
         if bound.relative:
@@ -104,7 +104,7 @@ def test_what_is_not_finite_passes_no_bound(bound: Bound) -> None:
     assert outcomes(Bound(min=1), contended, "tokens_per_second") == ["FAIL"]
 
 
-def test_a_standard_error_is_noise_too() -> None:
+def test_standard_error_is_noise() -> None:
     """Groups of the harness tell one, and no items."""
     mine = Figures({"harness.mmlu.acc": 0.485, "harness.mmlu.acc_stderr": 0.004})
     base = Figures({"harness.mmlu.acc": 0.4952, "harness.mmlu.acc_stderr": 0.004})
@@ -115,7 +115,7 @@ def test_a_standard_error_is_noise_too() -> None:
 
 @settings(deadline=None)
 @given(values, values, st.floats(0, 100), st.floats(0, 100), st.booleans())
-def test_one_rule_for_every_interval(figure: float, limit: float, below: float, above: float, strict: bool) -> None:
+def test_outcome_follows_interval(figure: float, limit: float, below: float, above: float, strict: bool) -> None:
     """PASS if the value and all of its interval keep the limit, FAIL if none of it does, else INCONCLUSIVE; mirrored for `min`."""
     low, high = figure - below, figure + above
     expected = "PASS" if high <= limit else "FAIL" if low > limit else "INCONCLUSIVE"
@@ -128,7 +128,7 @@ def test_one_rule_for_every_interval(figure: float, limit: float, below: float, 
 
 @settings(deadline=None)
 @given(values, values, st.floats(0, 10), st.floats(0, 10))
-def test_a_looser_limit_and_a_narrower_interval_never_turn_worse(figure: float, limit: float, noise: float, more: float) -> None:
+def test_looser_limit_never_worsens_outcome(figure: float, limit: float, noise: float, more: float) -> None:
     order = ["FAIL", "INCONCLUSIVE", "PASS"]
     mine = Figures({"m": figure, "m_low": figure - noise, "m_high": figure + noise})
     (tight,), (loose,) = (outcomes(Bound(max=bar), mine, "m") for bar in (limit, limit + more))
@@ -138,7 +138,7 @@ def test_a_looser_limit_and_a_narrower_interval_never_turn_worse(figure: float, 
         assert outcomes(Bound(max=limit), wide, "m") == [tight]
 
 
-def test_a_verdict_keeps_value_limit_and_interval() -> None:
+def test_verdict_keeps_value_limit_interval() -> None:
     mine = Figures({"m": 12.0, "m_low": 11.0, "m_high": 14.0})
     (verdict,) = verdicts(Bound(max=10), mine, "m")
     assert verdict == Verdict("m", "FAIL", "m 12 is not at most 10 (2 too much), beyond the noise of ±1.5", "at most", 12, 10, 11, 14)
@@ -148,7 +148,7 @@ def test_a_verdict_keeps_value_limit_and_interval() -> None:
     assert verdict == Verdict("perplexity", "PASS", "perplexity 9 is at most 9.5", "at most", 9, 9.5)
 
 
-def test_the_message_says_metric_limit_reference_and_by_how_much() -> None:
+def test_message_has_metric_limit_and_reference() -> None:
     (verdict,) = verdicts(Bound(max_increase=0.05), 12)
     assert verdict.message == "perplexity 12 is not at most 10.5 (base 10: a rise of 20%, allowed 5%)"
     (verdict,) = verdicts(Bound(max_drop=0.02), 0.75, "accuracy")
@@ -157,7 +157,7 @@ def test_the_message_says_metric_limit_reference_and_by_how_much() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40), st.floats(0, 0.5))
-def test_what_was_measured_on_the_same_items_is_compared_pair_by_pair(mine: int, theirs: int, allowed: float) -> None:
+def test_shared_items_are_paired(mine: int, theirs: int, allowed: float) -> None:
     """The same questions answered alike leave no noise in the difference, whatever the noise of each."""
     one, same = answered(mine, 40), answered(mine, 40)
     assert outcomes(Bound(max_drop=allowed), one, "accuracy", {"base": same}) == ["PASS"]
@@ -168,7 +168,7 @@ def test_what_was_measured_on_the_same_items_is_compared_pair_by_pair(mine: int,
     assert {"PASS": expected, "FAIL": not expected}.get(verdict.outcome, True)
 
 
-def test_a_drop_within_the_noise_is_called_that() -> None:
+def test_drop_within_noise_is_inconclusive() -> None:
     base, mine = answered(80, 100), answered(78, 100, seed=1)
     (verdict,) = verdicts(Bound(max_drop=0.01), mine, "accuracy", {"base": base})
     assert verdict.outcome == "INCONCLUSIVE" and verdict.low is not None and verdict.high is not None
@@ -178,7 +178,7 @@ def test_a_drop_within_the_noise_is_called_that() -> None:
     assert outcomes(Bound(max_drop=0.01), answered(20, 100, seed=1), "accuracy", {"base": base}) == ["FAIL"]
 
 
-def test_intervals_measured_apart_add_up_in_quadrature() -> None:
+def test_independent_intervals_add_in_quadrature() -> None:
     """MOVER on two symmetric intervals is the sum of independent normal errors: sqrt(3² + 4²)."""
     base = Figures({"m": 100.0, "m_low": 96.0, "m_high": 104.0})
     mine = Figures({"m": 90.0, "m_low": 87.0, "m_high": 93.0})
@@ -188,7 +188,7 @@ def test_intervals_measured_apart_add_up_in_quadrature() -> None:
     assert outcomes(Bound(max_drop=15), mine, "m", {"base": base}) == ["PASS"]
 
 
-def test_what_was_timed_on_a_busy_machine_fails_no_bound_and_passes_those_it_keeps() -> None:
+def test_contended_timing_fails_no_bound() -> None:
     busy = Figures({"tokens_per_second": 100.0, "cpu_wait_share": 0.6, "size_mb": 9.0})
     quiet = Figures({"tokens_per_second": 900.0, "cpu_wait_share": 0.01})
     bounds = {"tokens_per_second": Bound(min=500), "size_mb": Bound(max=5)}

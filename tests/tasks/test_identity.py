@@ -96,18 +96,18 @@ def test_seed_and_threads_change_it(number: int) -> None:
     assert identity(stage("prune.width"), machine=Machine("cpu", number + 1)) != identity(stage("prune.width"))
 
 
-def test_the_type_of_the_device_changes_it_and_its_number_does_not() -> None:
+def test_device_type_changes_it_not_number() -> None:
     made = stage("prune.width")
     assert identity(made, machine=Machine("cuda:0")) == identity(made, machine=Machine("cuda:1")) != identity(made)
 
 
-def test_the_version_of_the_kind_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinds_version_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     before = identity(stage("prune.width"))
     monkeypatch.setattr(stage_kinds()["prune.width"], "version", 99)
     assert identity(stage("prune.width")) != before
 
 
-def test_the_version_of_a_library_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_version_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made = stage("quantize.gptq")
     before = identity(made)
     for changed in type(made).libraries:
@@ -117,19 +117,19 @@ def test_the_version_of_a_library_changes_it(monkeypatch: pytest.MonkeyPatch) ->
         assert identity(made) != before
 
 
-def test_a_library_that_is_not_installed_has_a_version_too() -> None:
+def test_missing_library_has_a_version() -> None:
     assert library_versions(("torch", "no-such-distribution"))["no-such-distribution"] == "absent"
     assert library_versions(("torch",))["torch"][0].isdigit()
 
 
-def test_only_the_data_that_a_stage_reads_changes_it() -> None:
+def test_only_data_it_reads_changes_it() -> None:
     longer = DATA.model_copy(update={"length": 128})
     same = {uses for uses in stage_kinds() if identity(stage(uses), data=longer) == identity(stage(uses))}
     assert same == {uses for uses in stage_kinds() if stage(uses).data_read() == "nothing"}
     assert {"distill", "finetune", "quantize.gptq", "quantize.awq"}.isdisjoint(same)
 
 
-def test_the_name_of_a_teacher_is_no_part_of_it() -> None:
+def test_teachers_name_is_excluded() -> None:
     """Its identity is, as an input."""
     assert identity(stage("distill", teacher="pruned")) == identity(stage("distill", teacher="thin"))
 
@@ -139,7 +139,7 @@ def test_seeds_fit_every_generator(text: str) -> None:
     assert 0 <= seed_of(text) < 2**31
 
 
-def test_the_digest_is_sha256_of_canonical_json() -> None:
+def test_digest_is_sha256_of_canonical_json() -> None:
     import hashlib
 
     assert digest({"b": "ü", "a": [1, 2.5]}) == hashlib.sha256(b'{"a":[1,2.5],"b":"\\u00fc"}').hexdigest()

@@ -17,7 +17,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def test_a_run_is_written_down_from_its_beginning_to_its_end(store: Store) -> None:
+def test_journal_follows_run(store: Store) -> None:
     with journal(store, a_run("demo", ["1", "2"], overrides=("seed=1",))) as opened:
         assert opened.run.run == "demo-1" and opened.run.sequence == 1
         begun = read_run(store, "demo-1")
@@ -33,7 +33,7 @@ def test_a_run_is_written_down_from_its_beginning_to_its_end(store: Store) -> No
     assert [(s.state, s.reason, s.seconds) for s in ended.stages] == [("Completed", "", 2.5), ("Failed", "too narrow", 0.0)]
 
 
-def test_runs_are_numbered_and_ordered_whatever_the_clock_says(store: Store) -> None:
+def test_run_order_ignores_clock(store: Store) -> None:
     for recipe, clock in [("demo", 3e9), ("other", 2e9), ("demo", -5.0)]:
         with journal(store, a_run(recipe, [], started=clock)) as opened:
             opened.end("Completed")
@@ -42,7 +42,7 @@ def test_runs_are_numbered_and_ordered_whatever_the_clock_says(store: Store) -> 
 
 
 @pytest.mark.parametrize(("error", "state", "reason"), [(KeyboardInterrupt(), "Interrupted", ""), (OSError("disk"), "Failed", "disk")])
-def test_a_run_that_is_broken_off_says_so_and_what_ran_was_stopped(store: Store, error: BaseException, state: str, reason: str) -> None:
+def test_interrupted_run_stops_its_stages(store: Store, error: BaseException, state: str, reason: str) -> None:
     with pytest.raises(type(error)), journal(store, a_run("demo", ["1"])) as opened:
         opened.update_stages({"s0": StageStatus("Running")})
         raise error
@@ -50,12 +50,12 @@ def test_a_run_that_is_broken_off_says_so_and_what_ran_was_stopped(store: Store,
     assert (run.state, run.reason, run.stages[0].state) == (state, reason, "Stopped")
 
 
-def test_a_run_may_not_end_without_a_word(store: Store) -> None:
+def test_run_without_status_fails(store: Store) -> None:
     with pytest.raises(RuntimeError, match="demo-1"), journal(store, a_run("demo", [])):
         pass
 
 
-def test_a_killed_run_is_a_crashed_one(store: Store) -> None:
+def test_killed_run_is_crashed(store: Store) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom tasks.store.journal import journal\nfrom tasks.store.store import Store\nfrom tests.tasks.entries import a_run\n"
         "with journal(Store(Path(sys.argv[1])), a_run('demo', ['1'])):\n    print('begun', flush=True); sys.stdin.read()"
@@ -70,7 +70,7 @@ def test_a_killed_run_is_a_crashed_one(store: Store) -> None:
     assert run.state == "Running" and current_state(store, run) == "Crashed"
 
 
-def test_a_journal_of_a_later_version_is_read_and_a_damaged_one_is_told(store: Store) -> None:
+def test_newer_journal_is_read(store: Store) -> None:
     with journal(store, a_run("demo", [])) as opened:
         opened.end("Completed")
     file = store.root / "runs" / "demo-1.json"

@@ -64,7 +64,7 @@ def compute(store: Store, parent: Entry, executor: FakeExecutor, data: Path | No
     return _compute_in_child(context, planned, stage, Result("tuned", "prune.width", ["pruned"], "Running", identity))
 
 
-def test_stage_with_whole_inputs_commits(store: Store) -> None:
+def test_stage_with_intact_inputs_commits(store: Store) -> None:
     entry = compute(store, commit(store), FakeExecutor(lambda: None))
     assert store.get(entry.identity) == entry
 

@@ -65,7 +65,7 @@ def take(subject: Subject, executor: FakeExecutor, tmp_path: Path) -> Measured:
     return measure(subject, Store(tmp_path / "store"), executor, lambda event: None)  # type: ignore[arg-type]
 
 
-def test_a_record_is_computed_once(kinds: list[Measurement], subject: Subject, tmp_path: Path) -> None:
+def test_record_is_computed_once(kinds: list[Measurement], subject: Subject, tmp_path: Path) -> None:
     executor = FakeExecutor()
     first, again = take(subject, executor, tmp_path), take(subject, executor, tmp_path)
     assert len(executor.jobs) == 1 and (first.seconds, again.seconds) == (2.0, 0.0)
@@ -84,16 +84,14 @@ def test_a_record_is_computed_once(kinds: list[Measurement], subject: Subject, t
         lambda s: {"machine": Machine("cuda", 2)},
     ],
 )
-def test_other_bytes_device_or_threads_are_measured_anew(kinds: list[Measurement], subject: Subject, tmp_path: Path, change: Any) -> None:
+def test_bytes_device_and_threads_change_key(kinds: list[Measurement], subject: Subject, tmp_path: Path, change: Any) -> None:
     executor = FakeExecutor()
     take(subject, executor, tmp_path)
     take(replace(subject, **change(subject)), executor, tmp_path)
     assert len(executor.jobs) == 2
 
 
-def test_another_torch_is_another_runtime(
-    kinds: list[Measurement], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_version_changes_key(kinds: list[Measurement], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = FakeExecutor()
     take(subject, executor, tmp_path)
     monkeypatch.setattr(module, "version", lambda package: f"another {package}")
@@ -116,7 +114,7 @@ def test_each_measurement_has_its_own_folder(kinds: list[Measurement], subject: 
     assert sorted(folder.name for folder in folders) == sorted(f"measure-{key}" for key in keys) and len(set(folders)) == 2
 
 
-def test_one_more_part_computes_only_that(kinds: list[Measurement], subject: Subject, tmp_path: Path) -> None:
+def test_added_part_computes_only_itself(kinds: list[Measurement], subject: Subject, tmp_path: Path) -> None:
     def with_tasks(*tasks: str) -> MeasurementRequest:
         return replace(subject.request, evaluation=EvaluationSpec(harness=tasks))
 
@@ -153,14 +151,14 @@ def test_remeasuring_repeats_timings_only(kinds: list[Measurement], subject: Sub
     assert len(store.records()) == 2
 
 
-def test_what_does_not_apply_is_not_measured(kinds: list[Measurement], subject: Subject, tmp_path: Path) -> None:
+def test_inapplicable_measurement_is_skipped(kinds: list[Measurement], subject: Subject, tmp_path: Path) -> None:
     other = replace(subject, request=replace(subject.request, evaluation=EvaluationSpec(samples=0)))
     executor = FakeExecutor()
     assert take(other, executor, tmp_path) == Measured() and executor.jobs == []
     assert list(known_metrics(other.request)) == []
 
 
-def test_a_comparison_is_a_record_of_two_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparison_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "store")
     base = Measured(items={"grade": RIGHT, "loss": Items((1.0, 3.0), (1.0, 1.0), "exp")}, keys={"graded": "a"})
     mine = Measured(items={"grade": Items((0.0, 1.0, 0.0, 1.0), (1.0,) * 4), "own": RIGHT}, keys={"graded": "b"})
@@ -174,7 +172,7 @@ def test_a_comparison_is_a_record_of_two_others(tmp_path: Path, monkeypatch: pyt
     assert compare(Measured(), base, "c" * 64, store) == {}
 
 
-def test_a_repeated_record_is_compared_again(tmp_path: Path) -> None:
+def test_repeated_record_is_compared_again(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     base = Measured(items={"grade": RIGHT}, keys={"graded": "a"})
     before, after = (Measured(items={"grade": Items(sums, (1.0,) * 4)}, keys={"graded": "b"}) for sums in ((0.0,) * 4, (1.0,) * 4))
@@ -182,7 +180,7 @@ def test_a_repeated_record_is_compared_again(tmp_path: Path) -> None:
     assert len(store.records()) == 2
 
 
-def test_intervals_and_comparisons_are_known_while_planning(checkpoint: Path) -> None:
+def test_known_metrics_include_intervals_and_comparisons(checkpoint: Path) -> None:
     known = known_metrics(MeasurementRequest(open_checkpoint(checkpoint), ("base",), SPEC, EvaluationSpec()))
     assert {"accuracy_delta_low", "perplexity_ratio_high", "kl_to_base_high", "tokens_per_second_low"} <= known.keys()
     assert not {"kl_to_base_delta", "accuracy_ratio"} & known.keys()
@@ -197,7 +195,7 @@ def test_quantized_checkpoints_have_no_speed(checkpoint: Path, layout: Any, time
     )
 
 
-def test_a_slowdown_within_noise_gives_no_warning() -> None:
+def test_slowdown_within_noise_gives_no_warning() -> None:
     def row(name: str, speed: float, spread: float) -> Result:
         metrics = {"tokens_per_second": speed, "tokens_per_second_low": speed - spread, "tokens_per_second_high": speed + spread}
         return Result(name, "export.gguf", [], "Cached", runtime="llama.cpp", metrics=metrics)

@@ -113,7 +113,7 @@ CASES: list[tuple[str, Callable[[dict[str, str]], dict[str, Any]]]] = [
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_a_job_gives_the_metrics_it_announces(
+def test_job_gives_announced_metrics(
     name: str, settings: Callable[[dict[str, str]], dict[str, Any]], checkpoint: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:  # fmt: skip
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -129,7 +129,7 @@ def test_a_job_gives_the_metrics_it_announces(
     json.dumps(findings.document())
 
 
-def test_keys_cover_what_files_hold_not_their_places(checkpoint: Path, files: dict[str, str], tmp_path: Path) -> None:
+def test_keys_cover_contents_not_paths(checkpoint: Path, files: dict[str, str], tmp_path: Path) -> None:
     def document(key: str, **settings: Any) -> dict[str, Any]:
         return KINDS[key].document(request(checkpoint, **settings))
 
@@ -165,7 +165,7 @@ def test_other_counters_give_another_energy_key(checkpoint: Path, monkeypatch: p
     assert energy.document(of) != estimated
 
 
-def test_the_system_message_is_part_of_keys(checkpoint: Path, files: dict[str, str]) -> None:
+def test_system_message_is_in_keys(checkpoint: Path, files: dict[str, str]) -> None:
     data = DataSpec.model_validate({"text": "embedded", "questions": {"path": "embedded", "system": "Be brief."}})
     for key in ("question_answering", "summarization", "red_team", "harness"):
         plain, measurement = request(checkpoint, **{key: [files[key]] if key == "harness" else files[key]}), KINDS[key]

@@ -44,20 +44,20 @@ def run(
         ("synthesize", {"documents": 2, "length": 16}),
     ],
 )
-def test_a_kind_names_its_metrics(checkpoint: Path, tmp_path: Path, uses: str, parameters: dict[str, Any]) -> None:
+def test_kind_names_its_metrics(checkpoint: Path, tmp_path: Path, uses: str, parameters: dict[str, Any]) -> None:
     (tmp_path / "work").mkdir()
     metrics, said = run(checkpoint, tmp_path, uses, parameters)
     assert metrics
     assert [warning for warning in said if "does not name" in warning] == []
 
 
-def test_what_a_kind_does_not_name_is_told(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undeclared_metric_gives_warning(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage_kinds()["prune.width"], "metrics", ("kept_*",))
     _, said = run(checkpoint, tmp_path, "prune.width", {"keep": 0.5})
     assert any("PruneWidth.metrics does not name parameters_ratio, intermediate_size, num_attention_heads" in warning for warning in said)
 
 
-def test_one_endless_document_is_told(checkpoint: Path, tmp_path: Path) -> None:
+def test_lone_document_gives_warning(checkpoint: Path, tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / f"{split}.txt").write_text("The lamp is in the mill.\n" * 100)
     data = DATA | {"text": {"path": str(tmp_path)}}
@@ -67,5 +67,5 @@ def test_one_endless_document_is_told(checkpoint: Path, tmp_path: Path) -> None:
     assert said == []  # reads no text
 
 
-def test_every_kind_of_ours_names_some() -> None:
+def test_every_kind_declares_metrics() -> None:
     assert [uses for uses, kind in stage_kinds().items() if kind.__module__.startswith("tasks.kinds") and "*" in kind.metrics] == []

@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def test_what_was_committed_comes_back(store: Store) -> None:
+def test_committed_entry_is_found(store: Store) -> None:
     made = commit(store)
     found = store.get(A)
     assert found is not None and found == made
@@ -37,20 +37,18 @@ def test_what_was_committed_comes_back(store: Store) -> None:
     assert store.has(A) and store.entries() == [A]
 
 
-def test_equal_bytes_have_equal_content_under_any_identity(store: Store) -> None:
+def test_equal_bytes_have_equal_content(store: Store) -> None:
     assert commit(store, "a").content == commit(store, "b").content != commit(store, "c", "other").content
 
 
-def test_a_sha256_of_the_manifest_is_sha256sums(store: Store) -> None:
+def test_manifest_matches_sha256sum(store: Store) -> None:
     entry = commit(store)
     told = subprocess.run(["sha256sum", entry.path / "model.safetensors"], capture_output=True, text=True, check=True).stdout.split()[0]
     assert entry.manifest["files"]["model.safetensors"] == told
 
 
 @pytest.mark.parametrize("moment", ["fsync_tree", "write_json"])
-def test_a_commit_that_is_broken_off_leaves_nothing_that_is_taken_for_whole(
-    store: Store, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
+def test_interrupted_commit_leaves_no_entry(store: Store, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     def power_cut(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -62,7 +60,7 @@ def test_a_commit_that_is_broken_off_leaves_nothing_that_is_taken_for_whole(
     assert store.get(A) is not None
 
 
-def test_a_workplace_is_empty_but_for_what_a_killed_run_left_to_go_on_from(store: Store) -> None:
+def test_workplace_keeps_only_work_of_killed_run(store: Store) -> None:
     home = store.workplace("a")
     (home / "out" / "half").write_text("")
     (home / "work" / "checkpoint-2").mkdir()
@@ -74,7 +72,7 @@ def test_a_workplace_is_empty_but_for_what_a_killed_run_left_to_go_on_from(store
     assert (home / "work" / "checkpoint-2").is_dir()
 
 
-def test_equal_content_that_was_made_again_stays_and_has_the_new_manifest(store: Store) -> None:
+def test_recommitted_content_gets_new_manifest(store: Store) -> None:
     first = commit(store)
     inode = (first.path / "model.safetensors").stat().st_ino
     second = commit(store)
@@ -83,7 +81,7 @@ def test_equal_content_that_was_made_again_stays_and_has_the_new_manifest(store:
     assert not list((store.root / "damaged").iterdir()) and not list((store.root / "work").iterdir())
 
 
-def test_other_content_takes_the_place_of_the_old_one(store: Store) -> None:
+def test_changed_content_replaces_old_entry(store: Store) -> None:
     commit(store)
     second = commit(store, text="weightz")
     assert store.get(A) == second and (second.path / "model.safetensors").read_text() == "weightz"
@@ -91,7 +89,7 @@ def test_other_content_takes_the_place_of_the_old_one(store: Store) -> None:
     assert (old / "content" / "model.safetensors").read_text() == "weights"
 
 
-def test_a_commit_killed_before_its_last_rename_is_finished(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_killed_before_rename_is_finished(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def kill(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -107,7 +105,7 @@ def test_a_commit_killed_before_its_last_rename_is_finished(store: Store, monkey
     assert not list((store.root / "work").iterdir())
 
 
-def test_what_a_commit_left_that_was_killed_in_sweeping_up_is_swept_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_finished_commit_are_removed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def kill(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -149,7 +147,7 @@ def lose_manifest(entry: Entry) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, add, halve_manifest, exchange_manifest, lose_manifest])
-def test_a_damaged_entry_is_set_aside_and_can_be_made_again(store: Store, damage: Any) -> None:
+def test_damaged_entry_is_quarantined(store: Store, damage: Any) -> None:
     damage(commit(store))
     assert store.get(A) is None
     assert [p.name.split(".")[0] for p in (store.root / "damaged").iterdir()] == [A]
@@ -157,7 +155,7 @@ def test_a_damaged_entry_is_set_aside_and_can_be_made_again(store: Store, damage
     assert commit(store) == store.get(A)
 
 
-def test_the_lock_excludes_other_processes_and_dies_with_its_owner(store: Store) -> None:
+def test_lock_dies_with_its_owner(store: Store) -> None:
     code = "import sys\nfrom pathlib import Path\nfrom tasks.store.store import Store\nwith Store(Path(sys.argv[1])).lock('x'):\n    print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-P", "-c", code, store.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
@@ -177,7 +175,7 @@ def test_the_lock_excludes_other_processes_and_dies_with_its_owner(store: Store)
     assert entered.is_set()
 
 
-def test_who_waits_for_the_lock_of_another_process_can_give_up(store: Store) -> None:
+def test_waiting_for_lock_can_be_cancelled(store: Store) -> None:
     code = "import sys\nfrom pathlib import Path\nfrom tasks.store.store import Store\nwith Store(Path(sys.argv[1])).lock('x'):\n    print('held', flush=True); sys.stdin.read()"
     is_cancelled, entered = threading.Event(), threading.Event()
     caught: list[BaseException] = []
@@ -204,7 +202,7 @@ def test_who_waits_for_the_lock_of_another_process_can_give_up(store: Store) -> 
         pass
 
 
-def test_records_come_back_and_an_unreadable_one_counts_as_absent(store: Store) -> None:
+def test_unreadable_record_counts_as_absent(store: Store) -> None:
     assert store.record("k") is None
     store.put_record("k", {"metrics": {"perplexity": 3.5}})
     assert store.record("k") == {"metrics": {"perplexity": 3.5}}
@@ -217,7 +215,7 @@ def test_records_come_back_and_an_unreadable_one_counts_as_absent(store: Store) 
     assert len(list((store.root / "damaged").iterdir())) == 3
 
 
-def test_a_record_of_a_version_without_checksums_is_taken(store: Store) -> None:
+def test_record_without_checksum_is_accepted(store: Store) -> None:
     write_json(store.root / "records" / "k.json", {"metrics": {"perplexity": 3.5}})
     assert store.record("k") == {"metrics": {"perplexity": 3.5}}
 
@@ -227,7 +225,7 @@ def full(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize("moment", ["tasks.store.store.fsync_tree", "compression.files.os.fsync", "compression.files.Path.replace"])
-def test_a_full_disk_leaves_the_store_whole(store: Store, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+def test_full_disk_leaves_store_intact(store: Store, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     commit(store, "before")
     store.put_record("k", {"metrics": {"perplexity": 3.5}})
     with monkeypatch.context() as patch:
@@ -243,7 +241,7 @@ def test_a_full_disk_leaves_the_store_whole(store: Store, monkeypatch: pytest.Mo
     assert commit(store) == store.get(A)
 
 
-def test_a_disk_that_is_really_full_leaves_the_store_whole(small_disk: Path) -> None:
+def test_really_full_disk_leaves_store_intact(small_disk: Path) -> None:
     store = Store(small_disk / "store")
     commit(store, "before", "x" * 300_000)
     with pytest.raises(OSError, match="No space left"):
@@ -255,7 +253,7 @@ def test_a_disk_that_is_really_full_leaves_the_store_whole(small_disk: Path) -> 
     assert commit(store, "a", "x" * 300_000) == store.get(A)
 
 
-def test_of_two_processes_one_computes_and_the_other_waits_and_finds_it(store: Store, tmp_path: Path) -> None:
+def test_second_process_waits_for_first(store: Store, tmp_path: Path) -> None:
     """As `compute_stage` does it: lock, look, compute, commit."""
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom tasks.store.store import Store\nfrom tests.tasks.entries import commit, identity_of\n"
@@ -273,14 +271,14 @@ def test_of_two_processes_one_computes_and_the_other_waits_and_finds_it(store: S
     assert store.get(A) is not None and list((store.root / "damaged").iterdir()) == []
 
 
-def test_a_lock_is_tried_without_waiting(store: Store) -> None:
+def test_try_lock_does_not_wait(store: Store) -> None:
     with store.lock("x"), store.try_lock("x") as held:
         assert not held
     with store.try_lock("x") as held, store.try_lock("x") as twice:
         assert held and not twice
 
 
-def test_what_another_store_made_is_adopted_if_it_is_whole(store: Store, tmp_path: Path) -> None:
+def test_intact_foreign_entry_is_adopted(store: Store, tmp_path: Path) -> None:
     other = Store(tmp_path / "other")
     made = commit(other)
     again = store.root / "work" / "again"
@@ -294,7 +292,7 @@ def test_what_another_store_made_is_adopted_if_it_is_whole(store: Store, tmp_pat
     assert store.adopt(A, again) == store.get(A)
 
 
-def test_a_store_of_before_there_were_journals_gets_their_folders(store: Store) -> None:
+def test_old_store_gets_missing_folders(store: Store) -> None:
     made = commit(store)
     for name in ("runs", "pins", "shared"):
         (store.root / name).rmdir()
@@ -302,13 +300,13 @@ def test_a_store_of_before_there_were_journals_gets_their_folders(store: Store) 
     assert all((store.root / name).is_dir() for name in ("runs", "pins", "shared"))
 
 
-def test_a_store_of_another_schema_is_refused(store: Store) -> None:
+def test_other_schema_is_refused(store: Store) -> None:
     (store.root / "schema.json").write_text(json.dumps({"schema": 99}))
     with pytest.raises(EdgepressError, match="schema 99"):
         Store(store.root)
 
 
-def test_publishing_replaces_the_link_and_leaves_the_content_alone(store: Store, tmp_path: Path) -> None:
+def test_publishing_replaces_only_the_link(store: Store, tmp_path: Path) -> None:
     first, second = commit(store, "a", "one"), commit(store, "b", "two")
     link = publish(first.path, tmp_path / "outputs", "demo", "pruned")
     assert link == tmp_path / "outputs" / "demo" / "pruned" and link.is_symlink()
@@ -319,7 +317,7 @@ def test_publishing_replaces_the_link_and_leaves_the_content_alone(store: Store,
     assert [p.name for p in link.parent.iterdir()] == ["pruned"]
 
 
-def test_what_stands_where_a_link_goes_is_refused_before_and_after(store: Store, tmp_path: Path) -> None:
+def test_file_in_place_of_link_is_refused(store: Store, tmp_path: Path) -> None:
     entry, outputs = commit(store), tmp_path / "outputs"
     publish(entry.path, outputs, "demo", "linked")
     (outputs / "demo" / "own").mkdir()
@@ -334,20 +332,20 @@ def test_what_stands_where_a_link_goes_is_refused_before_and_after(store: Store,
     assert sorted(p.name for p in (outputs / "demo").iterdir()) == ["file", "linked", "own"]  # and nothing beside
 
 
-def test_links_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
+def test_impossible_links_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(EdgepressError, match="--outputs"):
         check_links(tmp_path / "file", "demo", [])
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "{}", "null"])
-def test_a_damaged_schema_of_a_store_is_named(tmp_path: Path, text: str) -> None:
+def test_damaged_schema_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "schema.json").write_text(text)
     with pytest.raises(EdgepressError, match=r"schema\.json is damaged"):
         Store(tmp_path)
 
 
-def test_a_store_that_cannot_be_written_is_named(store: Store, tmp_path: Path) -> None:
+def test_unwritable_store_is_named(store: Store, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(EdgepressError, match=r"file/store cannot be written .*--store"):
         Store(tmp_path / "file" / "store")
@@ -357,7 +355,7 @@ def test_a_store_that_cannot_be_written_is_named(store: Store, tmp_path: Path) -
         pass
 
 
-def test_a_withdrawn_link_is_gone_and_its_content_stays(tmp_path: Path) -> None:
+def test_unpublishing_keeps_content(tmp_path: Path) -> None:
     content = tmp_path / "content"
     content.mkdir()
     link = publish(content, tmp_path / "outputs", "recipe", "stage")

@@ -65,7 +65,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("form", ["edgepress.tar", "results"])
-def test_what_was_exported_can_be_imported_with_its_records_anywhere(store: Store, other: Store, place: str, form: str) -> None:
+def test_export_is_imported_with_records(store: Store, other: Store, place: str, form: str) -> None:
     url = f"{place}/{form}"
     done = export_entries(store, url, [PARENT, CHILD])
     assert (done.entries, done.present, done.records) == (tuple(sorted([PARENT, CHILD])), (), 3)
@@ -79,12 +79,12 @@ def test_what_was_exported_can_be_imported_with_its_records_anywhere(store: Stor
     assert (again.entries, set(again.present), again.records) == ((), {PARENT, CHILD}, 0)
 
 
-def test_a_chosen_entry_comes_alone(store: Store, other: Store, tmp_path: Path) -> None:
+def test_chosen_entry_is_exported_alone(store: Store, other: Store, tmp_path: Path) -> None:
     export_entries(store, str(tmp_path / "x.tar"), [CHILD])
     assert import_entries(other, str(tmp_path / "x.tar")).records == 1 and other.entries() == [CHILD]
 
 
-def test_a_directory_takes_more_later_and_is_a_store_itself(store: Store, tmp_path: Path) -> None:
+def test_exported_directory_grows_and_is_a_store(store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     assert export_entries(store, str(folder), [PARENT]).entries == (PARENT,)
     second = export_entries(store, str(folder), [PARENT, CHILD])
@@ -93,7 +93,7 @@ def test_a_directory_takes_more_later_and_is_a_store_itself(store: Store, tmp_pa
     assert opened.entries() == store.entries() and all(opened.get(identity) for identity in opened.entries())
 
 
-def test_a_stores_own_directory_can_be_imported(store: Store, other: Store) -> None:
+def test_store_directory_can_be_imported(store: Store, other: Store) -> None:
     (store.root / "records" / ".half.json.12").write_text("{")
     (store.root / "objects" / ("0" * 64) / "content").mkdir(parents=True)  # of an export that broke off: no manifest yet
     taken = import_entries(other, str(store.root))
@@ -107,7 +107,7 @@ def test_equal_entries_make_equal_tars(store: Store, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_damaged_entry_is_not_exported(store: Store, tmp_path: Path) -> None:
+def test_damaged_entry_is_not_exported(store: Store, tmp_path: Path) -> None:
     (store.root / "objects" / CHILD / "content" / "model.safetensors").write_text("C")
     with pytest.raises(EdgepressError, match=f"{CHILD} .* damaged"):
         export_entries(store, str(tmp_path / "x.tar"), [PARENT, CHILD])
@@ -115,7 +115,7 @@ def test_a_damaged_entry_is_not_exported(store: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["x.tar", "x"])
-def test_a_damaged_export_is_refused(store: Store, other: Store, tmp_path: Path, form: str) -> None:
+def test_damaged_export_is_refused(store: Store, other: Store, tmp_path: Path, form: str) -> None:
     """A manifest that fits its files, but another identity; then a file that does not fit its manifest."""
     manifest = store.root / "objects" / CHILD / "manifest.json"
     whole = manifest.read_text()
@@ -148,7 +148,7 @@ def pack(folder: Path, tar: Path, *, listed: bool = True) -> None:
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
-def test_a_tar_that_broke_off_is_refused(store: Store, other: Store, tmp_path: Path, share: float) -> None:
+def test_truncated_tar_is_refused(store: Store, other: Store, tmp_path: Path, share: float) -> None:
     tar = tmp_path / "x.tar"
     export_entries(store, str(tar), [PARENT, CHILD])
     content = tar.read_bytes().rstrip(b"\0")
@@ -158,7 +158,7 @@ def test_a_tar_that_broke_off_is_refused(store: Store, other: Store, tmp_path: P
     assert other.entries() == [] and other.records() == [] and list((other.root / "work").iterdir()) == []
 
 
-def test_a_tar_without_its_list_is_refused(store: Store, other: Store, tmp_path: Path) -> None:
+def test_tar_without_list_is_refused(store: Store, other: Store, tmp_path: Path) -> None:
     """Cut exactly between two members, which tar itself does not notice."""
     export_entries(store, str(tmp_path / "x"), [PARENT])
     pack(tmp_path / "x", tmp_path / "x.tar", listed=False)
@@ -170,7 +170,7 @@ def test_a_tar_without_its_list_is_refused(store: Store, other: Store, tmp_path:
 @pytest.mark.parametrize(
     "name", ["../outside", "/etc/outside", f"objects/{PARENT}/content/../../../outside", "objects/short/manifest.json", f"objects/{PARENT}/content//x"]
 )  # fmt: skip
-def test_a_member_that_leads_elsewhere_is_refused(other: Store, tmp_path: Path, name: str) -> None:
+def test_member_outside_store_is_refused(other: Store, tmp_path: Path, name: str) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as out:
         out.addfile(tarfile.TarInfo(name), io.BytesIO())
     with pytest.raises(EdgepressError, match="does not belong"):
@@ -178,7 +178,7 @@ def test_a_member_that_leads_elsewhere_is_refused(other: Store, tmp_path: Path, 
     assert not list(tmp_path.rglob("outside"))
 
 
-def test_a_link_in_a_tar_is_refused(other: Store, tmp_path: Path) -> None:
+def test_link_in_tar_is_refused(other: Store, tmp_path: Path) -> None:
     member = tarfile.TarInfo(f"objects/{PARENT}/content/model.safetensors")
     member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
     with tarfile.open(tmp_path / "x.tar", "w") as out:
@@ -196,22 +196,20 @@ def test_a_link_in_a_tar_is_refused(other: Store, tmp_path: Path) -> None:
         ("s3://no-such-bucket/x.tar", "no-such-bucket"),
     ],
 )
-def test_a_place_that_is_not_there_is_told(
-    other: Store, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, words: str
-) -> None:
+def test_missing_source_is_named(other: Store, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, words: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EdgepressError, match=words):
         import_entries(other, url)
 
 
-def test_no_bucket_is_made_by_a_typing_error(store: Store, s3: str) -> None:
+def test_missing_bucket_is_not_created(store: Store, s3: str) -> None:
     for form in ("x.tar", "x"):
         with pytest.raises(EdgepressError, match="no-such-bucket"):
             export_entries(store, f"s3://no-such-bucket/{form}", [PARENT])
     assert fsspec.filesystem("s3").ls("") == ["models"]
 
 
-def test_a_server_that_cannot_be_asked_is_told(other: Store, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_server_is_named(other: Store, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     fsspec.filesystem("s3").clear_instance_cache()
@@ -220,7 +218,7 @@ def test_a_server_that_cannot_be_asked_is_told(other: Store, s3: str, monkeypatc
     fsspec.filesystem("s3").clear_instance_cache()
 
 
-def test_the_package_for_s3_is_named_where_it_is_missing(other: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_s3_package_is_named(other: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: str) -> None:
         raise ImportError("Install s3fs to access S3")
 
@@ -229,9 +227,7 @@ def test_the_package_for_s3_is_named_where_it_is_missing(other: Store, monkeypat
         import_entries(other, "s3://models/x.tar")
 
 
-def test_a_disk_without_room_is_told_before_anything_is_read(
-    store: Store, other: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_space_is_checked_first(store: Store, other: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for form in ("x", "x.tar"):
         export_entries(store, str(tmp_path / form), [PARENT])
         with monkeypatch.context() as patch, pytest.raises(EdgepressError, match=r"has 0\.0 GB free"):
@@ -240,7 +236,7 @@ def test_a_disk_without_room_is_told_before_anything_is_read(
     assert other.entries() == []
 
 
-def test_an_export_of_another_schema_is_refused(store: Store, other: Store, tmp_path: Path) -> None:
+def test_export_of_other_schema_is_refused(store: Store, other: Store, tmp_path: Path) -> None:
     export_entries(store, str(tmp_path / "x"), [PARENT])
     (tmp_path / "x" / "schema.json").write_text('{"schema": 99}')
     with pytest.raises(EdgepressError, match="schema 99"):

@@ -51,7 +51,7 @@ def test_entries_are_listed_with_their_links_and_pins(store: Store, outputs: Pat
     assert json.loads(json.dumps(rows[0].as_json()))["identity"] == first.identity
 
 
-def test_verifying_finds_every_kind_of_damage_and_sets_it_aside(store: Store) -> None:
+def test_verify_quarantines_every_damage(store: Store) -> None:
     whole, flipped = commit(store, "whole"), commit(store, "flipped")
     good, bad, moved = put_record(store, whole.content), put_record(store, "1"), put_record(store, "2")
     ran(store, "demo", [whole.identity])
@@ -69,7 +69,7 @@ def test_verifying_finds_every_kind_of_damage_and_sets_it_aside(store: Store) ->
     assert verify(store).damaged == ()
 
 
-def test_what_the_last_run_of_a_recipe_does_not_need_goes(store: Store, outputs: Path) -> None:
+def test_unneeded_entries_are_collected(store: Store, outputs: Path) -> None:
     shared = commit(store, "shared", "s")
     old, new = commit(store, "old", "o", [shared.identity]), commit(store, "new", "n", [shared.identity])
     other = commit(store, "other", "x")
@@ -90,7 +90,7 @@ def test_what_the_last_run_of_a_recipe_does_not_need_goes(store: Store, outputs:
     assert ran(store, "demo", []) == "demo-4"  # numbers are not used again
 
 
-def test_pins_keep_a_run_or_an_entry_with_its_ancestors(store: Store, outputs: Path) -> None:
+def test_pins_keep_ancestors(store: Store, outputs: Path) -> None:
     parent = commit(store, "parent", "p")
     child, of_run = commit(store, "child", "c", [parent.identity]), commit(store, "of-run", "r")
     ran(store, "demo", [of_run.identity])
@@ -104,7 +104,7 @@ def test_pins_keep_a_run_or_an_entry_with_its_ancestors(store: Store, outputs: P
         unpin(store, "demo-1")
 
 
-def test_a_living_run_keeps_all_it_needs_and_a_killed_one_what_it_goes_on_from(store: Store, outputs: Path) -> None:
+def test_living_and_killed_runs_keep_entries(store: Store, outputs: Path) -> None:
     used, started, unknown = commit(store, "used", "u"), identity_of("started"), identity_of("unknown")
     cache = store.root / "shared" / "teachers" / "key"
     cache.mkdir(parents=True)
@@ -126,7 +126,7 @@ def test_a_living_run_keeps_all_it_needs_and_a_killed_one_what_it_goes_on_from(s
     assert run_names(store) == [last] and len(store.entries()) == 2
 
 
-def test_what_another_process_works_on_is_not_looked_into(store: Store, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locked_entries_are_skipped(store: Store, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     identity = identity_of("key of a record")
     (store.root / "work" / f"measure-{identity}").mkdir()
     ran(store, "demo", [])
@@ -140,7 +140,7 @@ def test_what_another_process_works_on_is_not_looked_into(store: Store, outputs:
     assert removed(store, outputs) == {("work", f"measure-{identity}")}
 
 
-def test_what_was_set_aside_or_half_written_goes(store: Store, outputs: Path) -> None:
+def test_quarantine_and_partial_files_are_collected(store: Store, outputs: Path) -> None:
     entry = commit(store)
     ran(store, "demo", [entry.identity])
     (entry.path / "model.safetensors").unlink()
@@ -152,7 +152,7 @@ def test_what_was_set_aside_or_half_written_goes(store: Store, outputs: Path) ->
     assert not half.exists() and not aside.exists()
 
 
-def test_a_store_without_journals_is_not_emptied(store: Store, outputs: Path) -> None:
+def test_store_without_journals_is_not_emptied(store: Store, outputs: Path) -> None:
     entry, other = commit(store, "a"), commit(store, "b")
     with pytest.raises(EdgepressError, match="no run is recorded"):
         removed(store, outputs)
@@ -160,7 +160,7 @@ def test_a_store_without_journals_is_not_emptied(store: Store, outputs: Path) ->
     assert removed(store, outputs) == {("entry", other.identity)}
 
 
-def test_nothing_is_collected_by_a_journal_or_a_manifest_that_cannot_be_read(store: Store, outputs: Path) -> None:
+def test_unreadable_journal_or_manifest_stops_collection(store: Store, outputs: Path) -> None:
     entry = commit(store)
     name = ran(store, "demo", [entry.identity])
     manifest = entry.path.parent / "manifest.json"
@@ -175,7 +175,7 @@ def test_nothing_is_collected_by_a_journal_or_a_manifest_that_cannot_be_read(sto
     assert store.entries() == [entry.identity]
 
 
-def test_a_clock_that_jumps_changes_nothing(store: Store, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collection_ignores_clock(store: Store, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The older run is the one of the future."""
     with monkeypatch.context() as patch:
         patch.setattr("time.time", lambda: 4e9)
@@ -188,7 +188,7 @@ def test_a_clock_that_jumps_changes_nothing(store: Store, outputs: Path, monkeyp
 
 
 @pytest.mark.parametrize("what", ["demo-2", "abc", "ffffffff", ""])
-def test_a_name_that_names_nothing_is_told(store: Store, what: str) -> None:
+def test_unknown_name_is_refused(store: Store, what: str) -> None:
     commit(store)
     ran(store, "demo", [])
     with pytest.raises(EdgepressError, match="store ls"):
@@ -197,7 +197,7 @@ def test_a_name_that_names_nothing_is_told(store: Store, what: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_garbage_is_exactly_what_nothing_needs(data: st.DataObject) -> None:
+def test_garbage_is_what_nothing_needs(data: st.DataObject) -> None:
     """Any graph of entries, any runs of any recipes in any order (some alive), any pins: the closure of what is kept stays, all else goes."""
     count = data.draw(st.integers(0, 6), label="entries")
     parents = [data.draw(st.sets(st.integers(0, i - 1)) if i else st.just(set()), label=f"parents of {i}") for i in range(count)]

@@ -245,3 +245,14 @@ def test_names_in_the_text_exist(page: Path, source_words: set[str]):
         name for name in CODE.findall(text) if name.endswith(".py") and name not in files | FOREIGN and name.removesuffix(".py") not in code
     ]
     assert not missing, f"{page.name} names what does not exist: {', '.join(missing)}"
+
+
+def test_the_first_page_is_a_valid_recipe(checkpoint: Path, tmp_path: Path):
+    (text,) = blocks("docs/index.md", "yaml")
+    (tmp_path / "corpus.txt").write_text("\n\n".join(f"Lamp {number} is in the mill. " * 30 for number in range(200)))
+    (tmp_path / "recipe.yaml").write_text(text)
+    overrides = (f"model={checkpoint}", f"data.text.path={tmp_path / 'corpus.txt'}", "data.length=64")
+    plan = make_plan(load_recipe(tmp_path / "recipe.yaml", overrides), Store(tmp_path / "store"))
+    assert [stage.name for stage in plan.stages] == ["base", "gptq", "gguf"]
+    commands = re.findall(r"^edgepress (\w+)", "\n".join(blocks("docs/index.md", "bash")), re.MULTILINE)
+    assert set(commands) <= get_command(app).commands.keys()

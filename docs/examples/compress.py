@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens in a row")
     parser.add_argument("--keep", type=float, default=0.5, help="share of the MLP neurons to keep")
     parser.add_argument("--steps", type=int, default=120, help="distillation steps")
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -88,7 +89,9 @@ def main() -> None:
     disable_progress_bar()
     source = {"text": {"path": options.text}} if options.text else {"text": "embedded", "questions": "embedded"}
     data = DataSpec.model_validate(source | {"length": options.length, "calibration_windows": 16, "evaluation_windows": 16})
-    training = DistillationSettings(steps=options.steps, batch_size=8, learning_rate=options.learning_rate, precision="bfloat16")
+    training = DistillationSettings(
+        steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate, precision="bfloat16"
+    )
     columns = ("size_mb", "perplexity", "kl_to_base", "accuracy", "tokens_per_second")
     measured = compress(options.model, data, training, options.out, keep=options.keep)
     print("| step |", " | ".join(columns), "|\n|---|" + "---:|" * len(columns))

@@ -1,10 +1,11 @@
 """Charts as SVG text, in the colours of the page around them. Imports no torch."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from itertools import pairwise
+
+from markupsafe import Markup, escape
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 340, 58, 20, 24, 44
 PALETTE = (  # on light and on dark paper
@@ -91,9 +92,9 @@ class Frame:
         if low < high:
             self.line(self.px(x), self.py(low), self.px(x), self.py(high), colour, 'stroke-width="1.5" stroke-opacity="0.6"')
 
-    def svg(self, label: str) -> str:
+    def svg(self, label: str) -> Markup:
         """The chart; it shrinks with the page, but never grows beyond its own size by more than a third."""
-        return (
+        return Markup(
             f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(label)}" '
             f'style="max-width:{self.width * 4 // 3}px">{"".join(self.parts)}</svg>'
         )
@@ -140,7 +141,7 @@ def front(dots: Sequence[Dot], x_better: int, y_better: int) -> list[Dot]:
 
 def scatter(
     dots: Sequence[Dot], x_label: str, y_label: str, *, x_better: int, y_better: int, ring: str, share: bool = False
-) -> str:  # fmt: skip
+) -> Markup:  # fmt: skip
     """Quality against a cost. Dots of the front are full and named along its line, the one called `ring` is a ring, the others are hollow.
 
     A dot away from the front has its name only as a tooltip where there are many, or no room is left for it.
@@ -197,7 +198,7 @@ def _name(frame: Frame, ys: Scale, named: Sequence[Dot], dots: Sequence[Dot], be
 
 def lines(
     series: Mapping[str, Sequence[Point]], ticks: Sequence[str], x_label: str, y_label: str, base: float | None, *, share: bool = False
-) -> str:  # fmt: skip
+) -> Markup:  # fmt: skip
     """A line through the points of each series; x counts `ticks`, which stand at equal distances. `base` is a dashed line.
 
     With more series than colours only the points are drawn.
@@ -226,7 +227,7 @@ def lines(
     return frame.svg(f"{y_label} against {x_label}")
 
 
-def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> str:
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> Markup:
     """A line through (x, y) of each series, without marks. With more series than colours all have one, and are thin."""
     ys = scale([y for points in series.values() for _, y in points])
     frame = Frame(axis([x for points in series.values() for x, _ in points], zero=True), ys.places)
@@ -240,14 +241,6 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_
         colour, width = ("var(--mark)", "0.7") if many else (COLOURS[number], "2")
         frame.path([(frame.px(x), frame.py(ys.at(y))) for x, y in points], colour, f'stroke-width="{width}" stroke-linejoin="round"')
     return frame.svg(f"{y_label} against {x_label}")
-
-
-def legend(series: Collection[str]) -> str:
-    """What the colours of a chart stand for, as HTML; empty where there is one series, or more than there are colours."""
-    if not 1 < len(series) <= len(COLOURS):
-        return ""
-    marks = (f'<span style="color:{colour}">●</span> {escape(name)}' for colour, name in zip(COLOURS, series, strict=False))
-    return f"<p>{' &nbsp; '.join(marks)}</p>"
 
 
 def axis(values: Sequence[float], *, zero: bool) -> list[float]:

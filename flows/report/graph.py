@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup, escape
 
 from flows.report.charts import shortened
+from flows.report.rendering import state_class
 from flows.report.rows import MANY, Row, origin
-from flows.report.style import state_class
 
 _WIDTH, _HEIGHT, _ACROSS, _DOWN = 170, 50, 212, 72
 _WORST = ("Failed", "Stopped", "Skipped", "Running", "Completed", "Cached")
@@ -24,20 +25,20 @@ class _Box:
     title: str
 
 
-def graph_section(rows: Sequence[Row]) -> str:
-    """Boxes in columns by depth, with a line from each stage to those that need it; dashed where it is not the checkpoint that they take.
+def graph_section(rows: Sequence[Row]) -> Markup:
+    """Draw boxes in columns by depth, with a line from each stage to those that need it; dashed where they do not start from its checkpoint.
 
     Of a graph of very many stages the copies of each are one box.
     """
     boxes = [_box(row) for row in rows] if len(rows) <= MANY else _folded(rows)
-    return f'<div class="scroll">{_drawn(boxes)}</div>'
+    return Markup('<div class="scroll">{}</div>').format(_draw(boxes))
 
 
 def _box(row: Row) -> _Box:
     swept = row["stage"].partition("@")[2]
-    told = f"{row['state'].lower()} · {row['seconds']:.1f} s"
-    title = f"{row['stage']}, {row['uses']}: {told}"
-    return _Box(row["stage"], tuple(row["needs"]), row["state"], shortened(swept, 26) if swept else told, title)
+    status = f"{row['state'].lower()} · {row['seconds']:.1f} s"
+    title = f"{row['stage']}, {row['uses']}: {status}"
+    return _Box(row["stage"], tuple(row["needs"]), row["state"], shortened(swept, 26) if swept else status, title)
 
 
 def _folded(rows: Sequence[Row]) -> list[_Box]:
@@ -46,15 +47,15 @@ def _folded(rows: Sequence[Row]) -> list[_Box]:
         copies = [row for row in rows if origin(row["stage"]) == name]
         states = Counter(row["state"] for row in copies)
         seconds = sum(row["seconds"] for row in copies)
-        told = ", ".join(f"{count} {state.lower()}" for state, count in states.items())
+        counts = ", ".join(f"{count} {state.lower()}" for state, count in states.items())
         needs = tuple(dict.fromkeys(origin(need) for row in copies for need in row["needs"]))
         worst = min(states, key=_WORST.index)
-        below = f"{told} · {seconds:.0f} s" if len(states) == 1 else told
-        boxes.append(_Box(name, needs, worst, below, f"{name}, {copies[0]['uses']}: {told}; {seconds:.1f} s together"))
+        below = f"{counts} · {seconds:.0f} s" if len(states) == 1 else counts
+        boxes.append(_Box(name, needs, worst, below, f"{name}, {copies[0]['uses']}: {counts}; {seconds:.1f} s together"))
     return boxes
 
 
-def _drawn(boxes: Sequence[_Box]) -> str:
+def _draw(boxes: Sequence[_Box]) -> Markup:
     place = _places(boxes)
     width = _ACROSS * (1 + max(column for column, _ in place.values())) - _ACROSS + _WIDTH + 20
     height = _DOWN * (1 + max(line for _, line in place.values())) + 10
@@ -78,7 +79,7 @@ def _drawn(boxes: Sequence[_Box]) -> str:
             f'<text x="{x + 10}" y="{y + 39}" class="dim">{escape(shortened(box.below, 26))}</text></g>'
         )
     style = f"min-width:{min(width, 900)}px;max-width:{width}px"
-    return f'<svg viewBox="0 0 {width} {height}" style="{style}" role="img" aria-label="The stages">{"".join(parts)}</svg>'
+    return Markup(f'<svg viewBox="0 0 {width} {height}" style="{style}" role="img" aria-label="The stages">{"".join(parts)}</svg>')
 
 
 def _places(boxes: Sequence[_Box]) -> dict[str, tuple[int, int]]:

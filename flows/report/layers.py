@@ -1,21 +1,22 @@
-"""What the compression did to single layers: a map of blocks and layers for each figure that stages tell about them. Imports no torch."""
+"""What the compression did to single layers: a map of blocks and layers for each figure that stages record of them. Imports no torch."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
+
+from markupsafe import Markup, escape
 
 from flows.report.charts import TOP, shortened
+from flows.report.rendering import render, render_page, render_plots
 from flows.report.rows import Row, shown
-from flows.report.style import plots, whole_page
 
 _CELL, _LEFT = 26, 130
 _BLOCK = re.compile(r"\.(\d+)\.")
 Layers = Mapping[str, Mapping[str, float]]
 
 
-def layers_section(rows: Sequence[Row]) -> str:
-    """Maps of every stage that told about its layers. The number of their weights is no result and left out."""
+def layers_section(rows: Sequence[Row]) -> Markup:
+    """Render maps of every stage with figures of single layers. The number of their weights is not a result and left out."""
     return layer_maps(
         {
             row["stage"]: {layer: {k: v for k, v in figures.items() if k != "weights"} for layer, figures in row["layers"].items()}
@@ -24,31 +25,31 @@ def layers_section(rows: Sequence[Row]) -> str:
     )
 
 
-def layer_maps(stages: Mapping[str, Layers]) -> str:
-    """A map for each stage and figure (relative error, bits, sparsity); a figure that is equal in all layers is said in words."""
-    charts, words = [], []
+def layer_maps(stages: Mapping[str, Layers]) -> Markup:
+    """Render a map for each stage and figure (relative error, bits, sparsity); a figure that is equal in all layers is a line of text."""
+    charts, constant = [], []
     for stage, layers in stages.items():
         for figure in dict.fromkeys(figure for figures in layers.values() for figure in figures):
             values = {layer: figures[figure] for layer, figures in layers.items() if figure in figures}
             name = figure.replace("_", " ")
             if len(set(values.values())) == 1:
-                words.append(f"<li><b>{escape(stage)}</b>: {escape(name)} {next(iter(values.values())):g} in every layer</li>")
+                constant.append((stage, f"{name} {next(iter(values.values())):g} in every layer"))
             else:
                 most = max(values, key=values.__getitem__)
-                note = f'<p class="dim">largest: {values[most]:.3g} in {escape(most)}</p>'
+                note = render("note", f"largest: {values[most]:.3g} in {most}")
                 charts.append((f"{stage}: {name}", heatmap(values, name), note))
-    return plots(charts) + (f"<ul>{''.join(words)}</ul>" if words else "")
+    return render_plots(charts) + (render("layers_without_map", constant) if constant else Markup())
 
 
 def render_sensitivity(title: str, errors: Layers, chosen: Mapping[str, int]) -> str:
-    """The page of `edgepress sensitivity`: the relative error of every layer by bits, and the bits that a budget gives it."""
-    given = {layer: {"bits": float(bits)} for layer, bits in chosen.items()}
-    body = layer_maps({"relative error of a layer's output": errors, "chosen": given})
-    return whole_page(title, f"<h1>{escape(title)}</h1>{body}")
+    """Render the page of `edgepress sensitivity`: the relative error of every layer by bits, and the bits that a budget gives it."""
+    allocation = {layer: {"bits": float(bits)} for layer, bits in chosen.items()}
+    body = layer_maps({"relative error of a layer's output": errors, "chosen": allocation})
+    return render_page(title, [("", body)])
 
 
-def heatmap(values: Mapping[str, float], name: str) -> str:
-    """Blocks along x, the layers of a block along y; the darker, the larger, by logarithms where values are far apart."""
+def heatmap(values: Mapping[str, float], name: str) -> Markup:
+    """Draw blocks along x, the layers of a block along y; the darker, the larger, by logarithms where values are far apart."""
     places = {layer: _place(layer) for layer in values}
     blocks = sorted({block for block, _ in places.values()})
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
@@ -74,7 +75,8 @@ def heatmap(values: Mapping[str, float], name: str) -> str:
             middle = _LEFT + across * number + across / 2 - 1
             parts.append(f'<text x="{middle}" y="{height - 14}" text-anchor="middle" class="dim">{block}</text>')
     parts.append(f'<text x="{_LEFT}" y="15" class="dim">by block</text>')
-    return f'<svg viewBox="0 0 {width} {height}" style="max-width:{width * 4 // 3}px" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
+    style = f"max-width:{width * 4 // 3}px"
+    return Markup(f'<svg viewBox="0 0 {width} {height}" style="{style}" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>')
 
 
 def _place(layer: str) -> tuple[int, str]:

@@ -1,98 +1,86 @@
-"""What a person must know about a run: failures, warnings, verdicts; and where it ran. Imports no torch."""
+"""What a reader must know about a run: failures, warnings, verdicts; and where it ran. Imports no torch."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import Any
 
+from markupsafe import Markup
+
+from flows.report.rendering import Cell, folded, render, render_table, state_class, word_cells
 from flows.report.rows import MANY, Row, origin
-from flows.report.style import folded, state_class
 
 _MOST_NAMES = 6
+_RELATIONS = {"at least": "≥ ", "at most": "≤ "}
 
 
-def alerts(rows: Sequence[Row]) -> str:
-    """Failures, then warnings: right below the title. What several stages say alike stands there once."""
+def alerts(rows: Sequence[Row]) -> Markup:
+    """Render failures, then warnings, for the place right below the title. A message of several stages stands there once."""
     failed = [(row["stage"], row["reason"]) for row in rows if row["state"] in ("Failed", "Stopped")]
-    left_out = [row["stage"] for row in rows if row["state"] == "Skipped"]
-    warned = [(row["stage"], text) for row in rows for text in row["warnings"]]
-    lines = [_item(names, text) for text, names in _grouped(failed)]
-    if left_out:
-        lines.append(_item(left_out, "not run, for what they need is not there" if failed else "not run"))
-    kind = "Failed" if any(row["state"] == "Failed" for row in rows) else "Not finished"
-    parts = f'<div class="alert"><b class="Failed">{kind}</b>{_listed(lines)}</div>' if lines else ""
-    warnings = [_item(names, text) for text, names in _grouped(warned)]
-    if warnings:
-        parts += f'<div class="note"><b class="Skipped">Warnings</b>{_listed(warnings)}</div>'
-    return parts
+    why = "not run, because a stage that it needs failed" if failed else "not run"
+    skipped = [(row["stage"], why) for row in rows if row["state"] == "Skipped"]
+    warnings = [(row["stage"], text) for row in rows for text in row["warnings"]]
+    title = "Failed" if any(row["state"] == "Failed" for row in rows) else "Not finished"
+    parts = Markup()
+    if failed or skipped:
+        parts += render("alert", "alert", "Failed", title, _grouped([*failed, *skipped]))
+    return parts + render("alert", "note", "Skipped", "Warnings", _grouped(warnings)) if warnings else parts
 
 
-def _grouped(told: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+def _grouped(messages: Iterable[tuple[str, str]]) -> list[tuple[list[str], int, str]]:
+    """Each text with the stages that it is about: the first few names, and how many more."""
     found: dict[str, list[str]] = {}
-    for name, text in told:
+    for name, text in messages:
         found.setdefault(text, []).append(name)
-    return list(found.items())
-
-
-def _item(names: Sequence[str], text: str) -> str:
-    more = len(names) - _MOST_NAMES
-    shown = ", ".join(map(escape, names[:_MOST_NAMES])) + (f" and {more} more" if more > 0 else "")
-    return f"<li><b>{shown}</b>: {escape(text)}</li>"
-
-
-def _listed(lines: Sequence[str]) -> str:
-    few, many = lines[:8], lines[8:]
-    more = folded(f"{len(many)} more", f"<ul>{''.join(many)}</ul>", when=True) if many else ""
-    return f"<ul>{''.join(few)}</ul>{more}"
+    return [(names[:_MOST_NAMES], len(names) - _MOST_NAMES, text) for text, names in found.items()]
 
 
 def gates_section(gates: Sequence[Row]) -> str:
-    """Every verdict: what was measured, the limit, how far noise reaches. Those that are not PASS come first; many that are are folded away."""
+    """Render every verdict with value, limit and interval. Those that are not PASS come first; many that passed are folded."""
     if not gates:
         return ""
     broken = sorted((gate for gate in gates if gate["outcome"] != "PASS"), key=lambda gate: gate["outcome"])
     passed = [gate for gate in gates if gate["outcome"] == "PASS"]
     counts = Counter(gate["outcome"] for gate in (*broken, *passed))
-    told = ", ".join(f'<span class="{state_class(outcome)}">{count} {outcome}</span>' for outcome, count in counts.items())
+    tally = render("tally", [(count, outcome, state_class(outcome)) for outcome, count in counts.items()])
     if len(gates) <= MANY:
-        return f"<p>{told}</p>{_verdicts([*broken, *passed])}"
-    return f"<p>{told}</p>{_verdicts(broken)}{folded(f'{len(passed)} that passed', _verdicts(passed), when=True)}"
+        return tally + _verdicts([*broken, *passed])
+    return tally + (_verdicts(broken) if broken else "") + folded(f"{len(passed)} that passed", _verdicts(passed), when=bool(passed))
 
 
-def _verdicts(gates: Sequence[Row]) -> str:
-    words = "".join(f'<th class="words">{word}</th>' for word in ("stage", "metric", "outcome"))
-    heads = f'{words}<th>value</th><th>limit</th><th>interval</th><th class="words"></th>'
-    lines = []
-    for gate in gates:
-        words = "".join(f'<td class="words">{escape(gate[key])}</td>' for key in ("stage", "metric"))
-        outcome = f'<td class="words {state_class(gate["outcome"])}"><b>{escape(gate["outcome"])}</b></td>'
-        value, limit, low, high = (_number(gate.get(key)) for key in ("value", "limit", "low", "high"))
-        limit = {"at least": "≥ ", "at most": "≤ "}.get(gate.get("relation") or "", "") + limit
-        interval = f"{low}–{high}" if low and high else ""
-        figures = f"<td>{value}</td><td>{limit}</td><td>{interval}</td>"
-        lines.append(f'<tr>{words}{outcome}{figures}<td class="words wrap">{escape(gate["message"])}</td></tr>')
-    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'<div class="scroll">{table}</div>' if lines else ""
+def _verdicts(gates: Sequence[Row]) -> Markup:
+    heads = [*word_cells(("stage", "metric", "outcome")), Cell("value"), Cell("limit"), Cell("interval"), *word_cells([""])]
+    return render_table(heads, [_verdict(gate) for gate in gates])
+
+
+def _verdict(gate: Row) -> list[Cell]:
+    value, limit, low, high = (_number(gate.get(key)) for key in ("value", "limit", "low", "high"))
+    return [
+        *word_cells((gate["stage"], gate["metric"])),
+        Cell(gate["outcome"], f"words strong {state_class(gate['outcome'])}"),
+        Cell(value),
+        Cell(_RELATIONS.get(gate.get("relation") or "", "") + limit),
+        Cell(f"{low}–{high}" if low and high else ""),
+        *word_cells([gate["message"]], "wrap"),
+    ]
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def environment_section(environment: Mapping[str, Any]) -> str:
-    """Where and with what it ran."""
-    lines = []
+def environment_section(environment: Mapping[str, Any]) -> Markup:
+    """Render where and with what the run ran."""
+    rows = []
     for key, value in environment.items():
         text = ", ".join(f"{k}: {v}" for k, v in value.items() if v is not None) if isinstance(value, dict) else str(value)
-        lines.append(f'<tr><td class="words">{escape(key)}</td><td class="words wrap">{escape(text)}</td></tr>')
-    return f"<table><tbody>{''.join(lines)}</tbody></table>"
+        rows.append([*word_cells([key]), *word_cells([text], "wrap")])
+    return render_table([], rows)
 
 
-def outcome(rows: Sequence[Row]) -> str:
-    """How the run ended, in a line: what was computed, what was there already, what failed."""
+def outcome(rows: Sequence[Row]) -> Markup:
+    """Render how the run ended, in a line: how many stages were computed, found in the store, failed."""
     stages = rows[1:]
     counts = {state: sum(row["state"] == state for row in stages) for state in ("Completed", "Cached", "Failed", "Stopped", "Skipped")}
-    told = ", ".join(f'<span class="{state}">{count} {state.lower()}</span>' for state, count in counts.items() if count)
     names = len({origin(row["stage"]) for row in stages})
     copies = f" ({names} in the recipe)" if names < len(stages) else ""
-    return f"{len(stages)} stages{copies}: {told}"
+    return render("tally", [(count, state.lower(), state) for state, count in counts.items() if count], f"{len(stages)} stages{copies}: ")

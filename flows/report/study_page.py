@@ -2,15 +2,16 @@
 
 import base64
 from collections.abc import Sequence
-from html import escape
 from statistics import fmean
 from typing import Any
 
+from markupsafe import Markup, escape
 from rich.markup import escape as plain
 from rich.table import Table
 
 from flows.planning.study import Study
 from flows.report.charts import COLOURS, HEIGHT, PALETTE, WIDTH, Point, lines
+from flows.report.rendering import render, render_table, word_cells
 from flows.report.study_results import AGREES, DISAGREES, UNDECIDED, Difference, Metrics, Results, results
 from tasks.measurement.figures import BETTER, FIGURES
 
@@ -82,21 +83,18 @@ def markdown(found: Results) -> str:
     return "\n\n".join([*parts, verdict(found)]) + "\n"
 
 
-def study_section(summary: dict[str, Any]) -> str:
-    """HTML for the report page; empty for a recipe without a study. Of a run that has not all results, a note instead of what they would tell."""
+def study_section(summary: dict[str, Any]) -> Markup:
+    """Render a study for the report page; empty for a recipe without a study. Of a run that has not all results, a note instead of what they would tell."""
     if not summary["recipe"].get("study"):
-        return ""
+        return Markup()
     study = Study.model_validate(summary["recipe"]["study"])
     if missing := _missing(summary):
-        return f'<p>{escape(study.question)}</p><p class="dim">Nothing is concluded: {missing}.</p>'
+        return Markup("<p>{}</p>").format(study.question) + render("note", f"Nothing is concluded: {missing}.")
     found = results(study, summary)
     picture = base64.b64encode(svg(found).encode()).decode()  # in an image of its own its style changes nothing on the page
-    return (
-        f"<p>{escape(found.study.question)} {escape(verdict(found))}</p>"
-        f'<p class="dim">{escape(found.study.paper)}: {escape(found.study.finding)}</p>'
-        f'<img alt="{escape(found.study.question)}" style="max-width:100%" src="data:image/svg+xml;base64,{picture}">'
-        + "".join(_html(*shown) for shown in ([settings_rows(found), claims_rows(found)] if found.judged else [settings_rows(found)]))
-    )
+    shown = [settings_rows(found), claims_rows(found)] if found.judged else [settings_rows(found)]
+    head = render("study", study.question, verdict(found), f"{study.paper}: {study.finding}", picture)
+    return head + Markup().join(render_table(word_cells(heads), [word_cells(row, "wrap") for row in rows]) for heads, rows in shown)
 
 
 def _missing(summary: dict[str, Any]) -> str:
@@ -129,7 +127,7 @@ def svg(found: Results) -> str:
             x, y = _GAP + across * (WIDTH + _GAP), _GAP + down * step + (_LEGEND if named else 0)
             parts.append(f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT + _HEAD}" rx="8" fill="var(--card)"/>')
             parts.append(f'<text x="{x + 14}" y="{y + 20}" font-weight="600">{title}</text>')
-            parts.append(chart.replace("<svg ", f'<svg x="{x}" y="{y + _HEAD}" width="{WIDTH}" height="{HEIGHT}" ', 1))
+            parts.append(str(chart).replace("<svg ", f'<svg x="{x}" y="{y + _HEAD}" width="{WIDTH}" height="{HEIGHT}" ', 1))
     light, dark = (f"{paper} {' '.join(f'--c{n}: {pair[i]};' for n, pair in enumerate(PALETTE))}" for i, paper in enumerate(_PAPER))
     style = (
         f":root {{ {light} }} @media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }} "
@@ -170,13 +168,6 @@ def _spread(values: Sequence[float]) -> str:
 def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
     aligned = ["---" if number < words or text == "outcome" else "---:" for number, text in enumerate(headings)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [headings, aligned, *rows])
-
-
-def _html(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    heads = "".join(f'<th class="words">{escape(text)}</th>' for text in headings)
-    body = ["".join(f'<td class="words wrap">{escape(text)}</td>' for text in row) for row in rows]
-    rest = "".join(f"<tr>{cells}</tr>" for cells in body)
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rest}</tbody></table></div>'
 
 
 def _ours(found: Results, metric: str) -> str:

@@ -1,15 +1,16 @@
 """The report's section about a sweep: its cells as a table, and each metric over the swept values. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from statistics import fmean
 from typing import Any
 
-from flows.report.charts import COLOURS, Point, legend, lines
+from markupsafe import Markup
+
+from flows.report.charts import COLOURS, Point, lines
 from flows.report.comparison import Comparison, Line, compare
+from flows.report.rendering import Cell, folded, render, render_legend, render_plots, render_table, state_cell, word_cells
 from flows.report.rows import MANY
-from flows.report.style import folded, plots, state_class
-from flows.report.table import cell
+from flows.report.table import figure_cell
 from tasks.measurement.figures import Metrics, noise
 
 _DRAWN = (
@@ -22,31 +23,29 @@ _SEED, _OWN = "seed", "(recipe)"
 
 
 def sweep_section(summary: dict[str, Any]) -> str:
-    """HTML; empty for a recipe without a matrix."""
+    """Render the sweep; empty for a recipe without a matrix."""
     if not summary["sweep"]:
         return ""
     found = compare(summary)
     base = summary["rows"][0]["metrics"]
-    return "".join(_plots(found, leaf, base) for leaf in found.leaves) + _table(found)
+    return Markup().join(_plots(found, leaf, base) for leaf in found.leaves) + _table(found)
 
 
 def _table(found: Comparison) -> str:
-    shown = [figure for figure in found.measured() if figure.better]
-    leaf = ["result"] if len(found.leaves) > 1 else []
-    heads = "".join(f'<th class="words">{escape(key)}</th>' for key in (*found.keys, *leaf))
-    heads += "".join(f"<th>{escape(figure.heading)}</th>" for figure in shown) + '<th class="words">state</th>'
-    body = []
+    figures = [figure for figure in found.measured() if figure.better]
+    several = len(found.leaves) > 1
+    heads = word_cells((*found.keys, *(["result"] if several else [])))
+    heads += [*(Cell(figure.heading) for figure in figures), *word_cells(["state"])]
+    rows = []
     for line in found.lines:
-        words = "".join(f'<td class="words">{escape(text)}</td>' for text in (*line.values, *([line.leaf] if leaf else [])))
-        figures = "".join(cell(line.row["metrics"], figure, css="best" if figure.metric in line.best else "") for figure in shown)
-        state = line.row["state"]
-        body.append(f'<tr>{words}{figures}<td class="words {state_class(state)}">{escape(state.lower())}</td></tr>')
-    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    return folded(f"{len(body)} results", f'<div class="scroll">{table}</div>', when=len(body) > MANY)
+        places = word_cells((*line.values, *([line.leaf] if several else [])))
+        measured = [figure_cell(line.row["metrics"], figure, "best" if figure.metric in line.best else "") for figure in figures]
+        rows.append([*places, *measured, state_cell(line.row["state"])])
+    return folded(f"{len(rows)} results", render_table(heads, rows), when=len(rows) > MANY)
 
 
-def _plots(found: Comparison, leaf: str, base: dict[str, float]) -> str:
-    """A chart of each metric: along x the key with the most values, a line for each choice of the others; seeds are averaged.
+def _plots(found: Comparison, leaf: str, base: dict[str, float]) -> Markup:
+    """Render a chart of each metric: along x the key with the most values, a line for each choice of the others; seeds are averaged.
 
     Where these are too many lines to tell apart, each key has charts of its own, of means over all the others.
     """
@@ -56,16 +55,16 @@ def _plots(found: Comparison, leaf: str, base: dict[str, float]) -> str:
     together = [n for n in keys if n != along and _decided_by(cells, along, n)]
     others = [n for n in keys if n != along and n not in together]
     names = {line.values: ", ".join(f"{found.keys[n]} {line.values[n] or _OWN}" for n in others) for line in cells}
-    title = f"<h3>{escape(leaf)}</h3>" if len(found.leaves) > 1 else ""
+    title = Markup("<h3>{}</h3>").format(leaf) if len(found.leaves) > 1 else Markup()
     if len(set(names.values())) > len(COLOURS):
         charts = [chart for n in keys if n not in together for chart in _charts(found, cells, [n], dict.fromkeys(names, ""), base, 2)]
         note = "Means over all other values; whiskers reach from the smallest to the largest." if charts else ""
-        return f'{title}{plots(charts)}<p class="dim">{note}</p>'
+        return title + render_plots(charts) + render("note", note)
     charts = _charts(found, cells, [along, *together], names, base, len(_DRAWN))
     note = "Whiskers reach as far as the noise of the measurement, where it is known: 95%."
     if len(keys) < len(found.keys):
         note = "Means over the seeds; whiskers reach from the smallest to the largest."
-    return f'{title}{legend(list(dict.fromkeys(names.values())))}{plots(charts)}<p class="dim">{note}</p>' if charts else ""
+    return title + render_legend(names.values()) + render_plots(charts) + render("note", note) if charts else Markup()
 
 
 def _charts(

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 
-from flows.report.charts import curves, legend
+from markupsafe import Markup
+
+from flows.report.charts import curves
+from flows.report.rendering import render_legend, render_plots
 from flows.report.rows import Row, origin
-from flows.report.style import plots
 
 _MOST_POINTS = 300
 Curve = list[tuple[float, float]]
 
 
-def training_section(rows: Sequence[Row]) -> str:
-    """A chart for each stage that trained, a line for each of its losses; the copies of a sweep's stage are lines of one chart."""
+def training_section(rows: Sequence[Row]) -> Markup:
+    """Render a chart for each stage that trained, a line for each of its losses; the copies of a sweep's stage are lines of one chart."""
     charts: list[tuple[str, dict[str, Curve]]] = []
     for name in dict.fromkeys(origin(row["stage"]) for row in rows):
         copies = {row["stage"]: _losses(row) for row in rows if origin(row["stage"]) == name}
@@ -23,7 +25,7 @@ def training_section(rows: Sequence[Row]) -> str:
             for term in dict.fromkeys(term for terms in trained.values() for term in terms):
                 series = {stage.partition("@")[2] or stage: terms[term] for stage, terms in trained.items() if term in terms}
                 charts.append((f"{name}: {term}", series))
-    return plots([(caption, curves(series, "step", "loss"), legend(series)) for caption, series in charts])
+    return render_plots([(caption, curves(series, "step", "loss"), render_legend(series)) for caption, series in charts])
 
 
 def _losses(row: Row) -> dict[str, Curve]:

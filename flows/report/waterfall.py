@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup, escape
 
 from flows.report.charts import BOTTOM, TOP, Frame, Scale, scale, shortened
+from flows.report.rendering import render
 from flows.report.rows import Row, beside, parent, quality, shown
 from tasks.measurement.figures import Figure, noise
 
@@ -20,12 +22,12 @@ class _Step:
     above: int | None
 
 
-def waterfall_section(rows: Sequence[Row]) -> str:
-    """A bar for each stage, from its parent's quality to its own. Empty where fewer than two stages have a quality."""
+def waterfall_section(rows: Sequence[Row]) -> Markup:
+    """Draw a bar for each stage, from its parent's quality to its own. Empty where fewer than two stages have a quality."""
     few = shown(rows)
     figure = quality(rows)
     if sum(figure.metric in row["metrics"] for row in few) < 2:
-        return ""
+        return Markup()
     left_out = f" Of {len(rows)} stages these are the paths to the best results." if len(few) < len(rows) else ""
     whiskers = (
         " Whiskers: 95% interval of a stage's difference from the base."
@@ -34,8 +36,8 @@ def waterfall_section(rows: Sequence[Row]) -> str:
         if any(noise(row["metrics"], figure.metric) for row in few)
         else ""
     )
-    note = f'<p class="dim">Each bar reaches from the {figure.heading} of the stage it follows to its own.{whiskers}{left_out}</p>'
-    return f'<div class="card scroll"><div style="min-width:600px">{_drawn(list(_walk(few)), figure)}</div></div>{note}'
+    note = render("note", f"Each bar reaches from the {figure.heading} of the stage it follows to its own.{whiskers}{left_out}")
+    return Markup('<div class="card scroll"><div style="min-width:600px">{}</div></div>').format(_draw(list(_walk(few)), figure)) + note
 
 
 def _walk(rows: Sequence[Row]) -> Iterator[_Step]:
@@ -64,7 +66,7 @@ def _to_base(row: Row, figure: Figure, base: float, unit: float) -> tuple[float,
     return None
 
 
-def _drawn(steps: Sequence[_Step], figure: Figure) -> str:
+def _draw(steps: Sequence[_Step], figure: Figure) -> Markup:
     base = steps[0].row["metrics"].get(figure.metric)
     whiskers = {}
     for number, step in enumerate(steps):

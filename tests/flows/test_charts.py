@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.report.charts import COLOURS, Dot, Point, axis, curves, front, legend, lines, scatter
+from flows.report.charts import COLOURS, Dot, Point, axis, curves, front, lines, scatter
+from flows.report.rendering import render_legend
 
 
 @pytest.mark.parametrize(
@@ -71,8 +72,8 @@ def test_more_series_than_colours_are_points_without_a_legend() -> None:
     series = {f"s{n}": points(n, n + 1) for n in range(len(COLOURS) + 1)}
     svg = lines(series, ["a", "b"], "x", "y", None)
     assert "polyline" not in svg and len(place(svg)) == 2 * len(series)
-    assert legend(list(series)) == legend(["one"]) == ""
-    assert re.findall(r"var\(--c[0-9]\)", legend(["one", "two"])) == list(COLOURS[:2])
+    assert render_legend(list(series)) == render_legend(["one"]) == ""
+    assert re.findall(r"var\(--c[0-9]\)", render_legend(["one", "two"])) == list(COLOURS[:2])
 
 
 def dot(x: float, y: float, name: str = "") -> Dot:

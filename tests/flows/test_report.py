@@ -205,7 +205,9 @@ def test_verdicts_say_value_limit_and_interval() -> None:
                 {"metric": "kl", "outcome": "INCONCLUSIVE", "message": "within noise"}]  # fmt: skip
     found = sections(render_report(summary([row("base", []), row("q", ["base"], verdicts=verdicts)])))["Gates and proofs"]
     assert "<td>0.5</td><td>0.6</td><td>0.41–0.59</td>" in found
-    assert re.findall('<td class="words strong \\w+">(.*?)</td>', found) == ["FAIL", "INCONCLUSIVE", "PASS"], "what is not passed comes first"
+    assert re.findall('<td class="words strong \\w+">(.*?)</td>', found) == ["FAIL", "INCONCLUSIVE", "PASS"], (
+        "what is not passed comes first"
+    )
 
 
 def test_what_many_stages_say_alike_stands_there_once() -> None:

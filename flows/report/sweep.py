@@ -74,7 +74,7 @@ def _charts(
     ticks = _sorted(list(dict.fromkeys(line.values[along[0]] for line in cells)))
     place = {text: number for number, text in enumerate(ticks)}
     x_label = ", ".join(found.keys[n] for n in along)
-    charts = []
+    charts: list[tuple[str, str, str]] = []
     for metric, label in _DRAWN:
         groups: dict[str, dict[int, list[Line]]] = {name: {} for name in dict.fromkeys(names.values())}
         for line in cells:

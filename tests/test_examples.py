@@ -23,6 +23,7 @@ def example() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_example_compresses_and_measures(example: ModuleType, checkpoint: Path, tmp_path: Path):
     data = DataSpec(
         text="embedded",

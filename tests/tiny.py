@@ -1,6 +1,7 @@
 """Tiny random models for tests: built in milliseconds, of every shape that matters."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -39,10 +40,15 @@ def tiny_tokenizer(vocab_size: int = 320, *, bos: bool = True, eos: bool = False
 
 
 def tiny_checkpoint(
-    path: Path, model_type: str = "llama", *, layers: int = 2, hidden: int = 64, intermediate: int = 128, heads: int = 4, kv_heads: int = 2,
-    tied: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0, **config: object,
-) -> Path:  # fmt: skip
-    """Write a random checkpoint with a tokenizer into `path` and return it. Weights are large enough that logits differ clearly."""
+    path: Path, model_type: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, tied: bool = True, **config: Any
+) -> Path:
+    """Write a random checkpoint with a tokenizer into `path` and return it. Weights are large enough that logits differ clearly.
+
+    Args:
+        config: Entries of config.json; layers, hidden, intermediate, heads and kv_heads are short for the sizes that it has there.
+    """
+    layers, hidden, heads = config.pop("layers", 2), config.pop("hidden", 64), config.pop("heads", 4)
+    intermediate, kv_heads = config.pop("intermediate", 128), config.pop("kv_heads", 2)
     tokenizer = tiny_tokenizer()
     needs = {key: value[:layers] if isinstance(value, list) else value for key, value in NEEDS.get(model_type, {}).items()}
     settings = AutoConfig.for_model(

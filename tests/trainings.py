@@ -1,6 +1,5 @@
 """The training functions with their settings as loose keywords, so that a test names only what it is about."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,19 @@ def build_objective(student: PreTrainedModel, **parameters: Any) -> Objective:
 
 
 def run_training(
-    objective: nn.Module, rows: torch.Tensor, *, settings: TrainingSettings, workdir: Path, context: Context, mask: torch.Tensor | None = None,
-    validation: HeldOut | None = None, masks: FixedMasks | None = None, name: str = "toy", origin: Mapping[str, Any] | None = None,
-    start: Path | None = None, keep_step: int | None = None,
+    objective: nn.Module, rows: torch.Tensor, *, settings: TrainingSettings, context: Context, mask: torch.Tensor | None = None,
+    validation: HeldOut | None = None, masks: FixedMasks | None = None, **run: Any,
 ) -> Metrics:  # fmt: skip
-    run = TrainingRun(name, origin or {}, workdir, start, keep_step)
-    return train(objective, TrainingRows(rows, mask, validation), settings, run, context=context, masks=masks)
+    """`run` are the fields of TrainingRun, of which `workdir` is needed."""
+    complete = TrainingRun(**{"name": "toy", "origin": {}, **run})
+    return train(objective, TrainingRows(rows, mask, validation), settings, complete, context=context, masks=masks)
 
 
 def run_distillation(
-    student: Path, teacher: Path, out: Path, rows: torch.Tensor, *, settings: TrainingSettings, workdir: Path, context: Context,
-    validation: HeldOut | None = None, teacher_cache: CacheSettings | None = None, cache_folder: Path | None = None, **terms: Any,
+    student: Path, teacher: Path, out: Path, rows: torch.Tensor, *, settings: TrainingSettings, workdir: Path, context: Context, **terms: Any
 ) -> Metrics:  # fmt: skip
+    validation, cache_folder = terms.pop("validation", None), terms.pop("cache_folder", None)
+    teacher_cache: CacheSettings | None = terms.pop("teacher_cache", None)
     if teacher_cache is not None:
         terms |= {"teacher_cache": teacher_cache.keep, "top_k": teacher_cache.top_k, "cache_dtype": teacher_cache.dtype}
     complete = DistillationSettings(**settings.model_dump(), **terms)
@@ -48,9 +48,9 @@ def run_distillation(
 
 
 def run_finetuning(
-    model: Path, out: Path, rows: torch.Tensor, *, settings: TrainingSettings, workdir: Path, context: Context, mask: torch.Tensor | None = None,
-    validation: HeldOut | None = None, adapter_out: Path | None = None, **parameters: Any,
-) -> Metrics:  # fmt: skip
+    model: Path, out: Path, rows: torch.Tensor, *, settings: TrainingSettings, workdir: Path, context: Context, **parameters: Any
+) -> Metrics:
+    mask, validation, adapter_out = (parameters.pop(name, None) for name in ("mask", "validation", "adapter_out"))
     complete = FinetuningSettings(**settings.model_dump(), **parameters)
     return finetune(model, out, TrainingRows(rows, mask, validation), complete, workdir=workdir, context=context, adapter_out=adapter_out)
 

@@ -39,6 +39,7 @@ def fails(*, context: Context) -> dict[str, float]:
     raise EdgepressError(f"process {processes.rank()} of {processes.count()} cannot", key="steps")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_all_their_rows_also_after_a_kill(tmp_path: Path, checkpoint: Path) -> None:
     sparse = tmp_path / "sparse"
     prune_unstructured(checkpoint, sparse, UnstructuredSettings(method="magnitude", sparsity=0.5), context=Context())
@@ -69,6 +70,7 @@ def test_two_processes_train_as_one_with_all_their_rows_also_after_a_kill(tmp_pa
         assert torch.equal(weights["two"][name] == 0, weight == 0)
 
 
+@pytest.mark.slow
 def test_what_a_process_raises_is_raised_here() -> None:
     with pytest.raises(EdgepressError, match=r"process [01] of 2 cannot") as caught:
         in_processes(2, fails, context=Context())

@@ -140,6 +140,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(checkpoint: Path, fe
         assert objective(*masked())["loss_feature"].item() == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_trains_with_every_term(tmp_path: Path, family: str) -> None:
     """cross-entropy against transformers' own loss; the student has half the heads and neurons and lost a block."""

@@ -74,6 +74,7 @@ def dying(calls: int) -> Context:
     return Context(seed=3, progress=progress)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAININGS)
 def test_is_as_sparse_as_its_masks_also_after_a_kill(tmp_path: Path, sparse: Path, name: str) -> None:
     run = TRAININGS[name]
@@ -312,6 +313,7 @@ def test_rounds_of_another_search_are_not_taken_up(tmp_path: Path, checkpoint: P
             lottery(checkpoint, tmp_path, settings=settings, **other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rewind_step", "kept"), [(0, 1.0), (3, 1.0), (3, 0.5)])
 def test_a_ticket_is_what_plain_rounds_of_training_and_sorting_find(
     tmp_path: Path, checkpoint: Path, sparse: Path, rewind_step: int, kept: float

@@ -115,6 +115,7 @@ def test_bfloat16_multiplies_in_bfloat16_and_keeps_float32_weights(tmp_path: Pat
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("died_at", [1, 3, 5, 10])
 def test_continues_to_the_same_bits_and_the_same_curve(tmp_path: Path, died_at: int) -> None:
     curves: list[dict[int, dict[str, float]]] = [{}, {}]
@@ -191,6 +192,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_survives_kill_9_at_a_step_and_in_the_middle_of_writing(tmp_path: Path, checkpoint: Path) -> None:
     """Real processes: one that is never disturbed, and one killed twice and left to finish, which ends in the same bits."""
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
@@ -208,6 +210,7 @@ def test_survives_kill_9_at_a_step_and_in_the_middle_of_writing(tmp_path: Path, 
     assert Path(f"{killed}.safetensors").read_bytes() == Path(f"{whole}.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["marker", "file", "flipped"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(tmp_path: Path, damage: str) -> None:
     whole, second = Toy(dropout=0.3), Toy(dropout=0.3)

@@ -61,6 +61,7 @@ def test_the_weights_of_the_lowest_validation_loss_are_what_is_left(tmp_path: Pa
     assert all(torch.equal(weight, then) for weight, then in zip(model.parameters(), at[best], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("died_at", [3, 7, 8, 11])
 def test_early_stopping_survives_kills_bit_for_bit(tmp_path: Path, died_at: int) -> None:
     settings = SETTINGS.model_copy(update={"steps": 40, "patience": 3})
@@ -198,6 +199,7 @@ class Hungry(Toy):
         return super().forward(input_ids, loss_mask, count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("from_step", [0, 7])
 @pytest.mark.parametrize(
     "message", ["CUDA out of memory. Tried", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"]

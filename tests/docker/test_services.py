@@ -72,6 +72,7 @@ class Pool:
         return dict(state)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_deployed_recipe_outlives_a_restart_of_its_servers(worker_environment: Path, checkpoint: Path, tmp_path: Path) -> None:
     programs = postgres_programs()

@@ -56,6 +56,7 @@ def test_gguf_says_the_same_as_its_checkpoint(source: Path, matrices: int, tmp_p
         read_contents(tmp_path)
 
 
+@pytest.mark.slow
 def test_onnx(source: Path, matrices: int, tmp_path: Path) -> None:
     export_onnx(source, tmp_path, OnnxSettings(dtype="int8"), context=Context())
     contents = read_contents(tmp_path)

@@ -82,6 +82,7 @@ def test_generates_what_transformers_does_and_repeats_itself(checkpoint: Path, a
         runtime.logits(tokens.numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [("float16", 1e-4), ("int8", 1e-2)])
 def test_stored_types_keep_their_bounds(checkpoint: Path, dtype: str, bound: float, tmp_path: Path) -> None:
     export_openvino(checkpoint, tmp_path, OpenvinoSettings(dtype=dtype), context=Context())

@@ -102,6 +102,7 @@ def commands() -> Iterator[object]:
             yield pytest.param(kind, command, id=f"{kind}-{'-'.join(word[:12] for word in command)}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "command"), commands())
 def test_the_broken_service_is_named(
     kind: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

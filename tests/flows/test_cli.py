@@ -199,6 +199,7 @@ def test_files_that_are_no_recipe(text: str, fragment: str, capfd: pytest.Captur
     assert code == 2 and "there is no recipe absent.yaml" in err
 
 
+@pytest.mark.slow
 def test_the_process_itself_exits_with_2(checkpoint: Path, here: Path) -> None:
     Path("micro.yaml").write_text(recipe(checkpoint, GOOD.replace("keep", "kepp")))
     for command in ([sys.executable, "-P", "-m", "flows.cli.main"], [Path(sys.executable).with_name("edgepress")]):

@@ -67,6 +67,7 @@ def test_refusals(arguments: list[str], fragment: str, artifact: Path, tmp_path:
     assert (code, out) == (2, "") and fragment in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_generate_with_its_timings(checkpoint: Path) -> None:
     command = [*EDGEPRESS, "generate", str(checkpoint), "-p", "The lamp", "-n", "110", "--temp", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -60,6 +60,7 @@ def healthy(url: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_the_server_ends_with_its_owner(tmp_path: Path) -> None:
     process, url, server = start(tmp_path)
     assert healthy(url)  # connects at once: the socket listens before the server runs
@@ -73,6 +74,7 @@ def test_the_server_ends_with_its_owner(tmp_path: Path) -> None:
     assert psutil.wait_procs([server], timeout=PATIENCE)[1] == []
 
 
+@pytest.mark.slow
 def test_two_servers_create_one_database_safely(tmp_path: Path) -> None:
     both = [start(tmp_path) for _ in range(2)]
     for _, url, _ in both:
@@ -82,6 +84,7 @@ def test_two_servers_create_one_database_safely(tmp_path: Path) -> None:
         assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_orphaned_runs_are_marked_crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_SERVER_API_DEFAULT_LIMIT", "2")  # of 200: what Prefect gives at a time
     process, url, _ = start(tmp_path)
@@ -108,6 +111,7 @@ def the_server() -> psutil.Process:
     return server
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_environment")
 def test_a_killed_server_restarts_at_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

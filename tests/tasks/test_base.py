@@ -42,6 +42,7 @@ def test_rewritten_model_gets_another_identity(tmp_path: Path) -> None:
     assert (base.path / "model.safetensors").resolve() == path / "model.safetensors"
 
 
+@pytest.mark.slow
 def test_child_finds_same_base(tmp_path: Path, checkpoint: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "m")
     config = json.loads((checkpoint / "config.json").read_text())

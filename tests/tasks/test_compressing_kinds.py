@@ -44,6 +44,7 @@ def run(made: Stage, source: Path, folder: Path) -> Path:
     return place.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("uses", COMPRESSING)
 def test_a_kind_makes_what_it_planned(tmp_path: Path, uses: str, family: str) -> None:

@@ -87,6 +87,7 @@ class Here:
         return SimpleNamespace(metrics=metrics, seconds=0.0)
 
 
+@pytest.mark.slow
 def test_stages_of_a_store_share_what_the_teacher_said(tmp_path: Path, checkpoint: Path, large: Path) -> None:
     """Run as the pipeline runs them, but in this process."""
     results: dict[str, Result] = {"base": Result("base", "base", [], "Completed", path=str(checkpoint))}

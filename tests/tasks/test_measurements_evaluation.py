@@ -112,6 +112,7 @@ CASES: list[tuple[str, Callable[[dict[str, str]], dict[str, Any]]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_job_gives_announced_metrics(
     name: str, settings: Callable[[dict[str, str]], dict[str, Any]], checkpoint: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -32,6 +32,7 @@ def plan(uses: str, checkpoint: Path, **parameters: Any) -> Checkpoint:
     return planned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_on", ["text", "questions"])
 @pytest.mark.parametrize("uses", TRAINING)
 def test_runs_as_planned_and_is_judged_on_the_validation_split(tmp_path: Path, checkpoint: Path, uses: str, train_on: str) -> None:

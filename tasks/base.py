@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.checkpoints.checkpoint import Checkpoint, Limits, model_files, open_checkpoint
-from compression.data.hub import why_not_given
+from compression.data.hub import hub_failure
 from compression.errors import UnusableModel
 from compression.files import atomic_directory, digest_file, write_json
 from compression.locks import file_lock
@@ -136,7 +136,7 @@ def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED))
     except (HTTPError, OSError, HFValidationError) as error:
-        raise UnusableModel(f"there is no directory {source}, and {why_not_given(error)}", key="model") from None
+        raise UnusableModel(f"there is no directory {source}, and {hub_failure(error)}", key="model") from None
     return folder, folder.name  # the name of a snapshot's folder is its commit
 
 

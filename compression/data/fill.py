@@ -1,4 +1,4 @@
-"""Whether data fill what is asked of them, told before any work. Imports no torch.
+"""Check before any work that data fill the rows that a stage needs. Imports no torch.
 
 Text is encoded with the model's own tokenizer, and only as much of it as decides. What is refused here the stage would refuse: in doubt all is encoded,
 exactly as the stage would.
@@ -29,12 +29,12 @@ from compression.reference.world import Question
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_QUESTIONS = 20  # that are encoded; others differ in their words alone
+_QUESTIONS = 20  # that are encoded; others differ in their content alone
 _SPARE = 16  # tokens by which the end of a text that is cut may differ
 
 
 def check_evaluation(spec: DataSpec, directory: Path, vocabulary: int) -> None:
-    """Raises UnusableData where the test text fills no window, where test questions cannot be asked, and as `check_known` does."""
+    """Raise UnusableData where the test text fills no window, where test questions cannot be encoded, and as `check_known` does."""
     tokenizer = plain_tokenizer(directory)
     tokens = _beginning(spec, tokenizer) or evaluation_rows(spec.model_copy(update={"evaluation_windows": 1}), tokenizer)[0]
     check_known(tokens, vocabulary, directory)
@@ -44,7 +44,7 @@ def check_evaluation(spec: DataSpec, directory: Path, vocabulary: int) -> None:
 
 
 def _beginning(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Tokens of the beginning of the test text, more than a window of them; none where they would have to be counted exactly."""
+    """Return the first tokens of the test text, more than a window of them; none where they must be counted exactly."""
     if outside(spec.text) is None:
         return []
     text, size = "", 16 * spec.length
@@ -58,16 +58,16 @@ def _beginning(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase") -> list[int
 
 
 def check_calibration(spec: DataSpec, directory: Path, vocabulary: int, seed: int) -> None:
-    """Raises UnusableData where the training text does not fill the calibration windows, and as `check_known` does."""
+    """Raise UnusableData where the training text does not fill the calibration windows, and as `check_known` does."""
     largest = _plenty(spec.model_dump_json(), directory)
     rows = calibration_rows(spec, plain_tokenizer(directory), seed) if largest is None else [[largest]]
     for row in rows:
         check_known(row, vocabulary, directory)
 
 
-@lru_cache(maxsize=64)  # the stages of a sweep ask the same
+@lru_cache(maxsize=64)  # the stages of a sweep need the same
 def _plenty(document: str, directory: Path) -> int | None:
-    """The largest token of so much training text that it fills the calibration windows whatever the seed; None where there is less.
+    """Return the largest token of enough training text to fill the calibration windows with any seed; None where there is less.
 
     Twice as many rows in the order of the file are enough: in no order does a row cost the tokens of more than two.
     """
@@ -79,7 +79,7 @@ def _plenty(document: str, directory: Path) -> int | None:
 
 
 def check_training(spec: DataSpec, directory: Path, vocabulary: int, *, on_questions: bool, split: Split = "train") -> None:
-    """Raises UnusableData where a split's text fills no row, where its questions cannot be asked, and as `check_known` does."""
+    """Raise UnusableData where a split's text fills no row, where its questions cannot be encoded, and as `check_known` does."""
     tokenizer = plain_tokenizer(directory)
     if on_questions:
         for question in _first_questions(spec, split):
@@ -92,7 +92,7 @@ def check_training(spec: DataSpec, directory: Path, vocabulary: int, *, on_quest
 
 
 def check_prompts(spec: DataSpec, directory: Path, count: int) -> None:
-    """Raises UnusableData where no training document has `count` tokens to prompt with."""
+    """Raise UnusableData where no training document has `count` tokens to prompt with."""
     tokenizer = plain_tokenizer(directory)
     if not any(len(tokenizer(text, add_special_tokens=False)["input_ids"]) >= count for text in stream_documents(spec, "train")):
         raise no_prompt(count)
@@ -104,13 +104,13 @@ def _first_questions(spec: DataSpec, split: Split) -> list[Question]:
 
 
 def check_known(tokens: Iterable[int], vocabulary: int, directory: Path) -> None:
-    """Raises UnusableData for a token that the model of a directory has no row for in its embedding of `vocabulary` rows."""
+    """Raise UnusableData for a token that has no row in the embedding of `vocabulary` rows of the model in `directory`."""
     if (token := max(tokens, default=0)) >= vocabulary:
         raise unknown_token(token, vocabulary, directory)
 
 
 def unknown_token(token: int, vocabulary: int, directory: Path) -> UnusableData:
-    """The error that names it: one of the model's own tokenizer needs a row, one that this tokenizer does not know comes from another."""
+    """Return the error that names a token: a token of the model's own tokenizer needs a row, an unknown one comes from another tokenizer."""
     spelling = plain_tokenizer(directory).convert_ids_to_tokens(token) if token >= 0 else None
     if spelling is None:
         remedy = "the tokenizer of the model does not know it either: tokenize with the tokenizer of the model"

@@ -13,33 +13,35 @@ from compression.errors import UnusableData
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def why_not_given(error: Exception) -> str:
-    """Why the hub gave nothing, from what huggingface_hub raised: it is switched off, it cannot be reached, or it answered so."""
+def hub_failure(error: Exception) -> str:
+    """Return why the hub gave nothing, from the exception of huggingface_hub: it is switched off, unreachable, or refuses."""
     from huggingface_hub import constants, errors
 
-    said = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
-    reason = (str(said).strip().splitlines() or [type(said).__name__])[0]
-    if isinstance(said, errors.HFValidationError):
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    if isinstance(cause, errors.HFValidationError):
         return f"it is no name that the hub has: {reason}"
     if constants.is_offline_mode():
         switch = (
             "TRANSFORMERS_OFFLINE" if os.environ.get("TRANSFORMERS_OFFLINE") and not os.environ.get("HF_HUB_OFFLINE") else "HF_HUB_OFFLINE"
         )
         return f"the hub is switched off ({switch} is set): {reason}"
-    return f"the hub {'refuses it' if isinstance(said, errors.HfHubHTTPError) else f'at {constants.ENDPOINT} cannot be reached'}: {reason}"
+    return f"the hub {'refuses it' if isinstance(cause, errors.HfHubHTTPError) else f'at {constants.ENDPOINT} cannot be reached'}: {reason}"
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether `path` is `owner/name` (or a bare name) and nothing of that name lies on this machine."""
+    """Return whether `path` is `owner/name` (or a bare name) and no file of that name is on this machine."""
     named = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) is not None
     return named and Path(path).suffix not in (".txt", ".jsonl", ".parquet") and not Path(path).exists()
 
 
 def resolve_commit(path: str, revision: str | None) -> str:
-    """The commit that `revision` (default: main) of a hub data set stands for: the hub is asked once in a process, so that a run reads one commit
-    throughout. Offline, the one last seen on this machine.
+    """Return the commit of `revision` (default: main) of a hub data set.
 
-    Raises UnusableData: no such data set or revision, or offline and never seen.
+    A process queries the hub once, so that a run reads one commit throughout. Offline it is the commit last seen on this machine.
+
+    Raises:
+        UnusableData: No such data set or revision, or offline and never seen.
     """
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
@@ -50,19 +52,19 @@ def resolve_commit(path: str, revision: str | None) -> str:
     try:
         validate_repo_id(path)
     except HFValidationError as error:
-        raise UnusableData(f"there is no file or directory {path}, and {why_not_given(error)}", key="path") from None
+        raise UnusableData(f"there is no file or directory {path}, and {hub_failure(error)}", key="path") from None
     name = revision or "main"
     if not constants.is_offline_mode():
-        return _asked(path, name)
+        return _query_commit(path, name)
     seen = _seen(path, name)
     if not seen.is_file():
-        reason = why_not_given(FileNotFoundError("it was never seen on this machine"))
+        reason = hub_failure(FileNotFoundError("it was never seen on this machine"))
         raise UnusableData(f"there is no file or directory {path}, and {reason}", key="path")
     return seen.read_text().strip()
 
 
 @cache
-def _asked(path: str, name: str) -> str:
+def _query_commit(path: str, name: str) -> str:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -71,15 +73,15 @@ def _asked(path: str, name: str) -> str:
     except (OSError, errors.HTTPError) as error:
         hint = "; HF_HUB_OFFLINE=1 takes what was last seen on this machine" if _seen(path, name).is_file() else ""
         raise UnusableData(
-            f"there is no file or directory {path}, and as a data set at {name}, {why_not_given(error)}{hint}", key="path"
+            f"there is no file or directory {path}, and as a data set at {name}, {hub_failure(error)}{hint}", key="path"
         ) from None
     if commit is None:
-        raise UnusableData(f"the hub tells no commit for the data set {path} at {name}; give one with revision:", key="revision")
+        raise UnusableData(f"the hub names no commit for the data set {path} at {name}; give one with revision:", key="revision")
     return commit
 
 
 def _seen(path: str, name: str) -> Path:
-    """Where huggingface_hub keeps the commit that a revision stood for when it was last asked."""
+    """Return the file in which huggingface_hub keeps the last known commit of a revision."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -87,7 +89,7 @@ def _seen(path: str, name: str) -> Path:
 
 
 def records(source: Source, split: Split, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The records of a split. Raises UnusableData: no such data set, split or column, or only another revision is at hand."""
+    """Yield the records of a split. Raises UnusableData: no such data set, split or column, or only another revision is on this machine."""
     import datasets
 
     if source.splits is not None and split not in source.splits:

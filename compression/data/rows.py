@@ -3,12 +3,12 @@
 - A text document is encoded with the tokenizer's own special tokens (BOS where it adds one) and ended with EOS.
 - A row is packed from whole documents: it begins with the beginning of a document and the last one is cut at its end; what was
   cut off is dropped, except that a document longer than a row fills further rows of its own while it can. No row is padded.
-- A question is asked as "{passage}\\nQuestion: {question}\\nAnswer:" and answered with " {choice}". Where the tokenizer has a chat
+- The prompt of a question is "{passage}\\nQuestion: {question}\\nAnswer:", its answer " {choice}". Where the tokenizer has a chat
   template, the prompt is a user's turn rendered by it (behind `system`, where the recipe gives one), and the answer follows without the blank.
   Such a model is also calibrated on the training questions, rendered in this way, next to the text. Plain text is never templated.
-- Prompt and answer are context and continuation as in lm-evaluation-harness (`encode_pairs`), behind what the tokenizer puts in front (BOS),
-  which is not added again, and without what it appends (EOS): a model goes on from a prompt, and an EOS there would end it.
-- What is too long for a question loses the beginning of its prompt, as in lm-evaluation-harness; answers are never cut.
+- Prompt and answer are context and continuation as in lm-evaluation-harness (`encode_pairs`): after what the tokenizer puts in front (BOS),
+  which is not added twice, and without what it appends (EOS): an EOS would end the prompt that the model is to continue.
+- A question that is too long loses the beginning of its prompt, as in lm-evaluation-harness; answers are never cut.
 - Perplexity on the user's text follows the WikiText protocol: the test text as one string, tokenized once with the tokenizer's own
   special tokens, non-overlapping windows from the start, the remainder dropped. On the embedded world, whose model was trained on
   packed rows, the windows are packed rows of the test split.
@@ -32,9 +32,10 @@ if TYPE_CHECKING:  # planning reads this package without paying for torch
 
 
 def training_rows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", split: Split = "train") -> "Tensor":
-    """Packed rows of a split's documents in their order, int64 [rows, length].
+    """Return packed rows of a split's documents in their order, int64 [rows, length].
 
-    Raises UnusableData as `documents` does, and when the text does not fill one row.
+    Raises:
+        UnusableData: As `documents` does, or the text does not fill one row.
     """
     texts = documents(spec, split)
     rows = list(pack((encode_document(tokenizer, text) for text in texts), spec.length))
@@ -48,18 +49,20 @@ def no_row(spec: DataSpec, split: Split) -> UnusableData:
 
 
 def question_rows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", split: Split = "train") -> "tuple[Tensor, Tensor]":
-    """Questions with their right answers for training, one a row: tokens int64 [questions, longest], answer mask bool of the same shape.
+    """Return questions with their right answers for training, one a row: tokens int64 [questions, longest], answer mask bool of the same shape.
 
     The mask is True at the answer's tokens and its EOS: a label is `tokens` where the mask is True and -100 elsewhere. Rows are
     padded on the right, under a False mask, to the longest, which is at most `length`.
-    Raises UnusableData as `questions` does, and when the spec names no questions.
+
+    Raises:
+        UnusableData: As `questions` does, or the spec names no questions.
     """
     import torch
 
-    asked = questions(spec, split)
-    if not asked:
+    found = questions(spec, split)
+    if not found:
         raise UnusableData("the data names no questions to train on; give data.questions", key="questions")
-    examples = [encode_example(tokenizer, question, spec) for question in asked]
+    examples = [encode_example(tokenizer, question, spec) for question in found]
     longest = max(len(prompt) + len(answer) for prompt, answer in examples)
     padding = tokenizer.eos_token_id or 0  # stands in the rows anyway; a pad token may have no row in the embedding
     rows = torch.full((len(examples), longest), padding, dtype=torch.long)
@@ -72,15 +75,16 @@ def question_rows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", split: S
 
 
 def calibration_windows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", seed: int) -> "Tensor":
-    """Packed rows of training documents in an order drawn from `seed`, int64 [calibration_windows, length].
+    """Return packed rows of training documents in an order drawn from `seed`, int64 [calibration_windows, length].
 
-    Raises UnusableData as `documents` does, and when the training text does not fill as many windows.
+    Raises:
+        UnusableData: As `documents` does, or the training text does not fill as many windows.
     """
     return _tensor(calibration_rows(spec, tokenizer, seed))
 
 
 def calibration_rows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[list[int]]:
-    """The rows of `calibration_windows`."""
+    """Return the rows of `calibration_windows` as lists."""
     items: list[str | Question] = list(documents(spec, "train"))
     if tokenizer.chat_template is not None and spec.questions is not None:
         items += questions(spec, "train")
@@ -96,15 +100,16 @@ def calibration_rows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", seed:
 
 
 def evaluation_windows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
-    """Windows of the test text for perplexity and KL, int64 [at most evaluation_windows, length], by the protocol above.
+    """Return windows of the test text for perplexity and KL, int64 [at most evaluation_windows, length], by the protocol above.
 
-    Raises UnusableData as `documents` does, and when the test text does not fill one window.
+    Raises:
+        UnusableData: As `documents` does, or the test text does not fill one window.
     """
     return _tensor(evaluation_rows(spec, tokenizer))
 
 
 def evaluation_rows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """The rows of `evaluation_windows`."""
+    """Return the rows of `evaluation_windows` as lists."""
     if (source := outside(spec.text)) is None:
         packed = pack((encode_document(tokenizer, text) for text in stream_documents(spec, "test")), spec.length)
         rows = list(islice(packed, spec.evaluation_windows))
@@ -117,7 +122,7 @@ def evaluation_rows(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase") -> lis
 
 
 def encode_document(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Token ids of a text document: with the tokenizer's own special tokens, ended with EOS where it knows one."""
+    """Encode a text document: with the tokenizer's own special tokens, ended with EOS where it has one."""
     tokens = list(tokenizer(text, verbose=False)["input_ids"])
     if tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
         tokens.append(tokenizer.eos_token_id)
@@ -125,7 +130,7 @@ def encode_document(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int
 
 
 def pack(encoded: Iterable[list[int]], length: int) -> Iterator[list[int]]:
-    """Rows of exactly `length` tokens from encoded documents, each beginning with the beginning of a document or inside a longer one."""
+    """Yield rows of exactly `length` tokens, each from the beginning of a document or from inside a longer one."""
     row: list[int] = []
     for tokens in encoded:
         row = row + tokens
@@ -137,7 +142,7 @@ def pack(encoded: Iterable[list[int]], length: int) -> Iterator[list[int]]:
 
 
 def prompts_of(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", count: int) -> list[list[int]]:
-    """The first `count` tokens of each text that has as many, without special tokens. Raises UnusableData where none has."""
+    """Return the first `count` tokens of each text that is long enough, without special tokens. Raises UnusableData where none is."""
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     prompts = [tokens[:count] for tokens in encoded if len(tokens) >= count]
     if not prompts:
@@ -150,9 +155,10 @@ def no_prompt(count: int) -> UnusableData:
 
 
 def start_token(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """What stands before a document: BOS where the tokenizer puts it there, else EOS, which ends the one before in a packed row.
+    """Return the token before a document: BOS where the tokenizer puts it there, else EOS, which ends the previous document in a packed row.
 
-    Raises UnusableModel for a tokenizer that has neither.
+    Raises:
+        UnusableModel: The tokenizer has neither.
     """
     adds_bos = tokenizer.bos_token_id in tokenizer("", verbose=False)["input_ids"]
     token = tokenizer.bos_token_id if adds_bos or tokenizer.eos_token_id is None else tokenizer.eos_token_id
@@ -164,9 +170,10 @@ def start_token(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def prompt(question: Question, tokenizer: "PreTrainedTokenizerBase", system: str | None = None) -> str:
-    """The prompt of a question as text, rendered by the tokenizer's chat template where there is one, behind a system message where one is given.
+    """Return the prompt of a question as text, rendered by the tokenizer's chat template where there is one, after the system message if one is given.
 
-    Raises UnusableData, with the template's own words, where it refuses.
+    Raises:
+        UnusableData: The template refuses; with its own message.
     """
     body = f"{question.passage}\nQuestion: {question.question}\nAnswer:".lstrip("\n")
     if tokenizer.chat_template is None:
@@ -178,17 +185,19 @@ def prompt(question: Question, tokenizer: "PreTrainedTokenizerBase", system: str
 def encode_choices(
     tokenizer: "PreTrainedTokenizerBase", question: Question, system: str | None = None
 ) -> list[tuple[list[int], list[int]]]:
-    """(context tokens, continuation tokens) of each choice of a question. Raises UnusableData as `encode_pairs` and `prompt` do."""
+    """Return (context tokens, continuation tokens) of each choice of a question. Raises UnusableData as `encode_pairs` and `prompt` do."""
     return _encode_answers(tokenizer, question, question.choices, system)
 
 
 def encode_pairs(tokenizer: "PreTrainedTokenizerBase", context: str, continuations: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-    """(context tokens, continuation tokens) for each continuation, by the rule of lm-evaluation-harness (`_encode_pair`).
+    """Return (context tokens, continuation tokens) for each continuation, by the rule of lm-evaluation-harness (`_encode_pair`).
 
-    Blanks at the end of the context belong to the continuation. Both are encoded as one text, and the continuation is what stands behind as many
-    tokens as the context has alone. One that melts whole into the context's last token leaves nothing there (the harness stops with an
-    assertion): it is encoded by itself.
-    Raises UnusableData for a continuation of which the tokenizer makes no token.
+    Blanks at the end of the context belong to the continuation. Both are encoded as one text, and the continuation is what follows as many
+    tokens as the context has alone. A continuation that merges completely into the context's last token leaves nothing there (the harness stops
+    with an assertion): it is encoded alone.
+
+    Raises:
+        UnusableData: The tokenizer makes no token of a continuation.
     """
     bare = context.rstrip()
     blanks = context[len(bare) :]
@@ -203,7 +212,7 @@ def encode_pairs(tokenizer: "PreTrainedTokenizerBase", context: str, continuatio
 
 
 def encode_prompts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that a model goes on from: behind what the tokenizer puts in front, but once, and without what it appends."""
+    """Encode texts that a model is to continue: after what the tokenizer puts in front, once, and without what it appends."""
     marked = tokenizer("a", return_special_tokens_mask=True, verbose=False)
     front = [token for token, _ in takewhile(itemgetter(1), zip(marked["input_ids"], marked["special_tokens_mask"], strict=True))]
     bodies = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -211,10 +220,10 @@ def encode_prompts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -
 
 
 def _example(tokenizer: "PreTrainedTokenizerBase", question: Question, system: str | None) -> tuple[list[int], list[int]]:
-    """(prompt tokens, tokens of the right answer and EOS)."""
-    ((asked, answer),) = _encode_answers(tokenizer, question, [question.choices[question.answer]], system)
+    """Return (prompt tokens, tokens of the right answer and EOS)."""
+    ((context, answer),) = _encode_answers(tokenizer, question, [question.choices[question.answer]], system)
     eos = [] if tokenizer.eos_token_id is None or answer[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
-    return asked, answer + eos
+    return context, answer + eos
 
 
 def _encode_answers(
@@ -225,14 +234,14 @@ def _encode_answers(
 
 
 def encode_example(tokenizer: "PreTrainedTokenizerBase", question: Question, spec: DataSpec) -> tuple[list[int], list[int]]:
-    """(prompt tokens, tokens of the right answer and EOS) as they are trained on, `length` at most. Raises UnusableData as `question_rows` does."""
+    """Return (prompt tokens, tokens of the right answer and EOS) for training, `length` at most. Raises UnusableData as `question_rows` does."""
     return _truncate(*_example(tokenizer, question, spec.system), spec.length)
 
 
-def _truncate(asked: list[int], answer: list[int], length: int) -> tuple[list[int], list[int]]:
+def _truncate(context: list[int], answer: list[int], length: int) -> tuple[list[int], list[int]]:
     if len(answer) >= length:
         raise UnusableData(f"an answer of {len(answer)} tokens leaves no room for its question in {length}; raise length", key="length")
-    return asked[-(length - len(answer)) :], answer
+    return context[-(length - len(answer)) :], answer
 
 
 def _tensor(rows: list[list[int]]) -> "Tensor":

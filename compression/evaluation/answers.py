@@ -1,7 +1,7 @@
-"""Question answering: what a model writes after a question, by exact match and F1 of words (SQuAD's metrics). Imports no torch.
+"""Question answering: exact match and F1 of words (SQuAD's metrics) of written answers. Imports no torch.
 
 A line of a .jsonl file is SQuAD's: {"context": ..., "question": ..., "answers": {"text": [...]}}; answers may be a plain list too, and context
-be left out. Asked is "{context}\\nQuestion: {question}\\nAnswer:" (compression/evaluation/writing.py), and the answer ends with its line.
+be left out. The prompt is "{context}\\nQuestion: {question}\\nAnswer:" (compression/evaluation/writing.py), and the answer ends with its line.
 """
 
 import random
@@ -43,9 +43,10 @@ class OpenQuestion:
 
 
 def open_questions(source: str, limit: int | None = None) -> Iterator[OpenQuestion]:
-    """The questions of a .jsonl file, or the embedded ones, `limit` at most.
+    """Yield the questions of a .jsonl file, or the embedded ones, `limit` at most.
 
-    Raises UnusableData with file and line: no such file, no JSON, another shape.
+    Raises:
+        UnusableData: With file and line: no such file, no JSON, another shape.
     """
     if source == EMBEDDED:
         return islice(_embedded(), limit or EMBEDDED_ITEMS)
@@ -53,7 +54,7 @@ def open_questions(source: str, limit: int | None = None) -> Iterator[OpenQuesti
 
 
 def existing_jsonl(source: str, key: str) -> Path:
-    """The path of a .jsonl file. Raises UnusableData where there is none, naming the parameter `key`."""
+    """Return the path of a .jsonl file. Raises UnusableData, naming the parameter `key`, where there is none."""
     path = Path(source)
     if not path.is_file():
         raise UnusableData(f"there is no file {path}", key=key)
@@ -63,17 +64,17 @@ def existing_jsonl(source: str, key: str) -> Path:
 
 
 def normalize(text: str) -> str:
-    """SQuAD's normalisation: lower case, without punctuation (ASCII), without a, an and the, single blanks."""
+    """Normalise as SQuAD does: lower case, no (ASCII) punctuation, no articles, single blanks."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, truths: Sequence[str]) -> float:
-    """1 where the normalised answer is one of the normalised truths."""
+    """Return 1 if the normalised answer is one of the normalised truths, else 0."""
     return float(normalize(answer) in {normalize(truth) for truth in truths})
 
 
 def f1(answer: str, truths: Sequence[str]) -> float:
-    """The best F1 of normalised words over the truths: 2pr/(p+r) of the words in common, each as often as both have it."""
+    """Return the best F1 of normalised words over the truths: 2pr/(p+r) of the words in common, each as often as both have it."""
     return max(_f1(normalize(answer).split(), normalize(truth).split()) for truth in truths)
 
 
@@ -85,10 +86,13 @@ def _f1(answer: list[str], truth: list[str]) -> float:
 
 
 def answer_questions(writer: Writer, questions: Sequence[OpenQuestion], context: Context) -> Findings:
-    """Ask every question.
+    """Have every question answered.
 
-    Returns exact_match, f1 and question_answering_count; in `details` question_answering: the first questions with what was answered.
-    Raises UnusableData without questions.
+    Returns:
+        exact_match, f1 and question_answering_count; in `details` question_answering: the first questions with their answers.
+
+    Raises:
+        UnusableData: There are no questions.
     """
     if not questions:
         raise UnusableData("there are no questions to answer", key="question_answering")
@@ -125,7 +129,7 @@ def _question(place: str, record: dict[str, Any]) -> OpenQuestion:
 
 
 def _embedded() -> Iterator[OpenQuestion]:
-    """Questions for one fact of a passage of the embedded world, of its test split."""
+    """Yield questions about one fact of a passage of the embedded world, from its test split."""
     rng = random.Random(f"world-{world.VERSION}-answers-test")
     while True:
         for draw in (world.Scene.draw, world.Scene.draw_homes):

@@ -1,7 +1,7 @@
-"""Whether other programs take the cores from what is timed.
+"""Notice other programs that use the cores during a timing.
 
-Locks keep other work of edgepress away, but nobody else's. On a machine that others keep busy a model seems slower than it is, many times where
-its threads wait for each other (docs/evaluation.md says how to see it). So the kernel is asked how long our threads waited for a core.
+Locks keep other work of edgepress away, but no other program. On a busy machine a model seems slower than it is, many times where
+its threads wait for each other (docs/evaluation.md says how to see it). The kernel counts how long our threads waited for a core.
 """
 
 import time
@@ -17,10 +17,12 @@ Timed = TypeVar("Timed")
 
 
 def least_contended(timed: Callable[[], Timed]) -> tuple[Timed, float | None]:
-    """What `timed` returned when it was called in peace, or in the most peaceful of up to four calls within half a minute.
+    """Call `timed` until the machine is quiet, up to four times within half a minute.
 
-    Second comes the share of waiting: how long threads of this process were ready to run and had no core, in units of the time that the call
-    took; 0 on a quiet machine, above CROWDED on a busy one, above 1 where several threads waited. None where the kernel does not tell.
+    Returns:
+        The result of the quietest call, and its share of waiting: how long threads of this process were ready to run and had no core, divided
+        by the duration of the call; 0 on a quiet machine, above CROWDED on a busy one, above 1 where several threads waited. None where the
+        kernel does not count.
     """
     begin = time.monotonic()
     tries: list[tuple[float, Timed]] = []
@@ -43,7 +45,7 @@ def _share_of_waiting(timed: Callable[[], Timed]) -> tuple[Timed, float | None]:
 
 
 def _waited_seconds() -> float | None:
-    """Seconds that the living threads of this process have been ready to run without a core; None where the kernel does not count (not Linux, gVisor)."""
+    """Return the seconds that the living threads of this process were ready to run without a core; None where the kernel does not count (not Linux, gVisor)."""
     if not Path("/proc/self/schedstat").exists():
         return None
     waited = 0

@@ -13,14 +13,14 @@ from compression.context import Context
 from compression.errors import UnusableModel
 from compression.evaluation.runtime import Runtime
 
-_BATCH_LOGITS = 2**25  # logits asked of a runtime at once, 128 MiB in float32
+_BATCH_LOGITS = 2**25  # logits that a runtime computes at once, 128 MiB in float32
 _BATCH_ROWS = 16
 _CHUNK_LOGITS = 2**22  # logits held in float64 at once, 32 MiB
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of a continuation: the sum of the natural log-probabilities of its tokens, and whether each of them is the most likely one."""
+    """A continuation's score: the sum of the natural log-probabilities of its tokens, and whether each of them is the most likely one."""
 
     log_probability: float
     greedy: bool
@@ -29,12 +29,20 @@ class Likelihood:
 def continuation_likelihoods(
     runtime: Runtime, pairs: Sequence[tuple[list[int], list[int]]], context: Context, what: str = "rows"
 ) -> list[Likelihood]:
-    """Score each (context, continuation), both of one token or more; what is too long loses the beginning of its context.
+    """Score continuations after their contexts, many at a time.
 
-    what  the rows are called in the progress
+    A row that is the beginning of another row (continuations of one token after the same context) is not computed separately. The longest
+    rows come first, so that running out of memory comes at once.
 
-    A row that begins another one (continuations of one token after the same context) needs none of its own. The longest come first, so that running
-    out of memory comes at once. Raises Incompatible as the runtime does, and UnusableModel for logits that are not finite.
+    Args:
+        runtime: The loaded model.
+        pairs: (context, continuation), each of one token or more; a pair that is too long loses the beginning of its context.
+        context: Hears of progress.
+        what: Name of the rows in the progress.
+
+    Raises:
+        Incompatible: As the runtime does.
+        UnusableModel: Logits are not finite.
     """
     reads = [(tokens + continuation)[-(runtime.max_length + 1) :][:-1] for tokens, continuation in pairs]
     rows: list[tuple[list[int], list[int]]] = []  # tokens, and the numbers of the pairs that are read from them
@@ -45,7 +53,7 @@ def continuation_likelihoods(
         rows[-1][1].append(number)
     rows.sort(key=lambda row: -len(row[0]))  # rows of like length share a batch, with little padding
     found: dict[int, Likelihood] = {}
-    done, size = 0, 1  # the first row tells the size of the vocabulary: the embedding's, which may be padded
+    done, size = 0, 1  # the first row shows the size of the vocabulary: the embedding's, which may be padded
     while done < len(rows):
         batch = rows[done : done + size]
         width = len(batch[0][0])
@@ -63,7 +71,7 @@ def continuation_likelihoods(
 
 
 def log_likelihoods(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Natural log-probability of `tokens` [...], given the logits [..., vocabulary] that predict them: float64, flattened."""
+    """Return the natural log-probability of `tokens` [...], given the logits [..., vocabulary] that predict them: float64, flattened."""
     targets = torch.from_numpy(np.ascontiguousarray(tokens)).reshape(-1)
     values, done = [], 0
     for chunk in chunks(logits):
@@ -74,7 +82,7 @@ def log_likelihoods(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 def finite_logits(runtime: Runtime, rows: np.ndarray) -> np.ndarray:
-    """Logits of rows of tokens. Raises UnusableModel where they are not finite."""
+    """Return the logits of rows of tokens. Raises UnusableModel where they are not finite."""
     logits = runtime.logits(rows)
     if not np.isfinite(logits).all():
         raise UnusableModel(f"the model gives logits that are not finite in {runtime.name}: it is damaged, or its type overflows")
@@ -82,12 +90,12 @@ def finite_logits(runtime: Runtime, rows: np.ndarray) -> np.ndarray:
 
 
 def batch_rows(length: int, vocabulary: int) -> int:
-    """How many rows of `length` tokens are given to a runtime at once."""
+    """Return how many rows of `length` tokens a runtime gets at once."""
     return max(1, min(_BATCH_ROWS, _BATCH_LOGITS // (length * vocabulary)))
 
 
 def chunks(logits: np.ndarray) -> Iterator[torch.Tensor]:
-    """Logits [..., vocabulary] as float64 [positions, vocabulary], a few positions at a time."""
+    """Yield logits [..., vocabulary] as float64 [positions, vocabulary], a few positions at a time."""
     flat = logits.reshape(-1, logits.shape[-1])
     size = max(1, _CHUNK_LOGITS // flat.shape[1])
     for start in range(0, len(flat), size):

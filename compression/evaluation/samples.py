@@ -1,4 +1,4 @@
-"""How a model goes on after the beginnings of evaluation windows: samples for people, and how sane they are."""
+"""Continue the beginnings of evaluation windows: samples for people, and how sane they are."""
 
 from typing import TYPE_CHECKING
 
@@ -14,12 +14,17 @@ PROMPT_TOKENS = 32
 
 
 def generate_samples(writer: Writer, windows: "Tensor", *, count: int, shown: int, context: Context) -> Findings:
-    """Continue the first tokens of `count` windows (half a window at most, and 32).
+    """Continue the first tokens of windows: 32, or half a window if that is less.
 
-    windows  int64 [windows, length]; with fewer than `count`, that many
-    shown    how many are kept as texts, the first ones
+    Args:
+        writer: Generates.
+        windows: int64 [windows, length].
+        count: How many windows to continue, at most.
+        shown: How many texts to keep, the first ones.
+        context: Hears of progress.
 
-    Returns repetition_rate, empty_rate, invalid_utf8_rate and generations_count; in `details` samples: a list of {prompt, text}.
+    Returns:
+        repetition_rate, empty_rate, invalid_utf8_rate and generations_count; in `details` samples: a list of {prompt, text}.
     """
     beginnings = [row[: min(PROMPT_TOKENS, len(row) // 2)] for row in windows[:count].tolist()]
     written = []

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DistributionDistance:
-    """How far a candidate's next-token distributions are from a reference's; every field has one value per position.
+    """The distance of a candidate's next-token distributions from a reference's; every field has one value per position.
 
-    kl                KL(reference || candidate) = sum p_ref (log p_ref - log p_candidate), in nats
-    agrees            both put the same token first
-    logit_difference  the largest absolute difference of a logit
+    Attributes:
+        kl: KL(reference || candidate) = sum p_ref (log p_ref - log p_candidate), in nats.
+        agrees: Whether both put the same token first.
+        logit_difference: The largest absolute difference of a logit.
     """
 
     kl: np.ndarray
@@ -42,13 +43,13 @@ class DistributionDistance:
         return DistributionDistance(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("kl", "agrees", "logit_difference")))
 
     def items(self, name: str, windows: int) -> dict[str, Items]:
-        """Those of kl_to_{name} and top1_agreement_to_{name}, by window; the positions are those of `windows` windows of equal length."""
+        """Return the items of kl_to_{name} and top1_agreement_to_{name}, by window; all `windows` windows have equal length."""
         each = len(self.kl) // windows
         totals = {f"kl_to_{name}": self.kl, f"top1_agreement_to_{name}": self.agrees}
         return {metric: _items(values.reshape(windows, each)) for metric, values in totals.items()}
 
     def figures(self, name: str) -> dict[str, float]:
-        """kl_to_{name} (mean), kl_p99_to_{name} (99th percentile), top1_agreement_to_{name}, max_logit_difference_to_{name}."""
+        """Return kl_to_{name} (mean), kl_p99_to_{name} (99th percentile), top1_agreement_to_{name}, max_logit_difference_to_{name}."""
         return {
             f"kl_to_{name}": float(self.kl.mean()),
             f"kl_p99_to_{name}": float(np.quantile(self.kl, 0.99)),
@@ -81,10 +82,7 @@ def divergence(reference: np.ndarray, candidate: np.ndarray) -> DistributionDist
 
 
 def perplexity(runtime: Runtime, windows: torch.Tensor, context: Context) -> float:
-    """Exponential of the mean negative log-likelihood of every token of the windows but the first of each.
-
-    windows  int64 [windows, length]
-    """
+    """Return the exponential of the mean negative log-likelihood of every token of the windows, int64 [windows, length], but the first of each."""
     return exponential(-np.concatenate([_window_scores(logits, rows) for rows, (logits,) in _windows([runtime], windows, context)]).mean())
 
 
@@ -114,8 +112,15 @@ def multiple_choice(
     This is `acc_bytes` of lm-evaluation-harness, and its `acc_norm` (per character) wherever choices are ASCII. Prompts and
     truncation are those of compression/data/rows.py.
 
-    system  message in front of every question, where the tokenizer has a chat template
-    Raises UnusableData without questions, for a choice that does not fit into the runtime's context, and as `encode_choices` does.
+    Args:
+        runtime: The loaded model.
+        tokenizer: Of the model.
+        questions: At least one.
+        context: Hears of progress.
+        system: Message in front of every question, where the tokenizer has a chat template.
+
+    Raises:
+        UnusableData: No questions, a choice that does not fit into the runtime's context, or as `encode_choices` does.
     """
     if not questions:
         raise UnusableData("there are no questions to measure accuracy with; give data.questions", key="questions")
@@ -136,17 +141,25 @@ def evaluate_quality(
     context: Context,
     system: str | None = None,
 ) -> Findings:
-    """Every quality figure of a model: one pass over the windows, one over the questions.
+    """Measure every quality figure of a model: one pass over the windows, one over the questions.
 
-    windows     int64 [windows, length]
-    questions   may be empty: then no accuracy is told
-    references  models to be compared with, by name; one that has two names runs once
-    system      message in front of every question, where the tokenizer has a chat template
+    Args:
+        runtime: The loaded model.
+        tokenizer: Of the model.
+        windows: int64 [windows, length].
+        questions: For the accuracy; without any there is none.
+        references: Models to compare with, by name; a model with two names runs once.
+        context: Hears of progress.
+        system: Message in front of every question, where the tokenizer has a chat template.
 
-    Returns perplexity and perplexity_count (tokens predicted); accuracy, accuracy_stderr and accuracy_count; for each reference
-    r kl_to_{r}, kl_p99_to_{r}, top1_agreement_to_{r} and max_logit_difference_to_{r}, and for "base" top1_agreement as well. Items of perplexity, KL
-    and agreement are windows, of accuracy questions.
-    Raises Incompatible: windows longer than a context, another vocabulary. UnusableModel: logits that are not finite.
+    Returns:
+        perplexity and perplexity_count (tokens predicted); accuracy, accuracy_stderr and accuracy_count; for each reference
+        r kl_to_{r}, kl_p99_to_{r}, top1_agreement_to_{r} and max_logit_difference_to_{r}, and for "base" top1_agreement as well. Items of
+        perplexity, KL and agreement are windows, of accuracy questions.
+
+    Raises:
+        Incompatible: Windows longer than a context, or another vocabulary.
+        UnusableModel: Logits are not finite.
     """
     distinct = list({id(r): r for r in references.values()}.values())
     scores: list[np.ndarray] = []
@@ -173,19 +186,19 @@ def evaluate_quality(
 
 
 def _items(values: np.ndarray, transform: Transform = "mean") -> Items:
-    """Items of a figure that has a value for each position: [windows, positions]."""
+    """Return the items of a figure that has a value for each position: [windows, positions]."""
     return Items(tuple(values.sum(1, dtype=np.float64).tolist()), (float(values.shape[1]),) * len(values), transform)
 
 
 def _windows(runtimes: Sequence[Runtime], windows: torch.Tensor, context: Context) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """Batches of windows with the logits of each runtime."""
+    """Yield batches of windows with the logits of each runtime."""
     rows = windows.numpy()
     for runtime in runtimes:
         if rows.shape[1] > runtime.max_length:
             raise Incompatible(
                 f"windows of {rows.shape[1]} tokens do not fit into the model's {runtime.max_length}; lower data.length", key="length"
             )
-    done, size = 0, 1  # the first window tells the size of the vocabulary
+    done, size = 0, 1  # the first window shows the size of the vocabulary
     while done < len(rows):
         batch = rows[done : done + size]
         outputs = [finite_logits(runtime, batch) for runtime in runtimes]

@@ -64,12 +64,12 @@ class EvaluationSpec(Settings):
 
     @property
     def generations(self) -> int:
-        """Texts generated for samples and sanity."""
+        """Return the number of texts generated for samples and sanity."""
         return max(self.samples, SUITE_GENERATIONS) if self.suite else self.samples
 
     @property
     def chats(self) -> bool:
-        """Whether anything is asked in the model's chat template, where it has one, besides the questions of the data."""
+        """Return whether a measurement besides the questions of the data uses the model's chat template, where it has one."""
         return self.harness_chat or any((self.question_answering, self.summarization, self.red_team_set))
 
     @property

@@ -1,6 +1,6 @@
 """Summarization: ROUGE-L of what a model writes after a document. Imports no torch.
 
-A line of a .jsonl file is {"document": ..., "summary": ...}. Asked is "{document}\\nSummary:" (compression/evaluation/writing.py), and a summary is
+A line of a .jsonl file is {"document": ..., "summary": ...}. The prompt is "{document}\\nSummary:" (compression/evaluation/writing.py), and a summary is
 one paragraph. ROUGE-L is the F1 of the longest common subsequence of words, stemmed, as the package rouge-score computes it
 (Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004).
 """
@@ -32,9 +32,10 @@ class Article:
 
 
 def articles(source: str, limit: int | None = None) -> Iterator[Article]:
-    """The documents of a .jsonl file, `limit` at most.
+    """Yield the documents of a .jsonl file, `limit` at most.
 
-    Raises UnusableData with file and line: no such file, no JSON, another shape.
+    Raises:
+        UnusableData: With file and line: no such file, no JSON, another shape.
     """
     return islice((_article(place, record) for place, record in file_records(existing_jsonl(source, "summarization"), None)), limit)
 
@@ -42,8 +43,11 @@ def articles(source: str, limit: int | None = None) -> Iterator[Article]:
 def summarize(writer: Writer, documents: Sequence[Article], context: Context) -> Findings:
     """Have every document summarized.
 
-    Returns rouge_l (0 to 1) and summarization_count; in `details` summarization: the first summaries beside those of people.
-    Raises UnusableData without documents.
+    Returns:
+        rouge_l (0 to 1) and summarization_count; in `details` summarization: the first summaries, each with the true one.
+
+    Raises:
+        UnusableData: There are no documents.
     """
     from rouge_score.rouge_scorer import RougeScorer
 

@@ -1,9 +1,9 @@
-"""Text of a model that generates: what turns it into tokens and back, and streaming it. Imports no torch."""
+"""Turn text into tokens and back, and stream it while a model generates. Imports no torch."""
 
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no whole character (yet)
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # stands for bytes that are not (yet) a complete character
 
 
 class Text(Protocol):
@@ -20,37 +20,38 @@ class Text(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text to go on from, begin-of-text in front where the model wants it (once), no end-of-text behind it, special tokens recognized."""
+        """Encode a text to be continued: begin-of-text in front (once) where the model needs it, no end-of-text, special tokens recognized."""
         ...
 
     def encode_chat(self, message: str, system: str | None = None) -> list[int]:
-        """Tokens of a user's message in the model's chat template, behind a system message where there is one, up to where the answer begins.
+        """Encode a user's message in the model's chat template, after the system message if there is one, up to the start of the answer.
 
-        Raises Incompatible for a model without a chat template.
+        Raises:
+            Incompatible: The model has no chat template.
         """
         ...
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of tokens, special ones left out; U+FFFD for bytes that are no whole character."""
+        """Decode tokens, without special ones; U+FFFD stands for bytes that are not a complete character."""
         ...
 
 
 def stream_text(text: Text, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
-    """The text of `tokens`, which come one by one, as soon as it is certain: a character of several tokens waits for the last of them.
+    """Yield the text of `tokens` as soon as it is certain: a character of several tokens waits for the last of them.
 
-    An end-of-text token ends it. New tokens are decoded behind those before them, on which spaces depend in some tokenizers; the
-    prompt's last ones stand in front of the first.
+    An end-of-text token ends it. New tokens are decoded together with those before them, on which spaces depend in some tokenizers; the
+    first ones follow the last tokens of the prompt.
     """
     window = prompt[-8:]
-    said = len(text.decode(window))
-    written = len(window)  # tokens of the window whose text is out
+    characters = len(text.decode(window))  # of the window that were yielded
+    written = len(window)  # tokens of the window whose text was yielded
     for token in tokens:
         if token in text.ends:
             break
         window.append(token)
-        whole = text.decode(window)
-        if len(whole) > said and not whole.endswith(INCOMPLETE):
-            yield whole[said:]
-            window, said, written = window[written:], len(text.decode(window[written:])), len(window) - written
-    if rest := text.decode(window)[said:]:
+        decoded = text.decode(window)
+        if len(decoded) > characters and not decoded.endswith(INCOMPLETE):
+            yield decoded[characters:]
+            window, characters, written = window[written:], len(text.decode(window[written:])), len(window) - written
+    if rest := text.decode(window)[characters:]:
         yield rest

@@ -1,8 +1,8 @@
-"""A model that writes: greedy text from any runtime, to be judged. Imports no torch.
+"""Greedy text from any runtime, for measurements that judge it. Imports no torch.
 
 A prompt is a message in the model's chat template where it has one, and plain text with the tokenizer's own special tokens where it has none.
-Writing ends with an end-of-text token, in front of the first stop text, or after as many tokens as were asked for. A prompt that does not
-fit into the model beside them loses its beginning.
+Writing ends at an end-of-text token, before the first stop text, or after the given number of tokens. A prompt that does not
+fit into the model together with them loses its beginning.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,12 @@ from compression.evaluation.text import Text, stream_text
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote.
+    """Text that a model wrote.
 
-    text    without the prompt, up to the stop text
-    tokens  as generated, without end-of-text
-    ended   by end-of-text or a stop text, and not cut off
+    Attributes:
+        text: Without the prompt, up to the stop text.
+        tokens: As generated, without end-of-text.
+        ended: Whether end-of-text or a stop text ended it, not the limit.
     """
 
     text: str
@@ -29,10 +30,16 @@ class Written:
 
 
 class Writer:
-    """Greedy generation of at most `new_tokens` tokens with a runtime and its tokenizer.
+    """Generates greedily with a runtime and its tokenizer.
 
-    system  message in front of a prompt in a chat template
-    Raises Incompatible where so many leave no room for a prompt.
+    Args:
+        runtime: The loaded model.
+        text: Its tokenizer.
+        new_tokens: Tokens of a text, at most.
+        system: Message in front of a prompt in a chat template.
+
+    Raises:
+        Incompatible: `new_tokens` leave no room for a prompt.
     """
 
     def __init__(self, runtime: Runtime, text: Text, new_tokens: int, system: str | None = None):
@@ -42,24 +49,24 @@ class Writer:
         self._runtime, self._new_tokens, self._system = runtime, new_tokens, system
 
     def answer(self, message: str, until: Sequence[str] = ()) -> Written:
-        """What the model says to a message."""
+        """Return the model's answer to a message."""
         return self.continue_from(self.text.encode_chat(message, self._system) if self.text.templated else self.text.encode(message), until)
 
     def continue_from(self, prompt: list[int], until: Sequence[str] = ()) -> Written:
-        """How the model goes on after tokens; after none at all, as after a text that ended."""
+        """Continue a prompt of tokens; an empty one counts as the end of another text."""
         prompt = (prompt or sorted(self.text.ends)[:1])[-(self._runtime.max_length - self._new_tokens) :]
         tokens: list[int] = []
-        said = ""
-        for piece in stream_text(self.text, prompt, _kept(stream(self._runtime, prompt, self._new_tokens), tokens)):
-            said += piece
-            found = [place for stop in until if (place := said.find(stop)) >= 0]
+        generated = ""
+        for piece in stream_text(self.text, prompt, _collect(stream(self._runtime, prompt, self._new_tokens), tokens)):
+            generated += piece
+            found = [place for stop in until if (place := generated.find(stop)) >= 0]
             if found:
-                return Written(said[: min(found)], tokens, ended=True)
+                return Written(generated[: min(found)], tokens, ended=True)
         ended = tokens[-1] in self.text.ends
-        return Written(said, tokens[:-1] if ended else tokens, ended)
+        return Written(generated, tokens[:-1] if ended else tokens, ended)
 
 
-def _kept(tokens: Iterator[int], kept: list[int]) -> Iterator[int]:
+def _collect(tokens: Iterator[int], collected: list[int]) -> Iterator[int]:
     for token in tokens:
-        kept.append(token)
+        collected.append(token)
         yield token

@@ -32,7 +32,7 @@ from compression.data import (
     questions,
     training_rows,
 )
-from compression.data.hub import why_not_given
+from compression.data.hub import hub_failure
 from compression.data.rows import encode_document, pack
 from compression.data.sources import lone_documents, running_text
 from compression.errors import UnusableData
@@ -261,7 +261,7 @@ def test_a_hub_that_gives_nothing_says_why(monkeypatch: pytest.MonkeyPatch, offl
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://hub.test")
     without_snapshot = huggingface_hub.errors.LocalEntryNotFoundError("check your connection")
     without_snapshot.__cause__ = error
-    assert re.search(reason, why_not_given(error)) and re.search(reason, why_not_given(without_snapshot))
+    assert re.search(reason, hub_failure(error)) and re.search(reason, hub_failure(without_snapshot))
 
 
 def test_hub_data_sets_are_pinned_and_read_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
-"""lm-evaluation-harness on any of our runtimes: one adapter, and what it found as metrics.
+"""lm-evaluation-harness on any of our runtimes: one adapter, and its results as metrics.
 
 A task decides its prompts, metrics and few-shot examples; texts are encoded as the harness encodes them for Hugging Face models, with two differences
-(compression/data/rows.py): what a tokenizer appends (EOS) is left out, behind which the harness divides context and continuation in the wrong place, and
-a continuation that melts whole into the context is scored by itself. Few-shot examples are drawn with the harness's own fixed seed.
+(compression/data/rows.py): what a tokenizer appends (EOS) is left out, because the harness would divide context and continuation in the wrong place, and
+a continuation that merges completely into the context is scored alone. Few-shot examples are drawn with the harness's own fixed seed.
 """
 
 import os
@@ -36,9 +36,13 @@ BOOTSTRAP_DRAWS = 1000  # of the harness's standard errors that have no formula 
 
 
 class HarnessModel(TemplateLM):
-    """A runtime and its tokenizer as the harness sees a model.
+    """A runtime and its tokenizer as a model of the harness.
 
-    text  the runtime's own tokenizer, for generated text
+    Args:
+        runtime: The loaded model.
+        tokenizer: The Hugging Face tokenizer, for scored text.
+        text: The runtime's own tokenizer, for generated text.
+        context: Hears of progress.
     """
 
     def __init__(self, runtime: Runtime, tokenizer: "PreTrainedTokenizerBase", text: Text, context: Context):
@@ -51,11 +55,11 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """A part of the harness's keys for prompts that it keeps; it keeps none here."""
+        """A part of the keys under which the harness caches prompts; here it caches none."""
         return self.tokenizer.name_or_path
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text. Raises Incompatible where the template refuses it."""
+        """Render a conversation as text. Raises Incompatible where the template refuses it."""
         from jinja2 import TemplateError
 
         try:
@@ -68,7 +72,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a prompt is read behind."""
+        """The token in front of a text without a prompt."""
         found = [token for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if token is not None]
         if not found:
             raise Incompatible(
@@ -77,13 +81,13 @@ class HarnessModel(TemplateLM):
         return found[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokens, with or without what the tokenizer puts in front of a text; what it appends (EOS) would end a text that is to go on."""
+        """Encode, with or without what the tokenizer puts in front of a text; what it appends (EOS) would end a text that is to be continued."""
         if add_special_tokens is False:
             return list(self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"])
         return encode_prompts(self.tokenizer, [string])[0]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As the data's questions are encoded: the harness's rule, but for tokenizers that append EOS and continuations that melt into the context."""
+        """Encode as the data's questions are: the harness's rule, except for tokenizers that append EOS and continuations that merge into the context."""
         ((tokens, own),) = encode_pairs(self.tokenizer, context, [continuation])
         return tokens or [self.prefix_token_id], own
 
@@ -98,7 +102,7 @@ class HarnessModel(TemplateLM):
         ]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts: windows of the model's length, each token predicted once with as much in front as fits."""
+        """Return the log-likelihood of complete texts: windows of the model's length, each token predicted once with as much context as fits."""
         windows: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -114,7 +118,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations up to end-of-text or a stop text. Raises Incompatible for a task that samples."""
+        """Return greedy continuations up to end-of-text or a stop text. Raises Incompatible for a task that samples."""
         texts = []
         for request in requests:
             prompt, settings = request.args
@@ -135,15 +139,22 @@ def evaluate_tasks(
 ) -> Findings:  # fmt: skip
     """Run tasks of the harness.
 
-    limit        items of each task, counted from the first; None takes all
-    num_fewshot  examples in front of each item; None leaves it to the task, and a task that says 0 keeps 0
-    chat         put prompts into the model's chat template, few-shot examples as turns before them
-    system       message in front of such a conversation
+    Args:
+        model: The adapter.
+        tasks: By name or file.
+        limit: Items of each task, counted from the first; None takes all.
+        num_fewshot: Examples in front of each item; None leaves it to the task, and a task that says 0 keeps 0.
+        chat: Put prompts into the model's chat template, few-shot examples as turns before them.
+        system: Message in front of such a conversation.
 
-    Returns for each task and group harness.{task}.{metric}, harness.{task}.{metric}_stderr where there is one, and harness.{task}.count. A metric behind
-    a filter other than `none` has its name behind it. Where a metric is the mean of a value for each item, these are its items. In `details`
-    by harness.{task} its version, number of items and few-shot examples.
-    Raises UnusableData: a data set that cannot be reached. Incompatible: a task that this adapter, or the harness without further leave, does not run.
+    Returns:
+        For each task and group harness.{task}.{metric}, harness.{task}.{metric}_stderr where there is one, and harness.{task}.count. The name
+        of a filter other than `none` follows the metric. Where a metric is the mean of a value for each item, these are its items. In
+        `details` by harness.{task} its version, number of items and few-shot examples.
+
+    Raises:
+        UnusableData: A data set cannot be reached.
+        Incompatible: A task that this adapter, or the harness without further permission, does not run.
     """
     named = [task for task in tasks if task.file is None]
     manager = TaskManager(include_defaults=bool(named))  # the index of all tasks takes seconds
@@ -168,17 +179,17 @@ def evaluate_tasks(
     return _findings(results)
 
 
-def _set_fewshot(task: Any, wanted: int | None) -> None:
-    """As lm_eval.simple_evaluate does, which besides asks git and pip for the state of this machine."""
+def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
+    """Set examples as lm_eval.simple_evaluate does, which also runs git and pip to describe this machine."""
     own = task.get_config("num_fewshot")
-    if own is None or (wanted is not None and own != 0):
-        task.set_config(key="num_fewshot", value=wanted or 0)
+    if own is None or (num_fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 @contextmanager
 def _harness_errors() -> Iterator[None]:
-    """What the harness and the hub raise for a task that cannot run, as our errors; and no pool of processes within a child."""
+    """Raise our errors for what the harness and the hub raise for a task that cannot run; and start no pool of processes within a child."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -217,7 +228,7 @@ def _findings(results: Mapping[str, Any]) -> Findings:
 
 
 def _items(task: str, samples: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -> dict[str, Items]:
-    """What metrics are means of, where the harness says it item by item and the mean is what it reports."""
+    """Return the values that metrics are means of, where the harness reports them item by item and their mean is the metric."""
     columns: dict[str, list[float]] = {}
     for sample in samples:
         for metric in sample["metrics"]:

@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness by name or file: found, checked and fingerprinted before anything runs. Imports no torch.
 
-A name is looked up in the YAML files of the installed harness. A file is a task of one's own in the harness's format; its data may lie on this machine:
+A name is looked up in the YAML files of the installed harness. A file is your own task in the harness's format; its data may be on this machine:
 
     task: towns
     dataset_path: json
@@ -22,8 +22,8 @@ from compression.errors import EdgepressError, Incompatible, UnusableData, neare
 from compression.evaluation.findings import Transform
 from compression.files import digest_file
 
-NEW_TOKENS = 256  # of a task that says nothing, as in the harness
-_TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one thing; the first holds
+NEW_TOKENS = 256  # of a task that sets no limit, as in the harness
+_TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of the same limit; the first one counts
 
 _READERS = ("json", "csv", "parquet", "text", "arrow")  # of the package datasets, for files
 _TASK = re.compile(rb"^task:[ \t]*[\"']?([\w.-]+)", re.MULTILINE)
@@ -38,21 +38,30 @@ class Task:
     file: Path | None
 
 
-def find_tasks(asked: tuple[str, ...]) -> list[Task]:
-    """Every task that a recipe asks for.
+def find_tasks(names: tuple[str, ...]) -> list[Task]:
+    """Return the tasks of a recipe.
 
-    Raises UnusableData with the nearest name for one that does not exist, and for a file that is no task.
+    Args:
+        names: Names of tasks, or YAML files.
+
+    Raises:
+        UnusableData: A task does not exist (with the nearest name), or a file is not a task.
     """
-    return [_own(Path(name)) if name.endswith((".yaml", ".yml")) else _installed(name) for name in asked]
+    return [_own(Path(name)) if name.endswith((".yaml", ".yml")) else _installed(name) for name in names]
 
 
-def check_tasks(asked: tuple[str, ...], max_length: int) -> None:
-    """Find every task, those of groups too, and its data, as far as its file tells where they are.
+def check_tasks(names: tuple[str, ...], max_length: int) -> None:
+    """Find every task, also those of groups, and its data, as far as its file names them.
 
-    max_length  positions of the model
-    Raises UnusableData for what is missing or out of reach, Incompatible for a task that samples its answers or writes more than the model has room for.
+    Args:
+        names: Names of tasks, or YAML files.
+        max_length: Positions of the model.
+
+    Raises:
+        UnusableData: Something is missing or out of reach.
+        Incompatible: A task samples its answers, or writes more than the model has room for.
     """
-    tasks = find_tasks(asked)
+    tasks = find_tasks(names)
     for number, task in enumerate(tasks):
         if task.name in (before.name for before in tasks[:number]):
             raise UnusableData(f"two tasks are called {task.name}, and their metrics would be too; rename one", key="harness")
@@ -69,51 +78,51 @@ def check_tasks(asked: tuple[str, ...], max_length: int) -> None:
 
 
 def refuse_sampling(task: str, settings: Mapping[str, Any]) -> None:
-    """Raises Incompatible for generation settings under which the harness draws tokens at random."""
+    """Raise Incompatible for generation settings with which the harness draws tokens at random."""
     drawn = settings.get("do_sample")
     if (drawn or drawn is None) and float(settings.get("temperature", 1.0 if drawn else 0.0)) > 0:
         raise Incompatible(f"the task {task} samples its answers (do_sample, temperature); generation is greedy here", key="harness")
 
 
 def new_tokens(settings: Mapping[str, Any]) -> int:
-    """How much a task lets a model write."""
+    """Return how many tokens a task lets a model write."""
     return int(next((settings[name] for name in _TOKEN_LIMITS if settings.get(name) is not None), NEW_TOKENS))
 
 
-def fingerprint_task(asked: str) -> list[Any]:
-    """What decides the items of a task or group besides the harness's version: an own task file with its code, the data of every single task."""
-    (task,) = find_tasks((asked,))
-    data = [_data(name, config) for name, config in sorted(single_tasks(task).items())]
+def fingerprint_task(name: str) -> list[Any]:
+    """Return what decides the items of a task or group besides the harness's version: your own task file with its code, the data of every single task."""
+    (task,) = find_tasks((name,))
+    data = [_data(single, config) for single, config in sorted(single_tasks(task).items())]
     return [task.name, _definition(task), list({json.dumps(each): each for each in data}.values())]
 
 
 def metric_name(task: str, metric: str, chosen: str = "none") -> str:
-    """harness.gsm8k.exact_match.strict-match_stderr of gsm8k, `exact_match_stderr` and the filter `strict-match`."""
+    """Return the metric's name, such as harness.gsm8k.exact_match.strict-match_stderr (gsm8k, `exact_match_stderr`, the filter `strict-match`)."""
     end = "_stderr" if metric.endswith("_stderr") else ""
     return f"harness.{task}.{metric.removesuffix(end)}{'' if chosen == 'none' else f'.{chosen}'}{end}"
 
 
-def task_metrics(asked: str) -> dict[str, Transform | None]:
-    """Metrics of a task, or of a group with all that is below it, with the transform of those that may have items.
+def task_metrics(name: str) -> dict[str, Transform | None]:
+    """Return the metrics of a task, or of a group with everything below it, with the transform of those that may have items.
 
     A task that filters answers, or judges them with code, has metrics that only it knows: `harness.{task}.*`. So has a group.
     """
-    (task,) = find_tasks((asked,))
+    (task,) = find_tasks((name,))
     found: dict[str, Transform | None] = {}
-    for name, config in single_tasks(task).items():
+    for single, config in single_tasks(task).items():
         listed = config.get("metric_list")
         names = [each.get("metric") for each in listed] if isinstance(listed, list) else []
         if not names or any(config.get(key) for key in ("process_results", "filter_list", "class")) or not all(map(_plain, names)):
-            found[f"harness.{name}.*"] = None
+            found[f"harness.{single}.*"] = None
             continue
         for metric in names:
-            found |= {metric_name(name, metric): "mean", metric_name(name, f"{metric}_stderr"): None}
-        found[metric_name(name, "count")] = None
+            found |= {metric_name(single, metric): "mean", metric_name(single, f"{metric}_stderr"): None}
+        found[metric_name(single, "count")] = None
     return found | {f"harness.{group}.*": None for group in _groups(task)}
 
 
 def _plain(metric: Any) -> bool:
-    """Whether a metric is the name of one, and not code."""
+    """Return whether a metric is a name, and not code."""
     return isinstance(metric, str) and metric.isidentifier()
 
 
@@ -128,12 +137,12 @@ def _own(file: Path) -> Task:
 
 
 def _installed(name: str) -> Task:
-    return Task(name, _glance()[name]) if name in _glance() else _looked_up(name)
+    return Task(name, _task_files()[name]) if name in _task_files() else _look_up(name)
 
 
 @cache
-def _glance() -> dict[str, Path]:
-    """Files of single tasks by the name that stands in them: read in a moment, where the harness's own index takes many seconds."""
+def _task_files() -> dict[str, Path]:
+    """Return the files of single tasks by the name that they contain: this takes a moment, the harness's own index many seconds."""
     files: dict[str, Path] = {}
     for file in sorted((_home() / "tasks").rglob("*.yaml")):
         content = file.read_bytes()
@@ -142,8 +151,8 @@ def _glance() -> dict[str, Path]:
     return files
 
 
-def _looked_up(name: str) -> Task:
-    """A group, a tag, or a task whose name its file does not say at a glance, by the harness's own index."""
+def _look_up(name: str) -> Task:
+    """Find a group, a tag, or a task whose file does not contain its name, in the harness's own index."""
     if name not in _index():
         raise UnusableData(
             f"lm-evaluation-harness has no task {name!r}{nearest(name, _index(), most=3) or '.'} A task of your own is a file: path/to/{name}.yaml",
@@ -154,14 +163,14 @@ def _looked_up(name: str) -> Task:
 
 @cache
 def _index() -> Mapping[str, Any]:
-    """Every task, group and tag of the harness by name: what takes it many seconds to read."""
+    """Return every task, group and tag of the harness by name, which takes it many seconds to read."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager().task_index
 
 
 def single_tasks(task: Task) -> dict[str, dict[str, Any]]:
-    """The configurations of all tasks that one stands for, by name; functions are told as paths."""
+    """Return the configurations of all tasks that a task, group or tag stands for, by name; functions are given as paths."""
     if task.file is not None:
         return {task.name: _config(task.file)}
     return {name: config for name, config in _below(task.name) if config is not None}
@@ -172,9 +181,9 @@ def _groups(task: Task) -> list[str]:
 
 
 def _below(entry: str | dict[str, Any]) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """An entry of a group's list, and all that is below it: single tasks with their configuration, groups without.
+    """Yield an entry of a group's list, and everything below it: single tasks with their configuration, groups without.
 
-    An entry is a name, or a mapping that says more of the name it has, or defines what has no entry in the index.
+    An entry is a name, or a mapping that adds to the task of that name, or defines a task that is not in the index.
     """
     more = {} if isinstance(entry, str) else entry
     name = entry if isinstance(entry, str) else more.get("group") or more["task"]
@@ -198,9 +207,9 @@ def _home() -> Path:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    """A task file with what it includes; functions are told as paths. Raises UnusableData for a file that is no YAML mapping."""
+    """Read a task file with what it includes; functions are given as paths. Raises UnusableData for a file that is not a YAML mapping."""
     import yaml
-    from lm_eval.tasks._yaml_loader import load_yaml
+    from lm_eval.tasks._yaml_loader import load_yaml  # no public function reads a task file without building the task
 
     try:
         return load_yaml(file, resolve_func=False)
@@ -209,7 +218,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _definition(task: Task) -> Any:
-    """Of an own file: its content with what it includes, and the code beside it that it may name. The harness's version stands for its own."""
+    """Return the content of your own file with what it includes, and the code next to it; the harness's version stands for its own files."""
     if task.file is None or task.file.is_relative_to(_home()):
         return "installed"
     folder = str(task.file.parent)
@@ -219,9 +228,10 @@ def _definition(task: Task) -> Any:
 
 
 def _data(name: str, config: Mapping[str, Any]) -> Any:
-    """Digests of a task's files, or the commit of its data set on the hub; None for tasks made by code, which do not tell.
+    """Return digests of a task's files, or the commit of its data set on the hub; None for tasks made by code, which name neither.
 
-    Raises UnusableData for files that are missing, and for a data set out of reach.
+    Raises:
+        UnusableData: Files are missing, or a data set is out of reach.
     """
     path, arguments = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     if not isinstance(path, str):
@@ -244,7 +254,8 @@ def _files(task: str, arguments: dict[str, Any]) -> Iterator[Path]:
             raise UnusableData(f"the task {task}: dataset_kwargs needs data_files, the files of the task", key="harness")
         if "://" in pattern:
             raise UnusableData(
-                f"the task {task}: {pattern} is not on this machine; download it first, so that its content can be told", key="harness"
+                f"the task {task}: {pattern} is not on this machine; download it first: its content is part of the result's key",
+                key="harness",
             )
         folder = Path(arguments.get("data_dir") or "")
         found = sorted(Path().glob(str(folder / pattern))) if not Path(pattern).is_absolute() else [Path(pattern)]

@@ -93,8 +93,8 @@ def test_peak_memory_is_what_the_runtime_added() -> None:
     before = np.ones(300 * 10**6, dtype=np.uint8)  # a peak from before, which must not count
     del before
     held = np.ones(50 * 10**6, dtype=np.uint8)  # held throughout: baseline, which must not count either
-    peaks = [measure_speed(lambda: Clockwork(megabytes=120), [0], new_tokens=2, repeats=1)["peak_memory_mb"] for _ in range(3)]
-    assert any(115 < peak < 150 for peak in peaks)  # the kernel may take back pages of ours meanwhile, which hides as much of a peak
+    peaks = (measure_speed(lambda: Clockwork(megabytes=120), [0], new_tokens=2, repeats=1)["peak_memory_mb"] for _ in range(20))
+    assert any(115 < peak < 150 for peak in peaks)  # a kernel that reclaims pages of ours meanwhile hides as much of a peak
     assert held.any()
 
 

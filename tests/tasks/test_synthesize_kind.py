@@ -110,7 +110,8 @@ def test_what_it_writes_is_what_the_next_stage_trains_on(tmp_path: Path, checkpo
 
     tokenizer = load_tokenizer(checkpoint)
     inputs = Inputs(checkpoint, {"corpus": tmp_path / "out"})
-    found = Reads(corpus="corpus", evaluate_every=1, validation_rows=2).rows(inputs, data, Context())
-    assert found["rows"].tolist() == list(pack((encode_document(tokenizer, text) for text in texts), 24))
-    without = Reads(evaluate_every=1, validation_rows=2).rows(inputs, data, Context())
-    assert torch.equal(found["validation"][0], without["validation"][0]) and found["rows"].tolist() != without["rows"].tolist()
+    found = Reads(corpus="corpus", evaluate_every=1, validation_rows=2).rows(inputs, data)
+    assert found.rows.tolist() == list(pack((encode_document(tokenizer, text) for text in texts), 24))
+    without = Reads(evaluate_every=1, validation_rows=2).rows(inputs, data)
+    assert found.validation is not None and without.validation is not None
+    assert torch.equal(found.validation[0], without.validation[0]) and found.rows.tolist() != without.rows.tolist()
